@@ -1,0 +1,81 @@
+"""
+See every background task a FastAPI or Starlette app runs after it has answered, and those it never ran.
+
+`app.add_middleware(AftertaskMiddleware)` is all it takes.
+"""
+
+from __future__ import annotations
+
+from ._observe import observe_functions
+from .errors import AftertaskError, NameClash, RegistryClash
+from .events import (
+    Abandoned,
+    AbandonedEnded,
+    Admission,
+    Cancelled,
+    Dropped,
+    Expired,
+    Failed,
+    Failure,
+    HazardFound,
+    Lost,
+    Offloaded,
+    Rejected,
+    Request,
+    Retrying,
+    Scheduled,
+    Signal,
+    Skipped,
+    Slow,
+    Started,
+    Stuck,
+    Succeeded,
+    TaskEvent,
+    TaskRun,
+    TimedOut,
+    current_run,
+    get_run,
+)
+from .middleware import AftertaskMiddleware
+from .policies import Policy, options, task
+from .settings import Settings
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Abandoned",
+    "AbandonedEnded",
+    "Admission",
+    "AftertaskError",
+    "AftertaskMiddleware",
+    "Cancelled",
+    "Dropped",
+    "Expired",
+    "Failed",
+    "Failure",
+    "HazardFound",
+    "Lost",
+    "NameClash",
+    "Offloaded",
+    "Policy",
+    "RegistryClash",
+    "Rejected",
+    "Request",
+    "Retrying",
+    "Scheduled",
+    "Settings",
+    "Signal",
+    "Skipped",
+    "Slow",
+    "Started",
+    "Stuck",
+    "Succeeded",
+    "TaskEvent",
+    "TaskRun",
+    "TimedOut",
+    "current_run",
+    "get_run",
+    "observe_functions",
+    "options",
+    "task",
+]

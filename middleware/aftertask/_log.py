@@ -1,0 +1,78 @@
+"""
+Where log events go: through structlog as the app configured it, else through stdlib logging where the app has set up
+handlers, else as one JSON line to stderr. Asked anew each time: an app may configure its logging late.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+
+from . import _clock
+
+logger = logging.getLogger("aftertask")
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+_second = [0, ""]
+
+
+def iso(timestamp: float) -> str:
+    """Seconds since the epoch as ISO 8601, UTC, with microseconds; the part up to the second is made once a second."""
+    whole = int(timestamp)
+    cached = _second
+    if cached[0] != whole:
+        # Built aside and put in as one: another thread must not see the parts of two seconds.
+        globals()["_second"] = cached = [whole, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))]
+    return f"{cached[1]}.{int((timestamp - whole) * 1e6):06d}Z"
+
+
+def emit(level: str, event: str, *, timestamp: float | None = None, **keys: Any) -> None:
+    """Log one event; keys that are None are left out."""
+    keys = {key: value for key, value in keys.items() if value is not None}
+    at = iso(_clock.timestamp() if timestamp is None else timestamp)
+    if structlog.is_configured():
+        getattr(structlog.get_logger("aftertask"), level)(event, timestamp=at, **keys)
+    elif _handled():
+        if logger.isEnabledFor(LEVELS[level]):
+            logger.log(LEVELS[level], event, extra=_safe({"timestamp": at, **keys}))
+    elif level != "debug":
+        write(json.dumps({"event": event, "level": level, "timestamp": at, **keys}, default=str) + "\n")
+
+
+def to_stderr() -> bool:
+    """Whether nothing is configured, so that we write the lines ourselves."""
+    return not structlog.is_configured() and not _handled()
+
+
+def _handled() -> bool:
+    # As logger.hasHandlers() says, without its loop where there is nothing between us and the root.
+    parent = logger.parent
+    return bool(
+        logger.handlers
+        or (logger.propagate and parent is not None and (parent.handlers if parent.parent is None else parent.hasHandlers()))
+    )
+
+
+def write(line: str) -> None:
+    """One whole line to stderr; a closed or broken stderr is nobody's business but its owner's."""
+    stream = sys.stderr
+    if stream is None:
+        return
+    try:
+        stream.write(line)
+    except (OSError, ValueError):
+        pass
+
+
+# What logging keeps for itself in a record and refuses as an extra.
+_RESERVED = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime"}
+
+
+def _safe(keys: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{key}_" if key in _RESERVED else key: value for key, value in keys.items()}

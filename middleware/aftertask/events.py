@@ -1,0 +1,551 @@
+"""What is told of a background task: the run, its events, and who may be told. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import Context, ContextVar
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
+
+from . import _clock
+from ._failure import error_message, error_type, fingerprint, stack
+
+Outcome: TypeAlias = Literal[
+    "succeeded",
+    "failed",
+    "timed_out",
+    "cancelled",
+    "skipped",
+    "dropped",
+    "rejected",
+    "expired",
+    "lost",
+    "offloaded",
+]
+
+# Our own generator: an app that seeds the global one must not get the same run ids in every worker.
+_random = random.Random()
+_bits = _random.getrandbits
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_random.seed)
+
+
+class SpanContext(Protocol):
+    """The part of OpenTelemetry's span context that signals share."""
+
+    @property
+    def trace_id(self) -> int: ...
+    @property
+    def span_id(self) -> int: ...
+    @property
+    def trace_flags(self) -> int: ...
+
+
+@dataclass(slots=True, eq=False)
+class Plan:
+    """
+    How a task is run and observed: its policy put together, and what is the same for every run of it.
+
+    Attributes:
+        task: The task's name.
+        registered: Whether `@task` or `Settings.policies` named it: then its metrics exist from the start.
+        code: The function as `module.qualname`, for `code.function.name`.
+        executor: `inline` on the event loop, or `thread`.
+        whole: A user's container or a subclass that calls its function itself: one run, what it calls are children.
+        observe: False: as if the task were not there.
+        owner: Who looks after it; None where nobody said.
+        expected: Exception classes that make a run failed but not bad.
+        trace: `child`, `link` or `none`; None as `Settings.trace` says.
+    """
+
+    task: str
+    registered: bool
+    code: str
+    executor: str
+    whole: bool
+    observe: bool
+    owner: str | None
+    expected: tuple[type[Exception], ...]
+    trace: str | None
+
+
+class Request:
+    """
+    The request that scheduled a run: what its runs have in common.
+
+    Attributes:
+        http_method: `GET`, `POST`, …; None for a WebSocket.
+        http_route: The route's template (`/orders/{id}`), never the path itself; None where no route matched.
+        request_id: As `Settings.request_id` found it.
+        context: The context variables as they were when the request reached the middleware; None once it is over.
+        span_context: The span that was current then, for `Tracing` and `Logs`; None where there was none.
+    """
+
+    # Most requests never get a run, so what is not known from the start is a default of the class.
+    http_route: str | None = None
+    request_id: str | None = None
+    span_context: SpanContext | None = None
+    span_parent: object = None
+
+    def __init__(self, http_method: str | None, context: Context | None) -> None:
+        self.http_method = http_method
+        self.context = context
+
+
+class TaskRun:
+    """
+    One call of a task after a response, from the moment it is scheduled until it ends.
+
+    Attributes:
+        task: The task's name, as in every label (`TELEMETRY.md`).
+        plan: How the task is run and observed: its policy put together.
+        request: The request it came from.
+        batch: Which batch runs it, for signals that keep something until the batch has ended; 0 where user code is the
+            caller.
+        parent: The run that ran this one, where user code and not the framework is the caller; else None.
+        attempt: The call of the function that is under way or was the last, counted from 1; 0 before the first.
+        outcome: How it ended; None while it has not.
+        timestamp: When it was scheduled, in seconds since the Unix epoch.
+        scheduled_s, queued_s, started_s: Monotonic seconds of its steps; None while a step has not been reached.
+        span_context: The current attempt's span; None without tracing.
+        bound: structlog's bound keys, copied from the sync endpoint that added the task; else None.
+        context: The endpoint's whole context, with `Settings(context="endpoint")`; else None.
+    """
+
+    # What a run gets later in its life is a default of the class: half the cost of setting it each time (make bench).
+    attempt: int = 0
+    parent: TaskRun | None = None
+    batch: int = 0
+    queued_s: float | None = None
+    started_s: float | None = None
+    outcome: Outcome | None = None
+    span_context: SpanContext | None = None
+    bound: Mapping[ContextVar[Any], Any] | None = None
+    context: Context | None = None
+    _id: str | None = None
+
+    def __init__(self, plan: Plan, request: Request, target: object) -> None:
+        self.task = plan.task
+        self.plan = plan
+        self.request = request
+        self.target = target
+        self.timestamp = _clock.timestamp()
+        self.scheduled_s = _clock.monotonic()
+        self._bits = _bits(74)
+
+    @property
+    def id(self) -> str:
+        """The run's id: a UUID version 7 (RFC 9562, 5.7), hyphenated."""
+        found = self._id
+        if found is None:
+            bits = self._bits  # 12 of them before the variant, 62 behind it
+            whole = int(self.timestamp * 1000) << 80 | 7 << 76 | (bits >> 62) << 64 | 2 << 62 | bits & (1 << 62) - 1
+            text = f"{whole:032x}"
+            # Made when first asked for, maybe by two threads at once: from the same parts, so it is the same.
+            found = self._id = f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+        return found
+
+    @property
+    def at(self) -> datetime:
+        """When it was scheduled; aware, UTC."""
+        return datetime.fromtimestamp(self.timestamp, timezone.utc)
+
+    @property
+    def http_method(self) -> str | None:
+        """The request's method."""
+        return self.request.http_method
+
+    @property
+    def http_route(self) -> str | None:
+        """The request's route template."""
+        return self.request.http_route
+
+    @property
+    def request_id(self) -> str | None:
+        """The request's id, where an earlier middleware left one."""
+        return self.request.request_id
+
+    @property
+    def engine(self) -> str:
+        """Where it runs: `local`, or an engine's name."""
+        return "local"
+
+    @property
+    def max_attempts(self) -> int:
+        """How often it may be called in all."""
+        return 1
+
+    @property
+    def priority(self) -> int:
+        """Smaller is earlier."""
+        return 0
+
+    @property
+    def origin(self) -> str:
+        """What brought it about: `request`."""
+        return "request"
+
+    def __repr__(self) -> str:
+        return f"<TaskRun {self.task} {self.id} {self.outcome or 'in flight'}>"
+
+
+class Failure:
+    """
+    What an exception says, as text that may leave the process: redacted, without frame locals, each part made once.
+
+    Attributes:
+        error: The exception itself. Its text has *not* been redacted.
+    """
+
+    def __init__(self, error: BaseException, redact: Callable[[str], str]) -> None:
+        self.error = error
+        self._redact = redact
+
+    @cached_property
+    def type(self) -> str:
+        """Bare name for builtins, else `module.Qualname`."""
+        return error_type(self.error)
+
+    @cached_property
+    def message(self) -> str:
+        """`str(error)`, redacted and shortened."""
+        return error_message(self.error, self._redact)
+
+    @cached_property
+    def stack(self) -> str:
+        """The traceback as Python prints it, redacted and shortened."""
+        return stack(self.error, self._redact)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits, the same for the same class raised from the same function."""
+        return fingerprint(self.error)
+
+
+@dataclass(slots=True)
+class _Told:
+    """
+    What every event carries. Immutable by contract: a frozen dataclass costs four times as much to build.
+
+    Attributes:
+        run: The run it is about.
+        timestamp: When, in seconds since the Unix epoch.
+    """
+
+    run: TaskRun
+    timestamp: float
+
+    @property
+    def at(self) -> datetime:
+        """When; aware, UTC."""
+        return datetime.fromtimestamp(self.timestamp, timezone.utc)
+
+
+@dataclass(slots=True)
+class _Ended(_Told):
+    outcome: ClassVar[Outcome]
+
+    @property
+    def bad(self) -> bool:
+        """Whether service levels count it as bad (`TELEMETRY.md`, Words)."""
+        return True
+
+
+@dataclass(slots=True)
+class Scheduled(_Told):
+    """A task will be called after a response."""
+
+
+@dataclass(slots=True)
+class Started(_Told):
+    """
+    An attempt begins.
+
+    Attributes:
+        attempt: Which call of the function, counted from 1.
+        queue_wait_s: Seconds from the end of the response to the first attempt; None where the run was never queued
+            (a child, or a later attempt).
+    """
+
+    attempt: int
+    queue_wait_s: float | None
+
+
+@dataclass(slots=True)
+class Retrying(_Told):
+    """An attempt raised, and the run will be tried again after `delay_s` seconds."""
+
+    attempt: int
+    duration_s: float
+    error: Exception
+    failure: Failure
+    delay_s: float
+
+
+@dataclass(slots=True)
+class Succeeded(_Ended):
+    """The last attempt returned, after `duration_s` seconds."""
+
+    attempt: int
+    duration_s: float
+    outcome = "succeeded"
+
+    @property
+    def bad(self) -> bool:
+        """Never."""
+        return False
+
+
+@dataclass(slots=True)
+class Failed(_Ended):
+    """
+    The last attempt raised, and the run will not be tried again.
+
+    Attributes:
+        attempt: Which call failed, counted from 1.
+        duration_s: Seconds in that call, by the monotonic clock.
+        error: What the task raised.
+        failure: The same as text, redacted.
+        expected: Whether the task's policy names the error's class as expected: failed, not bad.
+    """
+
+    attempt: int
+    duration_s: float
+    error: Exception
+    failure: Failure
+    expected: bool
+    outcome = "failed"
+
+    @property
+    def bad(self) -> bool:
+        """Unless it was expected."""
+        return not self.expected
+
+
+@dataclass(slots=True)
+class TimedOut(_Ended):
+    """Our deadline of `limit_s` seconds ended the last attempt."""
+
+    attempt: int
+    duration_s: float
+    limit_s: float
+    failure: Failure
+    outcome = "timed_out"
+
+
+@dataclass(slots=True)
+class Cancelled(_Ended):
+    """
+    The run was started and cut off, or its batch was cancelled before it could start.
+
+    Attributes:
+        attempt: Which call was cut off; 0 where none had begun.
+        duration_s: Seconds in that call; None where none had begun.
+        reason: `cancelled` (the call was cut off) or `batch_cancelled` (an earlier run of the batch was).
+        caused_by: The earlier run; None where it was this one.
+    """
+
+    attempt: int
+    duration_s: float | None
+    reason: str
+    caused_by: TaskRun | None
+    outcome = "cancelled"
+
+    @property
+    def bad(self) -> bool:
+        """Never: a shutdown is no failure."""
+        return False
+
+
+@dataclass(slots=True)
+class Skipped(_Ended):
+    """A sibling failed before this run's turn came."""
+
+    reason: str
+    caused_by: TaskRun | None
+    outcome = "skipped"
+
+
+@dataclass(slots=True)
+class Dropped(_Ended):
+    """
+    The request ended without running it.
+
+    Attributes:
+        reason: `http_exception`, `validation`, `handler_error`, `own_background`, `client_gone` or `other`.
+    """
+
+    reason: str
+    outcome = "dropped"
+
+    @property
+    def bad(self) -> bool:
+        """Unless a client can cause it at will."""
+        return self.reason not in ("http_exception", "validation")
+
+
+@dataclass(slots=True)
+class Rejected(_Ended):
+    """The run was not accepted."""
+
+    reason: str
+    outcome = "rejected"
+
+
+@dataclass(slots=True)
+class Expired(_Ended):
+    """The run's deadline passed before it could start."""
+
+    reason: str
+    outcome = "expired"
+
+    @property
+    def bad(self) -> bool:
+        """Never: its owner asked for it."""
+        return False
+
+
+@dataclass(slots=True)
+class Lost(_Ended):
+    """The run was accepted and will never run or finish."""
+
+    reason: str
+    age_s: float
+    outcome = "lost"
+
+
+@dataclass(slots=True)
+class Offloaded(_Ended):
+    """The run was handed to another engine, which tells the rest."""
+
+    engine: str
+    outcome = "offloaded"
+
+    @property
+    def bad(self) -> bool:
+        """Never: the engine tells how it ends."""
+        return False
+
+
+@dataclass(slots=True)
+class Slow(_Told):
+    """The run has been running for longer than its policy's `slow_after`."""
+
+    running_s: float
+    limit_s: float
+
+
+@dataclass(slots=True)
+class Stuck(_Told):
+    """The run has been running for longer than its policy's `stuck_after`."""
+
+    running_s: float
+    limit_s: float
+    stack: str | None
+
+
+@dataclass(slots=True)
+class Abandoned(_Told):
+    """A sync task went past its time limit; its thread cannot be killed and goes on."""
+
+    running_s: float
+    limit_s: float
+    stack: str | None
+
+
+@dataclass(slots=True)
+class AbandonedEnded(_Told):
+    """The thread of an abandoned run has ended."""
+
+    running_s: float
+    limit_s: float
+
+
+@dataclass(slots=True)
+class HazardFound(_Told):
+    """
+    Something about this task makes background tasks fail.
+
+    Attributes:
+        kind: `generator`, `unawaited_coroutine`, …
+        argument: The argument's name; None where it is not about one.
+        advice: What to do, in a sentence.
+    """
+
+    kind: str
+    argument: str | None
+    advice: str
+
+
+TaskEvent: TypeAlias = (
+    Scheduled
+    | Started
+    | Retrying
+    | Succeeded
+    | Failed
+    | TimedOut
+    | Cancelled
+    | Skipped
+    | Dropped
+    | Rejected
+    | Expired
+    | Lost
+    | Offloaded
+    | Slow
+    | Stuck
+    | Abandoned
+    | AbandonedEnded
+    | HazardFound
+)
+
+#: The events that end a run.
+Ended: TypeAlias = (
+    Succeeded | Failed | TimedOut | Cancelled | Skipped | Dropped | Rejected | Expired | Lost | Offloaded
+)
+
+EVENTS: tuple[type[TaskEvent], ...] = TaskEvent.__args__  # type: ignore[attr-defined]  # a union's members
+OUTCOMES: tuple[Outcome, ...] = tuple(kind.outcome for kind in Ended.__args__)  # type: ignore[attr-defined]  # same
+
+
+@runtime_checkable
+class Signal(Protocol):
+    """
+    Is told of every event, synchronously: does no I/O, and cannot break a run. A plain function will do.
+
+    A signal that wants but some events, or each by a function of its own, has beside this an attribute `handlers`, a
+    mapping of event classes to functions. An event that no signal wants is not built. Three more are optional: `open()`
+    and `close()`, called when the app starts and when it has stopped, and `batch_ended(request, batch)`, called in the
+    context of a batch's runs when all of them are over: until then what a signal set in the context may stay.
+    """
+
+    def __call__(self, event: TaskEvent, /) -> None: ...
+
+
+@runtime_checkable
+class Admission(Protocol):
+    """Is awaited when a response starts, with the runs it carries; an exception fails the request."""
+
+    async def __call__(self, runs: Sequence[TaskRun], /) -> None: ...
+
+
+_current: ContextVar[TaskRun | None] = ContextVar("aftertask_run", default=None)
+_live: dict[TaskRun, None] = {}
+
+
+def current_run() -> TaskRun | None:
+    """The run that this code is part of, in a sync task's thread too; None outside of any."""
+    run = _current.get()
+    return run if run is not None and run.outcome is None else None
+
+
+def get_run(id: str) -> TaskRun | None:
+    """
+    The run with this id, while it is in flight in this process; None where there is none.
+
+    Looks through all runs in flight: for a page or a handler, not for the path of a task.
+    """
+    return next((run for run in list(_live) if run.id == id), None)

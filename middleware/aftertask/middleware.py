@@ -1,0 +1,128 @@
+"""The ASGI middleware: marks each request's scope, and answers `GET /metrics`."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from . import _intercept, _scrape
+from ._runner import Engine, Exchange
+from .events import Signal
+from .settings import Settings, disabled
+from .signals import usual
+
+
+class AftertaskMiddleware:
+    """
+    Observe every background task of an app: `app.add_middleware(AftertaskMiddleware)`.
+
+    Works in every FastAPI and Starlette app, on asyncio and trio; for a plain ASGI app wrap it:
+    `AftertaskMiddleware(app)`. With `AFTERTASK_DISABLED=1` in the environment it passes everything through and installs
+    nothing.
+
+    Args:
+        app: The ASGI app inside.
+        settings: None: `Settings.from_env()`.
+        signals: Who is told of every event; None: `aftertask.signals.usual(settings)`. An empty list is nobody.
+
+    Raises:
+        TypeError, ValueError: A setting or a signal is not one; the message names it.
+        RegistryClash: The registry holds a metric of one of our names that is not ours.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, settings: Settings | None = None, signals: Iterable[Signal] | None = None
+    ) -> None:
+        self.app = app
+        self._engine: Engine | None = None
+        if disabled():
+            return
+        settings = Settings.from_env() if settings is None else settings
+        if not isinstance(settings, Settings):
+            raise TypeError(f"settings must be an aftertask.Settings or None, got {settings!r}")
+        if signals is not None and not isinstance(signals, Iterable):
+            raise TypeError(f"signals must be a list of signals or None, got {signals!r}")
+        _warn_if_twice(app)
+        self._settings = settings
+        self._engine = Engine(settings, usual(settings) if signals is None else signals)
+        self._metrics_path = settings.metrics_path
+        self._excluded = _excluded(settings.exclude)
+        _intercept.install()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection, or the lifespan."""
+        kind, engine = scope["type"], self._engine
+        if engine is None or kind not in ("http", "websocket"):
+            if engine is not None and kind == "lifespan":
+                receive = self._lifespan(engine, receive)
+            return await self.app(scope, receive, send)
+        path = self._metrics_path
+        if path is not None and scope["path"].endswith(path) and self._is_scrape(scope, path):
+            return await _scrape.answer(scope, receive, send, self._settings.registry)
+        outer = scope.get(_intercept.KEY)
+        if self._excluded is not None and self._excluded.fullmatch(_scrape.route_path(scope)):
+            scope[_intercept.KEY] = None
+            try:
+                return await self.app(scope, receive, send)
+            finally:
+                scope[_intercept.KEY] = outer
+        scope[_intercept.KEY] = exchange = Exchange(engine, scope)
+        try:
+            await self.app(scope, receive, exchange.sender(send))
+        except BaseException as error:
+            exchange.close(error)
+            raise
+        else:
+            exchange.close(None)
+        finally:
+            if outer is not None:  # an outermost mark stays: the 500 handler's response is still to come
+                scope[_intercept.KEY] = outer
+
+    def _is_scrape(self, scope: Scope, path: str) -> bool:
+        return (
+            scope["type"] == "http"
+            and scope["method"] in ("GET", "HEAD")
+            and _scrape.route_path(scope) == path
+            and not _scrape.is_taken(scope, path)
+        )
+
+    @staticmethod
+    def _lifespan(engine: Engine, receive: Receive) -> Receive:
+        async def watched() -> Message:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                engine.open()
+            elif message["type"] == "lifespan.shutdown":
+                engine.close()
+            return message
+
+        return watched
+
+
+def _warn_if_twice(app: object) -> None:
+    inner: object = app
+    for _ in range(100):
+        if isinstance(inner, AftertaskMiddleware):
+            warnings.warn(
+                "AftertaskMiddleware was added twice to one app: the inner one observes its tasks, the outer one none; "
+                "remove one of the two add_middleware calls",
+                stacklevel=4,
+            )
+            return
+        inner = getattr(inner, "app", None)
+        if inner is None:
+            return
+
+
+def _excluded(paths: Sequence[str]) -> re.Pattern[str] | None:
+    """One pattern for all excluded paths: `{name}` is one segment, `*` anything."""
+    if not paths:
+        return None
+    parts = []
+    for path in paths:
+        text = re.sub(r"\\\{[^/]*?\\\}", "[^/]+", re.escape(path))
+        parts.append(text.replace(r"\*", ".*"))
+    return re.compile("|".join(parts))

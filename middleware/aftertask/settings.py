@@ -1,0 +1,219 @@
+"""The usual assembly as one frozen value; the only reader of `AFTERTASK_*` variables."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, Literal
+
+from opentelemetry.trace import TracerProvider
+from prometheus_client import REGISTRY, CollectorRegistry
+
+from ._redact import default_redact
+from .policies import TRACES, Policy, Trace
+
+PREFIX = "AFTERTASK_"
+CONTEXTS = ("request", "endpoint")
+_HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
+
+
+def request_id_from_state(scope: MutableMapping[str, Any]) -> str | None:
+    """The request id that an earlier middleware left in `scope["state"]["request_id"]`; None where there is none."""
+    state = scope.get("state")
+    value = state.get("request_id") if isinstance(state, Mapping) else getattr(state, "request_id", None)
+    return None if value is None else str(value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """
+    How aftertask observes one app.
+
+    Args:
+        metrics_path: Where `GET` and `HEAD` are answered with the metrics, relative to the root path; None: nowhere.
+        registry: The Prometheus registry; by default prometheus-client's own.
+        tracer_provider: Where spans go; None: the global one, once there is one.
+        trace: A task's span is a `"child"` of the request's, a root with a `"link"` to it, or there is `"none"`.
+        context: What a sync endpoint's tasks see of the context variables it set: structlog's bound keys only
+            (`"request"`), or all of them (`"endpoint"`).
+        policies: Task name or pattern (`mail.*`, as `fnmatch`) to `Policy`: for functions that one cannot decorate, and
+            for operators; over what `@task` says.
+        redact: Gets the text of an exception before any signal does, and gives back what may be shown.
+        request_id: Finds the request's id in the ASGI scope; by default what an earlier middleware left in
+            `scope["state"]["request_id"]`, never a raw header.
+        success_log_rate: At most so many `task.succeeded` log lines a second; None: every one.
+        run_ids_header: The name of a response header that lists the ids of the runs that the response carries; None:
+            no such header.
+        exclude: Paths of which nothing is observed: `/health`, `/internal/*`, `/items/{id}`.
+
+    Raises:
+        TypeError, ValueError: A value is not one of those allowed; the message names it.
+    """
+
+    metrics_path: str | None = "/metrics"
+    registry: CollectorRegistry = REGISTRY
+    tracer_provider: TracerProvider | None = None
+    trace: Trace = "child"
+    context: Literal["request", "endpoint"] = "request"
+    policies: Mapping[str, Policy] = field(default_factory=dict)
+    redact: Callable[[str], str] = default_redact
+    request_id: Callable[[MutableMapping[str, Any]], str | None] = request_id_from_state
+    success_log_rate: float | None = 100.0
+    run_ids_header: str | None = None
+    exclude: tuple[str, ...] = ()
+
+    def find_request_id(self, scope: MutableMapping[str, Any]) -> str | None:
+        """The request's id, as a string."""
+        found = self.request_id(scope)
+        return None if found is None else str(found)
+
+    def __new__(cls, **values: Any) -> Settings:
+        """Refuse a setting that there is not, with a hint."""
+        for name in values:
+            if name not in cls.__dataclass_fields__:
+                raise TypeError(unknown_setting(name))
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        _path("metrics_path", self.metrics_path)
+        if not isinstance(self.registry, CollectorRegistry):
+            raise TypeError(f"Settings.registry must be a prometheus_client.CollectorRegistry, got {self.registry!r}")
+        if self.tracer_provider is not None and not hasattr(self.tracer_provider, "get_tracer"):
+            raise TypeError(f"Settings.tracer_provider must be a TracerProvider or None, got {self.tracer_provider!r}")
+        _one_of("trace", self.trace, TRACES)
+        _one_of("context", self.context, CONTEXTS)
+        for name in ("redact", "request_id"):
+            if not callable(getattr(self, name)):
+                raise TypeError(f"Settings.{name} must be a function, got {getattr(self, name)!r}")
+        rate = self.success_log_rate
+        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate >= 0):
+            raise ValueError(f"Settings.success_log_rate must be a number of lines a second, or None, got {rate!r}")
+        header = self.run_ids_header
+        if header is not None and not (isinstance(header, str) and _HEADER_NAME.fullmatch(header)):
+            raise ValueError(f"Settings.run_ids_header must be a header's name or None, got {header!r}")
+        object.__setattr__(self, "policies", _policies(self.policies))
+        object.__setattr__(self, "exclude", _exclude(self.exclude))
+
+    @classmethod
+    def from_env(cls, **overrides: Any) -> Settings:
+        """
+        The settings that the `AFTERTASK_*` variables say; keywords win over them.
+
+        Raises:
+            ValueError: A variable's value cannot be understood; the message names the variable.
+        """
+        values: dict[str, Any] = {}
+        for name, text in sorted(os.environ.items()):
+            if not name.startswith(PREFIX) or name == "AFTERTASK_DISABLED" or name.startswith("AFTERTASK_TEST_"):
+                continue
+            setting = name.removeprefix(PREFIX).lower()
+            if setting not in _FROM_TEXT:
+                _warn_unknown(name)
+            elif setting not in overrides:
+                try:
+                    values[setting] = _FROM_TEXT[setting](text)
+                except ValueError as error:
+                    raise ValueError(f"{name}={text!r}: {error}") from None
+        try:
+            return cls(**{**values, **overrides})
+        except ValueError as error:
+            said = ", ".join(f"{PREFIX}{name.upper()}" for name in values)
+            raise ValueError(f"{error} (from the environment: {said})" if said else str(error)) from None
+
+
+def unknown_setting(name: str) -> str:
+    """What to say of a setting that there is not."""
+    known = [item.name for item in fields(Settings)]
+    close = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+    return f"{name!r} is no setting of aftertask; {hint}"
+
+
+def disabled() -> bool:
+    """Whether `AFTERTASK_DISABLED` says that nothing at all is to be installed."""
+    return _truth(os.environ.get("AFTERTASK_DISABLED", ""))
+
+
+def _truth(text: str) -> bool:
+    value = text.strip().lower()
+    if value in ("", "0", "false", "no", "off"):
+        return False
+    if value in ("1", "true", "yes", "on"):
+        return True
+    raise ValueError(f"AFTERTASK_DISABLED must be 1 or 0, got {text!r}")
+
+
+def _nothing(text: str) -> bool:
+    return text.strip().lower() in ("", "none", "null")
+
+
+def _optional_text(text: str) -> str | None:
+    return None if _nothing(text) else text.strip()
+
+
+def _optional_number(text: str) -> float | None:
+    if _nothing(text):
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("must be a number, or none") from None
+
+
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+_FROM_TEXT: dict[str, Callable[[str], Any]] = {
+    "metrics_path": _optional_text,
+    "trace": str.strip,
+    "context": str.strip,
+    "success_log_rate": _optional_number,
+    "run_ids_header": _optional_text,
+    "exclude": _list,
+}
+
+
+def _warn_unknown(name: str) -> None:
+    # Kubernetes gives every container variables for a Service of its namespace, and one may be called aftertask.
+    if re.fullmatch(r"AFTERTASK_(SERVICE_(HOST|PORT).*|PORT(_.*)?)", name):
+        return
+    known = [PREFIX + setting.upper() for setting in _FROM_TEXT] + ["AFTERTASK_DISABLED"]
+    close = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+    warnings.warn(f"the environment variable {name} means nothing to aftertask; {hint}", stacklevel=4)
+
+
+def _path(name: str, value: object) -> None:
+    if value is not None and not (isinstance(value, str) and value.startswith("/") and len(value) > 1):
+        raise ValueError(f"Settings.{name} must be a path that begins with a slash, or None, got {value!r}")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"Settings.{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _policies(policies: object) -> Mapping[str, Policy]:
+    if not isinstance(policies, Mapping):
+        raise TypeError(f"Settings.policies must map task names or patterns to Policy, got {policies!r}")
+    for name, policy in policies.items():
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"Settings.policies: a key must be a task's name or a pattern, got {name!r}")
+        if not isinstance(policy, Policy):
+            raise TypeError(f"Settings.policies[{name!r}] must be a Policy, got {policy!r}")
+    return MappingProxyType(dict(policies))
+
+
+def _exclude(paths: object) -> tuple[str, ...]:
+    if isinstance(paths, str) or not isinstance(paths, (list, tuple, set, frozenset)):
+        raise TypeError(f"Settings.exclude must be a list of paths, got {paths!r}")
+    for path in paths:
+        if not isinstance(path, str) or not path.startswith("/"):
+            raise ValueError(f"Settings.exclude: a path must begin with a slash, got {path!r}")
+    return tuple(paths)

@@ -1,0 +1,228 @@
+"""
+The numbers of several processes, in files that prometheus-client shares among them (`PROMETHEUS_MULTIPROC_DIR`).
+
+Collectors of our own are not seen there, so these are prometheus-client's counters, gauges and histograms, each gauge
+with the way in which processes are put together. It keeps no exemplars there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from ..errors import RegistryClash
+from ..events import OUTCOMES, Ended, Failed, Retrying, Succeeded, TaskRun, TimedOut
+from ..policies import registered_tasks
+from . import families as f
+from ._series import STATES, Series, whole_life
+from .families import Family
+from .metrics import OTHER, Bounds, build_info
+
+#: How often gauges that grow by themselves are written, in seconds.
+SAMPLE_EVERY = 5.0
+
+
+def all_processes() -> CollectorRegistry:
+    """A registry that tells the sums over all processes; those that are dead no longer count as running anything."""
+    directory = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+    for pid in {int(found[1]) for file in directory.glob("gauge_live*.db") if (found := _PID.search(file.name))}:
+        if not _alive(pid):
+            mark_process_dead(pid)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)
+    return registry
+
+
+_PID = re.compile(r"_(\d+)\.db$")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class SharedBook:
+    """One process's part of the numbers, in the shared files."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._lock = threading.Lock()
+        self._by_task: dict[str, SharedSeries] = {}
+        try:
+            self.families: dict[Family, Any] = {family: _make(family, registry) for family in f.FAMILIES}
+        except ValueError as error:
+            raise RegistryClash(
+                f"the registry already has one of aftertask's metrics, put there by somebody else: {error}; "
+                f"give Settings(registry=…) a registry without it, or rename that metric"
+            ) from error
+        for label in ("task", "error_type"):
+            self.families[f.LABEL_OVERFLOW].labels(label)
+        self.bounds = Bounds(self._overflow)
+        self.families[f.BUILD_INFO].labels(*build_info()).set(1)
+        self._sampler: threading.Thread | None = None
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._start_over)
+
+    def of(self, run: TaskRun) -> SharedSeries:
+        """The numbers of a run's task."""
+        series = self._by_task.get(run.task)
+        return self._new(run) if series is None else series
+
+    def _new(self, run: TaskRun) -> SharedSeries:
+        self._sample_from_now_on()
+        with self._lock:
+            if run.task in self._by_task:
+                return self._by_task[run.task]
+            label = self.bounds.task(run)
+            series = self._by_task.get(label) or self._make(label)
+            if label != OTHER:
+                self.families[f.TASK_INFO].labels(label, "local", run.plan.owner or "", run.plan.executor).set(1)
+            return series
+
+    def _make(self, label: str) -> SharedSeries:
+        series = self._by_task[label] = SharedSeries((label, "local"), self)
+        return series
+
+    def register(self, name: str, owner: str, executor: str) -> None:
+        """Give a task its series before its first run, all at 0."""
+        with self._lock:
+            if name not in self._by_task:
+                self._make(name)
+                self.families[f.TASK_INFO].labels(name, "local", owner, executor).set(1)
+
+    def count_self_error(self, component: str) -> None:
+        """Something of ours raised."""
+        self.families[f.SELF_ERRORS].labels(component).inc()
+
+    def _overflow(self, label: str) -> None:
+        self.families[f.LABEL_OVERFLOW].labels(label).inc()
+
+    def _start_over(self) -> None:
+        # A fork leaves the sampler's thread behind, and what the parent counted is the parent's.
+        self._lock, self._sampler = threading.Lock(), None
+        self._by_task.clear()
+        self.bounds = Bounds(self._overflow)
+
+    def _sample_from_now_on(self) -> None:
+        with self._lock:
+            if self._sampler is None:
+                self._sampler = threading.Thread(target=self._sample, name="aftertask-ages", daemon=True)
+                self._sampler.start()
+
+    def _sample(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(SAMPLE_EVERY):
+            self.sample()
+
+    def sample(self) -> None:
+        """Write what grows without an event: ages, and which runs are queued by now."""
+        for entry in registered_tasks():
+            self.register(entry.name, entry.policy.owner or "", entry.executor)
+        for series in list(self._by_task.values()):
+            series.sample()
+
+
+def _make(family: Family, registry: CollectorRegistry) -> Any:
+    if family.kind == "counter":
+        return Counter(family.full_name, family.help, family.labels, registry=registry)
+    if family.kind == "gauge":
+        return Gauge(family.full_name, family.help, family.labels, registry=registry, multiprocess_mode=family.mode)  # type: ignore[arg-type]  # "" is no gauge's
+    return Histogram(family.full_name, family.help, family.labels, registry=registry, buckets=family.buckets)
+
+
+class SharedSeries:
+    """All the numbers of one task, each child looked up once."""
+
+    def __init__(self, labels: tuple[str, str], book: SharedBook) -> None:
+        self._labels = labels
+        self._error_type: Callable[[str, str], str] = book.bounds.error_type
+        # What is in flight is counted as in one process, and written as gauges.
+        self._here = Series(labels, lambda task, kind: kind)
+        self._queued = 0
+        of = book.families
+        self._scheduled, self._bad, self._retries = (of[family].labels(*labels) for family in (f.SCHEDULED, f.BAD, f.RETRIES))
+        self._finished = {outcome: of[f.FINISHED].labels(*labels, outcome) for outcome in OUTCOMES}
+        self._not_run, self._hazards, self._errors = of[f.NOT_RUN], of[f.HAZARDS], of[f.ERRORS]
+        for outcome, reason in f.NOT_RUN_REASONS:
+            self._not_run.labels(labels[0], outcome, reason)
+        self._wait, self._end_to_end = of[f.WAIT].labels(*labels), of[f.END_TO_END].labels(*labels)
+        self._ok, self._error = (of[f.ATTEMPT].labels(*labels, result) for result in ("ok", "error"))
+        self._inflight = {state: of[f.INFLIGHT].labels(*labels, state) for state in STATES}
+        self._ages = of[f.OLDEST_QUEUED].labels, of[f.OLDEST_RUNNING].labels
+        self._last_success, self._last_failure = of[f.LAST_SUCCESS].labels, of[f.LAST_FAILURE].labels
+
+    def schedule(self, run: TaskRun) -> None:
+        """A run came into being."""
+        self._here.schedule(run)
+        self._scheduled.inc()
+        self._write_inflight()
+
+    def start(self, run: TaskRun, wait: float | None, timestamp: float) -> None:
+        """An attempt begins."""
+        self._here.start(run, None, timestamp)
+        if wait is not None:
+            self._wait.observe(wait)
+        self._write_inflight()
+
+    def succeed(self, event: Succeeded) -> None:
+        """The most frequent end."""
+        self._here.succeed(event)
+        self._ok.observe(event.duration_s)
+        self._end_to_end.observe(whole_life(event))
+        self._finished["succeeded"].inc()
+        self._last_success(*self._labels).set(event.timestamp)
+        self._write_inflight()
+
+    def retry(self, event: Retrying) -> None:
+        """An attempt raised, and another will follow."""
+        self._here.retry(event)
+        self._retries.inc()
+        self._attempt_failed(event)
+        self._write_inflight()
+
+    def end(self, event: Ended) -> None:
+        """A run ended, in any other way than by success."""
+        self._here.end(event)
+        self._finished[event.outcome].inc()
+        if event.bad:
+            self._bad.inc()
+        if isinstance(event, (Failed, TimedOut)):
+            self._attempt_failed(event)
+            self._end_to_end.observe(whole_life(event))
+            self._last_failure(*self._labels).set(event.timestamp)
+        elif event.run.attempt == 0 and event.outcome != "cancelled":
+            self._not_run.labels(self._labels[0], event.outcome, getattr(event, "reason", "other")).inc()
+        self._write_inflight()
+
+    def hazard(self, kind: str) -> None:
+        """Something was found."""
+        self._hazards.labels(self._labels[0], kind).inc()
+
+    def sample(self) -> None:
+        """Write the gauges that change by themselves."""
+        self._queued = self._here.inflight()["queued"]
+        self._write_inflight()
+        for labels, age in zip(self._ages, self._here.ages(), strict=True):
+            labels(*self._labels).set(age or 0.0)
+
+    def _attempt_failed(self, event: Failed | TimedOut | Retrying) -> None:
+        self._error.observe(event.duration_s)
+        self._errors.labels(*self._labels, self._error_type(self._labels[0], event.failure.type)).inc()
+
+    def _write_inflight(self) -> None:
+        # Which of the waiting runs are queued by now is looked up by the sampler only: there may be thousands.
+        waiting, queued = len(self._here.waiting), self._queued
+        self._inflight["queued"].set(min(queued, waiting))
+        self._inflight["scheduled"].set(max(0, waiting - queued))
+        self._inflight["running"].set(len(self._here.running))

@@ -1,0 +1,85 @@
+"""Every metric family that aftertask emits: one place for names, labels, buckets and help texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+PREFIX = "aftertask_"
+
+# Waits sit near zero but a backlog reaches minutes; attempts are told up to 15 minutes, whole lives up to six hours.
+WAIT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
+ATTEMPT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
+END_TO_END_BUCKETS = (0.05, 0.25, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 21600.0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Family:
+    """
+    One metric family.
+
+    Attributes:
+        name: Without the prefix, and for a counter without `_total`.
+        kind: As Prometheus calls it.
+        help: What it says, for people.
+        labels: In the order in which values are given.
+        buckets: A histogram's upper bounds, in seconds.
+        mode: A gauge's way to be put together over processes, as prometheus-client calls it.
+    """
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+    mode: Literal["", "livesum", "livemax", "max"] = ""
+
+    @property
+    def full_name(self) -> str:
+        """With the prefix; a counter's samples have `_total` behind it."""
+        return PREFIX + self.name
+
+
+_TASK = ("task", "engine")
+
+#: The ways in which a run is never started, told from 0 on for each task.
+NOT_RUN_REASONS = (
+    ("skipped", "sibling_failed"),
+    *(("dropped", reason) for reason in ("http_exception", "validation", "handler_error")),
+    *(("dropped", reason) for reason in ("own_background", "client_gone", "other")),
+    ("lost", "shutdown"),
+)
+
+SCHEDULED = Family("tasks_scheduled", "counter", "Runs that came into being.", _TASK)
+FINISHED = Family("tasks_finished", "counter", "Runs that ended, by how.", (*_TASK, "outcome"))
+NOT_RUN = Family(
+    "tasks_not_run", "counter", "Runs that ended without having been started, by why.", ("task", "outcome", "reason")
+)
+BAD = Family("tasks_bad", "counter", "Runs that service levels count as bad.", _TASK)
+INFLIGHT = Family("tasks_inflight", "gauge", "Runs that have not ended.", (*_TASK, "state"), mode="livesum")
+WAIT = Family(
+    "queue_wait_seconds", "histogram", "From the end of the response to the first attempt.", _TASK, WAIT_BUCKETS
+)
+ATTEMPT = Family(
+    "attempt_duration_seconds", "histogram", "Time in one call of the function.", (*_TASK, "result"), ATTEMPT_BUCKETS
+)
+END_TO_END = Family(
+    "end_to_end_seconds", "histogram", "From being scheduled to the end of the last attempt.", _TASK, END_TO_END_BUCKETS
+)
+RETRIES = Family("retries", "counter", "Attempts that will be followed by another.", _TASK)
+ERRORS = Family("attempt_errors", "counter", "Attempts that raised, by exception class.", (*_TASK, "error_type"))
+OLDEST_QUEUED = Family(
+    "oldest_queued_age_seconds", "gauge", "How long the oldest queued run has waited.", _TASK, mode="livemax"
+)
+OLDEST_RUNNING = Family(
+    "oldest_running_age_seconds", "gauge", "How long the oldest running run has run.", _TASK, mode="livemax"
+)
+LAST_SUCCESS = Family("last_success_timestamp_seconds", "gauge", "When a run last succeeded.", _TASK, mode="max")
+LAST_FAILURE = Family("last_failure_timestamp_seconds", "gauge", "When a run last failed.", _TASK, mode="max")
+HAZARDS = Family("hazards", "counter", "Findings of what makes background tasks fail.", ("task", "kind"))
+SELF_ERRORS = Family("self_errors", "counter", "Errors inside aftertask, all contained.", ("component",))
+LABEL_OVERFLOW = Family("label_overflow", "counter", "Label values folded into __other__.", ("label",))
+BUILD_INFO = Family("build_info", "gauge", "Versions in use.", ("version", "python", "starlette"), mode="max")
+TASK_INFO = Family("task_info", "gauge", "What is known of a task.", (*_TASK, "owner", "executor"), mode="max")
+
+FAMILIES = tuple(value for value in list(globals().values()) if isinstance(value, Family))

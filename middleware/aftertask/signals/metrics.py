@@ -1,0 +1,292 @@
+"""The numbers of every task for Prometheus."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import re
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import starlette
+from prometheus_client import REGISTRY, CollectorRegistry, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from .._log import emit
+from ..errors import RegistryClash
+from ..events import (
+    Cancelled,
+    Dropped,
+    Ended,
+    Expired,
+    Failed,
+    HazardFound,
+    Lost,
+    Offloaded,
+    Rejected,
+    Retrying,
+    Scheduled,
+    Skipped,
+    Started,
+    Succeeded,
+    TaskEvent,
+    TaskRun,
+    TimedOut,
+)
+from ..policies import registered_tasks
+from . import families as f
+from ._series import Series, tell
+
+#: How many tasks that nobody registered have a label of their own; the others are `__other__`.
+UNREGISTERED_TASKS = 100
+ERROR_TYPES_OF_A_TASK = 20
+ERROR_TYPES = 50
+OTHER = "__other__"
+
+
+class SeriesLike(Protocol):
+    """What a task's numbers are told, in one process's plain counts or in files shared by several."""
+
+    def schedule(self, run: TaskRun) -> None: ...
+    def start(self, run: TaskRun, wait: float | None, timestamp: float) -> None: ...
+    def succeed(self, event: Succeeded) -> None: ...
+    def retry(self, event: Retrying) -> None: ...
+    def end(self, event: Ended) -> None: ...
+    def hazard(self, kind: str) -> None: ...
+
+
+class Bounds:
+    """Keeps labels few: which tasks and error types have one of their own, and how many were folded."""
+
+    def __init__(self, on_overflow: Callable[[str], None]) -> None:
+        self._on_overflow = on_overflow
+        self._unregistered = 0
+        self._error_types: dict[str, set[str]] = {}
+        self._all_error_types: set[str] = set()
+        self._warned: set[str] = set()
+
+    def task(self, run: TaskRun) -> str:
+        """The task label of a run that has no series yet."""
+        if run.plan.registered:
+            return run.task
+        if self._unregistered < UNREGISTERED_TASKS:
+            self._unregistered += 1
+            return run.task
+        self._fold("task", f"{UNREGISTERED_TASKS} unregistered tasks have a label each; @task registers one for sure")
+        return OTHER
+
+    def error_type(self, task: str, kind: str) -> str:
+        """The `error_type` label of an exception class."""
+        known = self._error_types.setdefault(task, set())
+        if kind in known:
+            return kind
+        new = kind not in self._all_error_types
+        if len(known) >= ERROR_TYPES_OF_A_TASK or (new and len(self._all_error_types) >= ERROR_TYPES):
+            self._fold("error_type", f"{ERROR_TYPES_OF_A_TASK} a task and {ERROR_TYPES} in all have a label each")
+            return OTHER
+        known.add(kind)
+        self._all_error_types.add(kind)
+        return kind
+
+    def _fold(self, label: str, advice: str) -> None:
+        self._on_overflow(label)
+        if label not in self._warned:
+            self._warned.add(label)
+            emit("warning", "label.overflow", label=label, folded_into=OTHER, advice=advice)
+
+
+class PlainBook(Collector):
+    """One process's numbers, kept as plain counts and told when the registry is collected."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._lock = threading.Lock()
+        self._by_task: dict[str, Series] = {}
+        self._infos: dict[str, tuple[str, str, str, str]] = {}
+        self._self_errors: dict[str, int] = {}
+        self._overflows: dict[str, int] = {}
+        self._bounds = Bounds(self._overflow)
+        try:
+            registry.register(self)
+        except ValueError as error:
+            raise RegistryClash(
+                f"the registry already has one of aftertask's metrics, put there by somebody else: {error}; "
+                f"give Settings(registry=…) a registry without it, or rename that metric"
+            ) from error
+
+    def of(self, run: TaskRun) -> Series:
+        """The numbers of a run's task."""
+        series = self._by_task.get(run.task)
+        return self._new(run) if series is None else series
+
+    def _new(self, run: TaskRun) -> Series:
+        with self._lock:
+            if run.task in self._by_task:
+                return self._by_task[run.task]
+            label = self._bounds.task(run)
+            series = self._by_task.get(label) or self._make(label)
+            if label != OTHER:
+                self._infos[label] = (label, "local", run.plan.owner or "", run.plan.executor)
+            return series
+
+    def _make(self, label: str) -> Series:
+        series = self._by_task[label] = Series((label, "local"), self._bounds.error_type)
+        return series
+
+    def register(self, name: str, owner: str, executor: str) -> None:
+        """Give a task its series before its first run, all at 0."""
+        with self._lock:
+            if name not in self._by_task:
+                self._make(name)
+                self._infos[name] = (name, "local", owner, executor)
+
+    def count_self_error(self, component: str) -> None:
+        """Something of ours raised."""
+        with self._lock:
+            self._self_errors[component] = self._self_errors.get(component, 0) + 1
+
+    def _overflow(self, label: str) -> None:
+        self._overflows[label] = self._overflows.get(label, 0) + 1
+
+    def describe(self) -> Iterable[Metric]:
+        """The families without samples: the registry finds clashes by them."""
+        return [Metric(family.full_name, family.help, family.kind) for family in f.FAMILIES]
+
+    def collect(self) -> Iterator[Metric]:
+        """Everything, as of now."""
+        for entry in registered_tasks():
+            self.register(entry.policy.name or entry.name, entry.policy.owner or "", entry.executor)
+        with self._lock:
+            all_series, infos = list(self._by_task.values()), list(self._infos.values())
+            self_errors, overflows = dict(self._self_errors), dict(self._overflows)
+        yield from tell(all_series)
+        yield _gauge(f.TASK_INFO, infos)
+        yield _gauge(f.BUILD_INFO, [build_info()])
+        yield _counter(f.SELF_ERRORS, self_errors)
+        yield _counter(f.LABEL_OVERFLOW, {"task": 0, "error_type": 0, **overflows})
+
+
+def _gauge(family: f.Family, label_sets: Iterable[tuple[str, ...]]) -> Metric:
+    metric = GaugeMetricFamily(family.full_name, family.help, labels=family.labels)
+    for labels in label_sets:
+        metric.add_metric(labels, 1)
+    return metric
+
+
+def _counter(family: f.Family, counts: dict[str, int]) -> Metric:
+    metric = CounterMetricFamily(family.full_name, family.help, labels=family.labels)
+    for label, count in counts.items():
+        metric.add_metric((label,), count)
+    return metric
+
+
+def build_info() -> tuple[str, str, str]:
+    """The versions in use: ours, Python's, Starlette's."""
+    from .. import __version__
+
+    return __version__, platform.python_version(), starlette.__version__
+
+
+_books: weakref.WeakKeyDictionary[CollectorRegistry, Any] = weakref.WeakKeyDictionary()
+_books_lock = threading.Lock()
+
+
+def _book(registry: CollectorRegistry) -> Any:
+    """The one book of a registry, however many apps share it."""
+    with _books_lock:
+        book = _books.get(registry)
+        if book is None:
+            if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+                from ._multiprocess import SharedBook
+
+                book = SharedBook(registry)
+            else:
+                book = PlainBook(registry)
+                _warn_if_one_of_several()
+            _books[registry] = book
+        return book
+
+
+def _warn_if_one_of_several() -> None:
+    """Say once at start that one worker's numbers are not all."""
+    first = multiprocessing.parent_process() is None or multiprocessing.current_process().name.endswith("-1")
+    if workers() > 1 and first:
+        emit(
+            "warning",
+            "metrics.several_workers",
+            workers=workers(),
+            advice="a scrape sees one worker at a time: set PROMETHEUS_MULTIPROC_DIR to an empty directory, for all workers",
+        )
+
+
+def workers() -> int:
+    """How many worker processes the server was told to start, as far as its command line or environment say."""
+    said = re.search(r"(?:^|\0)(?:--workers|-w)[=\0]?(\d+)(?:\0|$)", "\0".join(sys.argv))
+    text = said[1] if said else os.environ.get("WEB_CONCURRENCY", "")
+    return int(text) if text.isdigit() else 1
+
+
+class Metrics:
+    """
+    Counts, durations and ages of every task (`TELEMETRY.md`), in a Prometheus registry.
+
+    Any number of apps may share a registry: the families are registered once. With `PROMETHEUS_MULTIPROC_DIR` set the
+    numbers are kept in that directory's files, so that one scrape tells all workers; without exemplars then, since
+    prometheus-client keeps none there.
+
+    Args:
+        registry: Where the families are registered; None: prometheus-client's own.
+        tasks: Names of tasks that have their series from the start, beside those that `@task` registered.
+
+    Raises:
+        RegistryClash: The registry has a family of the same name that is not aftertask's.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None, *, tasks: Iterable[str] = ()) -> None:
+        self._book = _book(REGISTRY if registry is None else registry)
+        self._of: Callable[[TaskRun], SeriesLike] = self._book.of
+        for name in tasks:
+            self._book.register(name, "", "")
+        for entry in registered_tasks():
+            self._book.register(entry.name, entry.policy.owner or "", entry.executor)
+        self.handlers: dict[type[TaskEvent], Callable[[Any], None]] = {
+            Scheduled: self._on_scheduled,
+            Started: self._on_started,
+            Succeeded: self._on_succeeded,
+            Retrying: self._on_retrying,
+            HazardFound: self._on_hazard,
+            **dict.fromkeys((Failed, TimedOut, Cancelled, Skipped, Dropped), self._on_ended),
+            **dict.fromkeys((Rejected, Expired, Lost, Offloaded), self._on_ended),
+        }
+
+    def __call__(self, event: TaskEvent) -> None:
+        """Count an event; those that are no change of a number are passed over."""
+        handler = self.handlers.get(type(event))
+        if handler is not None:
+            handler(event)
+
+    def count_self_error(self, component: str) -> None:
+        """Something of aftertask's raised, and was contained."""
+        self._book.count_self_error(component)
+
+    def _on_scheduled(self, event: Scheduled) -> None:
+        self._of(event.run).schedule(event.run)
+
+    def _on_started(self, event: Started) -> None:
+        self._of(event.run).start(event.run, event.queue_wait_s, event.timestamp)
+
+    def _on_succeeded(self, event: Succeeded) -> None:
+        self._of(event.run).succeed(event)
+
+    def _on_retrying(self, event: Retrying) -> None:
+        self._of(event.run).retry(event)
+
+    def _on_ended(self, event: Ended) -> None:
+        self._of(event.run).end(event)
+
+    def _on_hazard(self, event: HazardFound) -> None:
+        self._of(event.run).hazard(event.kind)

@@ -1,0 +1,270 @@
+"""One OpenTelemetry span for each attempt, current while the task runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, cast
+
+from opentelemetry import context as otel
+from opentelemetry import trace
+from opentelemetry._logs import LogRecord, SeverityNumber, get_logger
+from opentelemetry.context import Context
+from opentelemetry.trace import (
+    INVALID_SPAN,
+    Link,
+    ProxyTracerProvider,
+    Span,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    Tracer,
+    TracerProvider,
+)
+
+from .. import _clock
+from ..events import (
+    Cancelled,
+    Dropped,
+    Failed,
+    Failure,
+    HazardFound,
+    Lost,
+    Plan,
+    Request,
+    Retrying,
+    Skipped,
+    Started,
+    Succeeded,
+    TaskEvent,
+    TaskRun,
+    TimedOut,
+)
+from ._spans import Starter, drops_unsampled, starter
+
+_SCOPE = "aftertask"
+
+#: Attribute sets are kept for so many tasks and routes.
+_SAME = 2000
+
+# The key under which OpenTelemetry's context holds the span, found by what the public function does: putting it into a
+# copy of the context ourselves takes a fifth of the time.
+_SPAN_KEY = next(iter(trace.set_span_in_context(INVALID_SPAN, Context())))
+
+
+class Tracing:
+    """
+    One span for each attempt, `background_task {task}`, as `TELEMETRY.md` describes it.
+
+    Args:
+        tracer_provider: Where the spans go. None: the global one, looked up again until there is one; without any,
+            no span is made.
+        trace: `"child"` of the request's span, `"link"` (a root of its own, linked to it), or `"none"`; a task's
+            policy wins.
+    """
+
+    def __init__(self, tracer_provider: TracerProvider | None = None, *, trace: str = "child") -> None:
+        self._given = tracer_provider
+        self._trace = trace
+        self._tracer: Tracer | None = None
+        self._starter: Starter | None = None
+        self._drops_unsampled = self._shares_attributes = False
+        self._open: dict[TaskRun, tuple[Span, dict[str, Any]]] = {}
+        self._outer: dict[TaskRun | tuple[Request, int], Context] = {}
+        self._same: dict[tuple[Plan, str | None, str | None], dict[str, Any]] = {}
+        wanted = os.environ.get("OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN", "").split(",")
+        self._exception_event = "logs" not in wanted
+        self._exception_log = "logs" in wanted or "logs/dup" in wanted
+        self.handlers: dict[type[TaskEvent], Callable[[Any], None]] = {
+            Started: self._on_started,
+            Retrying: self._on_failed_attempt,
+            Succeeded: self._on_succeeded,
+            Failed: self._on_failed_attempt,
+            TimedOut: self._on_failed_attempt,
+            Cancelled: self._on_cancelled,
+            Skipped: self._on_never_ran,
+            Dropped: self._on_never_ran,
+            Lost: self._on_never_ran,
+            HazardFound: self._on_hazard,
+        }
+
+    def __call__(self, event: TaskEvent) -> None:
+        """Start or end a span; events that are no part of an attempt are passed over."""
+        handler = self.handlers.get(type(event))
+        if handler is not None:
+            handler(event)
+
+    def feeds(self, tracer: object) -> bool:
+        """Whether a tracer's spans go where ours go: then one span for an attempt is enough."""
+        ours = self._tracer or self._find_tracer()
+        processor = getattr(getattr(ours, "_real_tracer", ours), "span_processor", None)
+        theirs = getattr(getattr(tracer, "_real_tracer", tracer), "span_processor", None)
+        return self._trace != "none" and processor is not None and processor is theirs
+
+    def _find_tracer(self) -> Tracer | None:
+        provider = self._given or trace.get_tracer_provider()
+        if isinstance(provider, (ProxyTracerProvider, trace.NoOpTracerProvider)):
+            return None
+        self._tracer = provider.get_tracer(_SCOPE)
+        self._starter, self._shares_attributes = starter(self._tracer)
+        self._drops_unsampled = drops_unsampled(self._tracer)
+        return self._tracer
+
+    def _on_started(self, event: Started) -> None:
+        run = event.run
+        tracer = self._tracer or self._find_tracer()
+        if tracer is None:
+            return
+        mode = run.plan.trace or self._trace
+        if mode == "none":
+            return
+        parent, span_context = self._parent(run)
+        if self._drops_unsampled and mode == "child" and span_context is not None and not span_context.trace_flags & 1:
+            run.span_context = span_context  # nobody will see a span: the request's ids are what there is
+            return
+        attributes = self._attributes(event)
+        if mode == "link" and run.parent is None:
+            links = [] if span_context is None else [Link(span_context)]
+            span = tracer.start_span(_name(run), Context(), SpanKind.INTERNAL, attributes, links)
+        elif span_context is None:
+            span = tracer.start_span(_name(run), parent, SpanKind.INTERNAL, attributes)
+        else:
+            span = cast(Starter, self._starter)(_name(run), parent, span_context, attributes)
+        run.span_context = span.get_span_context()
+        key = (run.request, run.batch) if run.batch else run
+        outer = self._outer.get(key)
+        if outer is None:
+            outer = self._outer[key] = otel.get_current()
+        self._open[run] = span, attributes
+        otel.attach(Context({**outer, _SPAN_KEY: span}))
+
+    def _parent(self, run: TaskRun) -> tuple[Context, SpanContext | None]:
+        """The OpenTelemetry context that holds the parent, and the parent: for a child what is current, else the request's."""
+        if run.parent is not None:
+            return _with_span(otel.get_current())
+        request = run.request
+        if request.span_parent is None:
+            variables = request.context
+            request.span_parent = _with_span(otel.get_current() if variables is None else variables.run(otel.get_current))
+            request.span_context = request.span_parent[1]  # type: ignore[index]  # as just made
+        return cast(tuple[Context, SpanContext | None], request.span_parent)
+
+    def _attributes(self, event: Started) -> dict[str, Any]:
+        run, request = event.run, event.run.request
+        key = (run.plan, request.http_route, request.http_method)
+        same = self._same.get(key)
+        if same is None:
+            if len(self._same) >= _SAME:
+                self._same.clear()
+            same = self._same[key] = _same_attributes(run)
+        attributes = {**same, "aftertask.run.id": run.id, "aftertask.attempt": event.attempt}
+        if event.queue_wait_s is not None:
+            attributes["aftertask.queue_wait"] = event.queue_wait_s
+        if run.parent is not None:
+            attributes["aftertask.parent_run.id"] = run.parent.id
+        return attributes
+
+    def _on_succeeded(self, event: Succeeded) -> None:
+        held = self._leave(event.run)
+        if held is not None:
+            span, attributes = held
+            if self._shares_attributes and span.is_recording():
+                attributes["aftertask.outcome"] = "succeeded"
+            else:
+                span.set_attribute("aftertask.outcome", "succeeded")
+            span.end()
+
+    def _on_failed_attempt(self, event: Failed | TimedOut | Retrying) -> None:
+        held = self._leave(event.run)
+        if held is None:
+            return
+        span, failure = held[0], event.failure
+        span.set_attribute("error.type", failure.type)
+        if not isinstance(event, Retrying):
+            span.set_attribute("aftertask.outcome", event.outcome)
+        span.set_status(Status(StatusCode.ERROR, failure.type))
+        if span.is_recording() and self._exception_event:
+            span.add_event("exception", _exception(failure))
+        if self._exception_log:
+            self._log_exception(span, failure)
+        span.end()
+
+    def _on_cancelled(self, event: Cancelled) -> None:
+        held = self._leave(event.run)
+        if held is None:
+            self._parent(event.run)
+        else:
+            held[0].set_attribute("aftertask.outcome", "cancelled")
+            held[0].end()
+
+    def _on_never_ran(self, event: Skipped | Dropped | Lost) -> None:
+        self._parent(event.run)  # no span, but the log line shall tell the request's
+
+    def _on_hazard(self, event: HazardFound) -> None:
+        held = self._open.get(event.run)
+        if held is not None:
+            held[0].add_event("aftertask.hazard", {"kind": event.kind, "advice": event.advice})
+
+    def _leave(self, run: TaskRun) -> tuple[Span, dict[str, Any]] | None:
+        if not run.batch:
+            self._put_back(run)
+        return self._open.pop(run, None)
+
+    def batch_ended(self, request: Request, batch: int) -> None:
+        """Make current again what was before the batch."""
+        self._put_back((request, batch))
+
+    def _put_back(self, key: TaskRun | tuple[Request, int]) -> None:
+        outer = self._outer.pop(key, None)
+        if outer is not None:
+            otel.attach(outer)  # by value, not by token: a coroutine may be closed from another context
+
+    def _log_exception(self, span: Span, failure: Failure) -> None:
+        get_logger(_SCOPE).emit(
+            LogRecord(
+                timestamp=int(_clock.timestamp() * 1e9),
+                context=trace.set_span_in_context(span),
+                severity_number=SeverityNumber.ERROR,
+                severity_text="ERROR",
+                body="A background task raised",
+                event_name="exception",
+                attributes=_exception(failure),
+            )
+        )
+
+
+def _name(run: TaskRun) -> str:
+    return f"background_task {run.task}"
+
+
+def _same_attributes(run: TaskRun) -> dict[str, Any]:
+    """The attributes that are the same for every run of a task that comes from one route."""
+    attributes: dict[str, Any] = {
+        "code.function.name": run.plan.code,
+        "aftertask.task.name": run.task,
+        "aftertask.max_attempts": run.max_attempts,
+        "aftertask.engine": run.engine,
+        "aftertask.executor": run.plan.executor,
+        "aftertask.priority": run.priority,
+        "aftertask.origin": run.origin,
+    }
+    if run.http_route is not None:
+        attributes["http.route"] = run.http_route
+    if run.http_method is not None:
+        attributes["http.request.method"] = run.http_method
+    return attributes
+
+
+def _with_span(context: Context) -> tuple[Context, SpanContext | None]:
+    span_context = trace.get_current_span(context).get_span_context()
+    return context, span_context if span_context.is_valid else None
+
+
+def _exception(failure: Failure) -> dict[str, str]:
+    return {
+        "exception.type": failure.type,
+        "exception.message": failure.message,
+        "exception.stacktrace": failure.stack,
+    }
+
