@@ -37,4 +37,3 @@ def applied(variables: Mapping[ContextVar[Any], Any] | Context) -> Callable[[], 
                 pass
 
     return restore
-

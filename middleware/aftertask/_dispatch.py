@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
@@ -34,8 +33,18 @@ class Dispatch:
 
     def to(self, kind: type[TaskEvent]) -> Callable[[TaskEvent], None] | None:
         """The way to tell this kind of event; None where nobody listens, so that it need not be built."""
-        handlers = self._handlers[kind]
-        return functools.partial(self._tell, handlers) if handlers else None
+        handlers, on_error = self._handlers[kind], self._on_error
+        if not handlers:
+            return None
+
+        def tell(event: TaskEvent) -> None:
+            for handler, name in handlers:
+                try:
+                    handler(event)
+                except Exception as error:
+                    on_error(name, type(event).__name__, error)
+
+        return tell
 
     def _of(self, kind: type[TaskEvent]) -> Iterable[tuple[Handler, str]]:
         for signal in self.signals:
@@ -45,13 +54,6 @@ class Dispatch:
             elif kind in handlers:
                 yield handlers[kind], signal_name(signal)
 
-    def _tell(self, handlers: tuple[tuple[Handler, str], ...], event: TaskEvent) -> None:
-        for handler, name in handlers:
-            try:
-                handler(event)
-            except Exception as error:
-                self._on_error(name, type(event).__name__, error)
-
 
 def _check(signal: object) -> None:
     if not callable(signal):
@@ -60,5 +62,5 @@ def _check(signal: object) -> None:
         raise TypeError(f"a signal must be an instance, got the class {signal.__qualname__}; write {signal.__name__}()")
     if inspect.iscoroutinefunction(signal) or inspect.iscoroutinefunction(type(signal).__call__):
         raise TypeError(
-            f"a signal is told synchronously, and {signal_name(signal)} is async; let it put the event on a queue instead"
+            f"a signal is told synchronously, and {signal_name(signal)} is async; let it put events on a queue"
         )

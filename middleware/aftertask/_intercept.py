@@ -1,12 +1,12 @@
 """
 How Starlette and FastAPI run background tasks, and where we step in. The only module that knows.
 
-A background task hangs on a response, which never crosses the ASGI boundary; so the middleware marks the ASGI scope, and
-four hooks on Starlette's classes, set once per process when the first middleware is built, do nothing but for a scope
-with our mark:
+A background task hangs on a response, which never crosses the ASGI boundary; so the middleware marks the ASGI scope,
+and four hooks on Starlette's classes, set once per process when the first middleware is built, do nothing but for a
+scope with our mark:
 
-1. `Response.background`, a data descriptor: the response's own code, serving a marked scope, gets something to await that
-   runs the background through us. Everybody else gets the object that was put there.
+1. `Response.background`, a data descriptor: the response's own code, serving a marked scope, gets something to await
+   that runs the background through us. Everybody else gets the object that was put there.
 2. `BackgroundTask.__call__`: tasks that user code runs inside a task, and responses that the descriptor does not reach.
 3. `BackgroundTasks.__init__`: finds the container that FastAPI injects into a request.
 4. `BackgroundTasks.add_task`: a task added to such a container is scheduled.
@@ -221,7 +221,7 @@ def responses_in(error: BaseException) -> Iterator[tuple[Response, Scope]]:
             scope = scope_of(trace.tb_frame, thing) if isinstance(thing, Response) else None
             if scope is not None and id(thing) not in seen:
                 seen.add(id(thing))
-                yield thing, scope
+                yield cast(Response, thing), scope
             trace = trace.tb_next
         chain = chain.__cause__ or chain.__context__
 
@@ -252,7 +252,7 @@ class _Background:
 
     def __get__(self, response: Response | None, owner: type) -> Any:
         try:
-            value = response.__dict__["background"]  # type: ignore[union-attr]  # None: asked of the class, so as below
+            value = response.__dict__["background"]
         except (AttributeError, KeyError):
             name = f"type object {owner.__name__!r}" if response is None else f"{owner.__name__!r} object"
             raise AttributeError(f"{name} has no attribute 'background'") from None
@@ -304,11 +304,11 @@ def _hook_call(original: Callable[[Any], Awaitable[None]]) -> Any:
             return await original(self)
         scope = _asgi_scope(sys._getframe(1))
         exchange: Exchange | None = None if scope is None else scope.get(KEY)
-        if scope is not None and (run is None or run.request is not exchange):
+        if scope is not None and (run is None or cast(Any, run.request) is not exchange):
             # An ASGI callable serves a background: ours if marked, another app's if not.
             return await (original(self) if exchange is None else exchange.serve(self, scope))
         if run is not None and run.outcome is None:
-            return await cast(Any, run.request).nest(self, run)
+            return await cast(Exchange, run.request).nest(self, run)
         for waiting in list(injected.values()):
             adopted = waiting.adopt(self)
             if adopted is not None:
@@ -362,7 +362,6 @@ def install() -> None:
     BackgroundTasks.__init__ = _hook_init(BackgroundTasks.__init__)  # type: ignore[method-assign]  # the hook
     BackgroundTasks.add_task = _hook_add_task(BackgroundTasks.add_task)  # type: ignore[method-assign]  # the hook
     Response.background = _Background()  # type: ignore[assignment]  # the hook
-
 
 
 def _shipped(function: Any, modules: Collection[str]) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -55,17 +56,23 @@ def _handled() -> bool:
     parent = logger.parent
     return bool(
         logger.handlers
-        or (logger.propagate and parent is not None and (parent.handlers if parent.parent is None else parent.hasHandlers()))
+        or (
+            logger.propagate
+            and parent is not None
+            and (parent.handlers if parent.parent is None else parent.hasHandlers())
+        )
     )
 
 
 def write(line: str) -> None:
     """One whole line to stderr; a closed or broken stderr is nobody's business but its owner's."""
     stream = sys.stderr
-    if stream is None:
-        return
     try:
-        stream.write(line)
+        if stream is sys.__stderr__:
+            # At once and as one piece, past the stream's layers: lines of several workers do not mix.
+            os.write(2, line.encode())
+        elif stream is not None:
+            stream.write(line)
     except (OSError, ValueError):
         pass
 

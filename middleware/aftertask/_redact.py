@@ -1,2 +1,5 @@
 """placeholder until the real one lands"""
-def default_redact(text: str) -> str: return text
+
+
+def default_redact(text: str) -> str:
+    return text

@@ -59,6 +59,9 @@ _DOES_NOTHING = {
     CoroutineType: ("unawaited_coroutine", "it returned a coroutine that nobody awaits: make it `async def`"),
 }
 
+#: What an error of our own is logged and counted under.
+_PART = "aftertask.interception"
+
 #: Functions made on the fly must not be kept for ever.
 _PLANS = 2000
 
@@ -78,6 +81,7 @@ class Engine:
         self.policies = PolicyBook(settings.policies)
         self.admissions = tuple(admissions)
         self.dispatch = Dispatch(signals, self.broken)
+        self.gives_context = settings.context == "endpoint"
         self.stopping = False
         self.spanned = next((s.feeds for s in self.dispatch.signals if hasattr(s, "feeds")), None)
         ends = (getattr(signal, "batch_ended", None) for signal in self.dispatch.signals)
@@ -143,7 +147,9 @@ class Engine:
             plan = self._functions.get(func) if type(func) is FunctionType else None
             return plan or self._plan(func, False)
         whole = not inside and (not isinstance(target, BackgroundTask) or _intercept.is_whole(target))
-        return self._plan((type(target) if isinstance(target, BackgroundTask) else target) if whole else target.func, whole)
+        return self._plan(
+            (type(target) if isinstance(target, BackgroundTask) else target) if whole else target.func, whole
+        )
 
     def _plan(self, func: Any, whole: bool) -> Plan:
         if type(func) is FunctionType:
@@ -156,7 +162,12 @@ class Engine:
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
             plan = self._plans[key] = self._make_plan(func, whole)
-        if type(func) is FunctionType and not whole and func.__closure__ is None and "<locals>" not in func.__qualname__:
+        if (
+            type(func) is FunctionType
+            and not whole
+            and func.__closure__ is None
+            and "<locals>" not in func.__qualname__
+        ):
             if len(self._functions) >= _PLANS:
                 self._functions.clear()
             self._functions[func] = plan  # as good as for ever anyway: it belongs to its module
@@ -313,6 +324,10 @@ def _stopped(run: TaskRun) -> None:
         cast(Exchange, run.request).stopped_by = run
 
 
+# What every request waits for until it has runs; never written to.
+_NOTHING: dict[int, list[TaskRun]] = {}
+
+
 class Exchange(Request):
     """
     One request and its response, as the mark in the scope: which runs it scheduled, and what became of them.
@@ -330,14 +345,13 @@ class Exchange(Request):
     _reserved: tuple[Any, int] | None = None
     _complete_s: float | None = None
     _started = False
-    _closed = False
     _verdict: str | None = None
 
-    def __init__(self, engine: Engine, scope: Scope) -> None:
-        self.http_method = scope.get("method")
-        self.context = copy_context()
+    _waiting: dict[int, list[TaskRun]] = _NOTHING
+
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._waiting: dict[int, list[TaskRun]] = _NOTHING
+        self.context = copy_context()
 
     # --- the response, watched through its messages
 
@@ -401,22 +415,22 @@ class Exchange(Request):
 
     def add(self, container: BackgroundTasks) -> None:
         """A task was added to the injected container: a run is scheduled."""
-        if self._added == 0 and self._served is not None:
-            self._note(self._served)
-        self._guarded("add_task", self._schedule_added, container)
-
-    def _schedule_added(self, container: BackgroundTasks) -> None:
-        run = self._engine.schedule(self, container.tasks[-1])
-        if run is None:
-            return
-        self._added += 1
-        run.batch = id(container)
-        run.queued_s = self._complete_s
-        if self._engine.settings.context == "endpoint":
-            run.context = copy_context()
-        elif threading.get_ident() != self._thread:
-            run.bound = bound_keys()
-        self._keep(run)
+        try:
+            if self._added == 0 and self._served is not None:
+                self._note(self._served)
+            run = self._engine.schedule(self, container.tasks[-1])
+            if run is None:
+                return
+            self._added += 1
+            run.batch = id(container)
+            run.queued_s = self._complete_s
+            if self._engine.gives_context:
+                run.context = copy_context()
+            elif threading.get_ident() != self._thread:
+                run.bound = bound_keys()
+            self._keep(run)
+        except Exception as error:
+            self._engine.broken(_PART, "add_task", error)
 
     def answered(self) -> None:
         """A response is served while injected tasks wait: if that is for an exception, they will not run for it."""
@@ -429,7 +443,7 @@ class Exchange(Request):
         """User code runs an injected task itself: a run all the same, without a policy. None: it is none of ours."""
         if id(target) not in self._waiting:
             return None
-        run = self._waiting_for(target)
+        run = self._take(id(target))
         run.batch = 0
         return self._engine.run(run)
 
@@ -472,33 +486,41 @@ class Exchange(Request):
     # --- the batch
 
     def _each(self, value: Any, loop: _intercept.Loop, batch: int, muted: bool) -> Awaitable[None]:
-        element = functools.partial(self._element, batch=batch, muted=muted)
         if muted and _intercept.is_shipped(loop):
-            return _run_each(value, element)
-        return loop(_intercept.View(value, element))
+            return self._run_each(value, batch)
+        return loop(_intercept.View(value, functools.partial(self._element, batch=batch, muted=muted)))
 
-    def _element(self, element: Any, *, batch: int, muted: bool) -> Awaitable[None]:
-        loop = None if type(element) is BackgroundTask else _intercept.loop_of(element)
+    async def _run_each(self, container: Any, batch: int) -> None:
+        for element in container.tasks:  # it may grow meanwhile
+            await (
+                self._one(element, batch) if type(element) is BackgroundTask else self._element(element, batch, True)
+            )
+
+    def _element(self, element: Any, batch: int, muted: bool) -> Awaitable[None]:
+        loop = _intercept.loop_of(element)
         return self._one(element, batch) if loop is None else self._each(element, loop, batch, muted)
 
-    def _one(self, target: Any, batch: int) -> Awaitable[None]:
-        run = self._guarded("hand-over", self._next, target, batch)
-        return _intercept.unhooked(target) if run is None else self._engine.run(run)
+    def _one(self, target: Any, batch: int) -> Awaitable[Any]:
+        """Run the run that was scheduled for this task, or one that is scheduled now."""
+        key = id(target)
+        try:
+            if key in self._waiting:
+                return self._engine.run(self._take(key))
+            run = self._engine.schedule(self, target)
+        except Exception as error:
+            self._engine.broken(_PART, "hand-over", error)
+            run = None
+        if run is None:
+            return _intercept.unhooked(target)
+        run.batch = batch
+        if self._complete_s is not None:
+            run.queued_s = _clock.monotonic()
+        return self._engine.run(run)
 
-    def _next(self, target: Any, batch: int) -> TaskRun | None:
-        """The run that was scheduled for this task, or one that is scheduled now."""
-        if id(target) in self._waiting:
-            return self._waiting_for(target)
-        run = self._engine.schedule(self, target)
-        if run is not None:
-            run.batch = batch
-            run.queued_s = _clock.monotonic() if self._complete_s is not None else None
-        return run
-
-    def _waiting_for(self, target: Any) -> TaskRun:
-        waiting = self._waiting[id(target)]
+    def _take(self, key: int) -> TaskRun:
+        waiting = self._waiting[key]
         if len(waiting) == 1:
-            del self._waiting[id(target)]
+            del self._waiting[key]
         return waiting.pop(0)
 
     def _hand_over(self, background: Any, served: Scope) -> None:
@@ -538,6 +560,7 @@ class Exchange(Request):
             self._waiting[key] = [run]
 
     def _note(self, scope: Scope) -> None:
+        self.http_method = scope.get("method")
         if self.http_route is None:
             self.http_route = self._guarded("route", http_route, scope)
         if self.request_id is None:
@@ -548,24 +571,24 @@ class Exchange(Request):
         try:
             return function(*args)
         except Exception as error:
-            self._engine.broken("aftertask.interception", on, error)
+            self._engine.broken(_PART, on, error)
             return None
 
     # --- the end
 
+    @property
+    def untouched(self) -> bool:
+        """Whether there was never a task in this request: then there is nothing to close."""
+        return self._container is None and self._reserved is None and not self._waiting
+
     def close(self, error: BaseException | None) -> None:
         """Our `__call__` ends: what still waits will never run."""
-        if self._container is None and not self._waiting and error is None and self._reserved is None:
-            self.context = None
-            self._closed = True
-            return
         if self._container is not None:
             _intercept.injected.pop(id(self._container), None)
         if self._waiting or error is not None:
             self._guarded("end of the request", self._settle, error)
         # The scope holds us: what may hold the scope must go.
         self._served = self._container = self._reserved = self.context = None
-        self._closed = True
 
     def _settle(self, error: BaseException | None) -> None:
         if error is not None and self.stopped_by is None:
@@ -587,17 +610,13 @@ class Exchange(Request):
             return "http_exception"
         if type(error).__name__ in ("RequestValidationError", "WebSocketRequestValidationError"):
             return "validation"
-        gone = isinstance(error, (ClientDisconnect, WebSocketDisconnect)) or (isinstance(error, OSError) and self._started)
+        gone = isinstance(error, (ClientDisconnect, WebSocketDisconnect)) or (
+            isinstance(error, OSError) and self._started
+        )
         return "client_gone" if gone else "handler_error"
-
-
-async def _run_each(container: Any, run: Callable[[Any], Awaitable[None]]) -> None:
-    for element in container.tasks:  # it may grow meanwhile
-        await run(element)
 
 
 def _header(name: str, value: str) -> tuple[bytes, bytes]:
     return name.lower().encode("latin-1"), value.encode("latin-1")
 
 
-_NOTHING: dict[int, list[TaskRun]] = {}  # what every request waits for until it has runs; never written to

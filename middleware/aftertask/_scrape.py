@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 from urllib.parse import parse_qs
@@ -55,7 +56,7 @@ async def answer(scope: Scope, receive: Any, send: Send, registry: CollectorRegi
     headers = Headers(scope=scope)
     encode, content_type = choose_encoder(headers.get("accept", ""))
     names = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("name[]")
-    compress = "gzip" in headers.get("accept-encoding", "")
+    compress = _takes_gzip(headers.get("accept-encoding", ""))
 
     def render() -> bytes:
         source = _source(registry)
@@ -63,12 +64,22 @@ async def answer(scope: Scope, receive: Any, send: Send, registry: CollectorRegi
         return gzip.compress(text, 5) if compress else text
 
     body = await anyio.to_thread.run_sync(render, limiter=_own_thread())
-    response = Response(body, media_type=None, headers={"content-type": content_type, "vary": "Accept, Accept-Encoding"})
+    response = Response(
+        body, media_type=None, headers={"content-type": content_type, "vary": "Accept, Accept-Encoding"}
+    )
     if compress:
         response.headers["content-encoding"] = "gzip"
     if scope["method"] == "HEAD":
         response.body = b""
     await response(scope, receive, send)
+
+
+def _takes_gzip(accept_encoding: str) -> bool:
+    for coding in accept_encoding.lower().split(","):
+        name, _, quality = coding.partition(";")
+        if name.strip() == "gzip":
+            return re.fullmatch(r"\s*q\s*=\s*0(\.0*)?\s*", quality) is None
+    return False
 
 
 def _own_thread() -> anyio.CapacityLimiter:

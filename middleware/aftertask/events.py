@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context, ContextVar
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -32,6 +32,18 @@ _random = random.Random()
 _bits = _random.getrandbits
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_random.seed)
+
+
+# The parts of a UUID that many runs share: the time up to the version, once a millisecond, and the variant's digit.
+_head = (0, "")
+_VARIANTS = "89ab" * 4
+
+
+def _new_head(ms: int) -> str:
+    global _head
+    text = f"{ms:012x}"
+    _head = (ms, f"{text[:8]}-{text[8:]}-7")
+    return _head[1]
 
 
 class SpanContext(Protocol):
@@ -90,10 +102,8 @@ class Request:
     request_id: str | None = None
     span_context: SpanContext | None = None
     span_parent: object = None
-
-    def __init__(self, http_method: str | None, context: Context | None) -> None:
-        self.http_method = http_method
-        self.context = context
+    http_method: str | None = None
+    context: Context | None = None
 
 
 class TaskRun:
@@ -135,24 +145,26 @@ class TaskRun:
         self.target = target
         self.timestamp = _clock.timestamp()
         self.scheduled_s = _clock.monotonic()
-        self._bits = _bits(74)
+        self._bits = _bits(76)
 
     @property
     def id(self) -> str:
         """The run's id: a UUID version 7 (RFC 9562, 5.7), hyphenated."""
         found = self._id
         if found is None:
-            bits = self._bits  # 12 of them before the variant, 62 behind it
-            whole = int(self.timestamp * 1000) << 80 | 7 << 76 | (bits >> 62) << 64 | 2 << 62 | bits & (1 << 62) - 1
-            text = f"{whole:032x}"
             # Made when first asked for, maybe by two threads at once: from the same parts, so it is the same.
-            found = self._id = f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+            bits, ms = self._bits, int(self.timestamp * 1000)
+            known, head = _head
+            if known != ms:
+                head = _new_head(ms)
+            text = f"{bits:019x}"
+            found = self._id = f"{head}{text[1:4]}-{_VARIANTS[bits >> 72]}{text[4:7]}-{text[7:]}"
         return found
 
     @property
     def at(self) -> datetime:
         """When it was scheduled; aware, UTC."""
-        return datetime.fromtimestamp(self.timestamp, timezone.utc)
+        return datetime.fromtimestamp(self.timestamp, UTC)
 
     @property
     def http_method(self) -> str | None:
@@ -242,7 +254,7 @@ class _Told:
     @property
     def at(self) -> datetime:
         """When; aware, UTC."""
-        return datetime.fromtimestamp(self.timestamp, timezone.utc)
+        return datetime.fromtimestamp(self.timestamp, UTC)
 
 
 @dataclass(slots=True)
@@ -503,12 +515,10 @@ TaskEvent: TypeAlias = (
 )
 
 #: The events that end a run.
-Ended: TypeAlias = (
-    Succeeded | Failed | TimedOut | Cancelled | Skipped | Dropped | Rejected | Expired | Lost | Offloaded
-)
+Ended: TypeAlias = Succeeded | Failed | TimedOut | Cancelled | Skipped | Dropped | Rejected | Expired | Lost | Offloaded
 
-EVENTS: tuple[type[TaskEvent], ...] = TaskEvent.__args__  # type: ignore[attr-defined]  # a union's members
-OUTCOMES: tuple[Outcome, ...] = tuple(kind.outcome for kind in Ended.__args__)  # type: ignore[attr-defined]  # same
+EVENTS: tuple[type[TaskEvent], ...] = TaskEvent.__args__
+OUTCOMES: tuple[Outcome, ...] = tuple(kind.outcome for kind in Ended.__args__)
 
 
 @runtime_checkable

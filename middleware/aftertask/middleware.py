@@ -69,14 +69,17 @@ class AftertaskMiddleware:
                 return await self.app(scope, receive, send)
             finally:
                 scope[_intercept.KEY] = outer
-        scope[_intercept.KEY] = exchange = Exchange(engine, scope)
+        scope[_intercept.KEY] = exchange = Exchange(engine)
         try:
             await self.app(scope, receive, exchange.sender(send))
         except BaseException as error:
             exchange.close(error)
             raise
         else:
-            exchange.close(None)
+            if exchange.untouched:
+                exchange.context = None
+            else:
+                exchange.close(None)
         finally:
             if outer is not None:  # an outermost mark stays: the 500 handler's response is still to come
                 scope[_intercept.KEY] = outer

@@ -21,7 +21,7 @@ from ..errors import RegistryClash
 from ..events import OUTCOMES, Ended, Failed, Retrying, Succeeded, TaskRun, TimedOut
 from ..policies import registered_tasks
 from . import families as f
-from ._series import STATES, Series, whole_life
+from ._series import STATES, Series, ages, queue_wait, whole_life
 from .families import Family
 from .metrics import OTHER, Bounds, build_info
 
@@ -34,9 +34,9 @@ def all_processes() -> CollectorRegistry:
     directory = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
     for pid in {int(found[1]) for file in directory.glob("gauge_live*.db") if (found := _PID.search(file.name))}:
         if not _alive(pid):
-            mark_process_dead(pid)
+            mark_process_dead(pid)  # type: ignore[no-untyped-call]  # not typed there
     registry = CollectorRegistry()
-    MultiProcessCollector(registry)
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]  # same
     return registry
 
 
@@ -58,7 +58,7 @@ class SharedBook:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._lock = threading.Lock()
-        self._by_task: dict[str, SharedSeries] = {}
+        self.by_task: dict[str, SharedSeries] = {}
         try:
             self.families: dict[Family, Any] = {family: _make(family, registry) for family in f.FAMILIES}
         except ValueError as error:
@@ -76,28 +76,28 @@ class SharedBook:
 
     def of(self, run: TaskRun) -> SharedSeries:
         """The numbers of a run's task."""
-        series = self._by_task.get(run.task)
+        series = self.by_task.get(run.task)
         return self._new(run) if series is None else series
 
     def _new(self, run: TaskRun) -> SharedSeries:
         self._sample_from_now_on()
         with self._lock:
-            if run.task in self._by_task:
-                return self._by_task[run.task]
+            if run.task in self.by_task:
+                return self.by_task[run.task]
             label = self.bounds.task(run)
-            series = self._by_task.get(label) or self._make(label)
+            series = self.by_task.get(label) or self._make(label)
             if label != OTHER:
                 self.families[f.TASK_INFO].labels(label, "local", run.plan.owner or "", run.plan.executor).set(1)
             return series
 
     def _make(self, label: str) -> SharedSeries:
-        series = self._by_task[label] = SharedSeries((label, "local"), self)
+        series = self.by_task[label] = SharedSeries((label, "local"), self)
         return series
 
     def register(self, name: str, owner: str, executor: str) -> None:
         """Give a task its series before its first run, all at 0."""
         with self._lock:
-            if name not in self._by_task:
+            if name not in self.by_task:
                 self._make(name)
                 self.families[f.TASK_INFO].labels(name, "local", owner, executor).set(1)
 
@@ -111,7 +111,7 @@ class SharedBook:
     def _start_over(self) -> None:
         # A fork leaves the sampler's thread behind, and what the parent counted is the parent's.
         self._lock, self._sampler = threading.Lock(), None
-        self._by_task.clear()
+        self.by_task.clear()
         self.bounds = Bounds(self._overflow)
 
     def _sample_from_now_on(self) -> None:
@@ -129,7 +129,7 @@ class SharedBook:
         """Write what grows without an event: ages, and which runs are queued by now."""
         for entry in registered_tasks():
             self.register(entry.name, entry.policy.owner or "", entry.executor)
-        for series in list(self._by_task.values()):
+        for series in list(self.by_task.values()):
             series.sample()
 
 
@@ -149,9 +149,11 @@ class SharedSeries:
         self._error_type: Callable[[str, str], str] = book.bounds.error_type
         # What is in flight is counted as in one process, and written as gauges.
         self._here = Series(labels, lambda task, kind: kind)
-        self._queued = 0
+        self._queued = self._running = 0
         of = book.families
-        self._scheduled, self._bad, self._retries = (of[family].labels(*labels) for family in (f.SCHEDULED, f.BAD, f.RETRIES))
+        self._scheduled, self._bad, self._retries = (
+            of[family].labels(*labels) for family in (f.SCHEDULED, f.BAD, f.RETRIES)
+        )
         self._finished = {outcome: of[f.FINISHED].labels(*labels, outcome) for outcome in OUTCOMES}
         self._not_run, self._hazards, self._errors = of[f.NOT_RUN], of[f.HAZARDS], of[f.ERRORS]
         for outcome, reason in f.NOT_RUN_REASONS:
@@ -168,16 +170,10 @@ class SharedSeries:
         self._scheduled.inc()
         self._write_inflight()
 
-    def start(self, run: TaskRun, wait: float | None, timestamp: float) -> None:
-        """An attempt begins."""
-        self._here.start(run, None, timestamp)
-        if wait is not None:
-            self._wait.observe(wait)
-        self._write_inflight()
-
     def succeed(self, event: Succeeded) -> None:
         """The most frequent end."""
         self._here.succeed(event)
+        self._waited(event.run)
         self._ok.observe(event.duration_s)
         self._end_to_end.observe(whole_life(event))
         self._finished["succeeded"].inc()
@@ -194,6 +190,7 @@ class SharedSeries:
     def end(self, event: Ended) -> None:
         """A run ended, in any other way than by success."""
         self._here.end(event)
+        self._waited(event.run)
         self._finished[event.outcome].inc()
         if event.bad:
             self._bad.inc()
@@ -211,18 +208,26 @@ class SharedSeries:
 
     def sample(self) -> None:
         """Write the gauges that change by themselves."""
-        self._queued = self._here.inflight()["queued"]
+        states = self._here.states()
+        self._queued, self._running = len(states["queued"]), len(states["running"])
         self._write_inflight()
-        for labels, age in zip(self._ages, self._here.ages(), strict=True):
+        for labels, age in zip(self._ages, ages(states), strict=True):
             labels(*self._labels).set(age or 0.0)
+
+    def _waited(self, run: TaskRun) -> None:
+        wait = queue_wait(run)
+        if wait is not None:
+            self._wait.observe(wait)
 
     def _attempt_failed(self, event: Failed | TimedOut | Retrying) -> None:
         self._error.observe(event.duration_s)
         self._errors.labels(*self._labels, self._error_type(self._labels[0], event.failure.type)).inc()
 
     def _write_inflight(self) -> None:
-        # Which of the waiting runs are queued by now is looked up by the sampler only: there may be thousands.
-        waiting, queued = len(self._here.waiting), self._queued
-        self._inflight["queued"].set(min(queued, waiting))
-        self._inflight["scheduled"].set(max(0, waiting - queued))
-        self._inflight["running"].set(len(self._here.running))
+        # In which state each run is, is looked up by the sampler only: there may be thousands. Their sum is exact.
+        live = len(self._here.live)
+        running = min(self._running, live)
+        queued = min(self._queued, live - running)
+        self._inflight["running"].set(running)
+        self._inflight["queued"].set(queued)
+        self._inflight["scheduled"].set(live - running - queued)

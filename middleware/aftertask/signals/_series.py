@@ -27,6 +27,14 @@ def sampled(run: TaskRun) -> SpanContext | None:
     return span if span is not None and span.trace_flags & 1 else None
 
 
+def queue_wait(run: TaskRun) -> float | None:
+    """Seconds in the queue; None where the run never started, or was in none since user code called it."""
+    started, queued = run.started_s, run.queued_s
+    if started is None or run.parent is not None:
+        return None
+    return 0.0 if queued is None or queued > started else started - queued
+
+
 def whole_life(event: Succeeded | Failed | TimedOut) -> float:
     """Seconds from being scheduled to the end of the last attempt."""
     run = event.run
@@ -52,13 +60,19 @@ class Counts:
         if span is not None:
             self.exemplars[at] = (span.trace_id, span.span_id, value, timestamp)
 
+    def copy(self) -> Counts:
+        """The same counts, to add to."""
+        twin = Counts.__new__(Counts)
+        twin.bounds, twin.counts, twin.exemplars, twin.sum = self.bounds, self.counts[:], self.exemplars[:], self.sum
+        return twin
+
     def tell(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
         """Add this to a family, its counts cumulated as the exposition wants them."""
         total = 0
         buckets: list[tuple[str, float] | tuple[str, float, Exemplar]] = []
         for bound, count, held in zip((*self.bounds, float("inf")), self.counts, self.exemplars, strict=True):
             total += count
-            edge = floatToGoString(bound)
+            edge: str = floatToGoString(bound)  # type: ignore[no-untyped-call]  # not typed there
             buckets.append((edge, total) if held is None else (edge, total, exemplar(held)))
         family.add_metric(labels, buckets, self.sum)
 
@@ -89,14 +103,13 @@ class Series:
         "labels",
         "last_failure",
         "last_success",
+        "live",
         "lock",
         "not_run",
         "ok",
         "retries",
-        "running",
         "scheduled",
         "wait",
-        "waiting",
     )
 
     def __init__(self, labels: tuple[str, str], error_type: Callable[[str, str], str]) -> None:
@@ -108,8 +121,7 @@ class Series:
         self.not_run: dict[tuple[str, str], int] = dict.fromkeys(f.NOT_RUN_REASONS, 0)
         self.hazards: dict[str, int] = {}
         self.errors: dict[str, tuple[int, ExemplarOf | None]] = {}
-        self.waiting: dict[TaskRun, None] = {}
-        self.running: dict[TaskRun, None] = {}
+        self.live: dict[TaskRun, None] = {}
         self.wait, self.end_to_end = Counts(f.WAIT), Counts(f.END_TO_END)
         self.ok, self.error = Counts(f.ATTEMPT), Counts(f.ATTEMPT)
         self.last_success: float | None = None
@@ -119,33 +131,28 @@ class Series:
         """A run came into being."""
         with self.lock:
             self.scheduled += 1
-            self.waiting[run] = None
-
-    def start(self, run: TaskRun, wait: float | None, timestamp: float) -> None:
-        """An attempt begins; `wait` is its time in the queue, None where it was in none."""
-        with self.lock:
-            self.waiting.pop(run, None)
-            self.running[run] = None
-            if wait is not None:
-                self.wait.observe(wait, sampled(run), timestamp)
+            self.live[run] = None
 
     def succeed(self, event: Succeeded) -> None:
-        """The most frequent end, in one go."""
-        run, timestamp = event.run, event.timestamp
+        """The most frequent end."""
+        run, timestamp, lasted = event.run, event.timestamp, event.duration_s
         span = run.span_context
         if span is not None and not span.trace_flags & 1:
             span = None
+        started = run.started_s or 0.0
+        wait = queue_wait(run)
         with self.lock:
-            self.running.pop(run, None)
-            self.ok.observe(event.duration_s, span, timestamp)
-            self.end_to_end.observe(whole_life(event), span, timestamp)
+            self.live.pop(run, None)
             self.finished["succeeded"] += 1
             self.last_success = timestamp
+            if wait is not None:
+                self.wait.observe(wait, span, timestamp)
+            self.ok.observe(lasted, span, timestamp)
+            self.end_to_end.observe(started - run.scheduled_s + lasted, span, timestamp)
 
     def retry(self, event: Retrying) -> None:
         """An attempt raised, and another will follow."""
         with self.lock:
-            self.running.pop(event.run, None)
             self.retries += 1
             self._attempt_failed(event)
 
@@ -153,10 +160,12 @@ class Series:
         """A run ended, in any other way than by success."""
         run = event.run
         with self.lock:
-            self.waiting.pop(run, None)
-            self.running.pop(run, None)
+            self.live.pop(run, None)
             self.finished[event.outcome] += 1
             self.bad += event.bad
+            wait = queue_wait(run)
+            if wait is not None:
+                self.wait.observe(wait, sampled(run), event.timestamp)
             if isinstance(event, (Failed, TimedOut)):
                 self._attempt_failed(event)
                 self.end_to_end.observe(whole_life(event), sampled(run), event.timestamp)
@@ -178,37 +187,50 @@ class Series:
         with self.lock:
             self.hazards[kind] = self.hazards.get(kind, 0) + 1
 
-    def inflight(self) -> dict[str, int]:
-        """How many runs are in each state."""
+    def states(self) -> dict[str, list[TaskRun]]:
+        """The runs that have not ended, by their state."""
         with self.lock:
-            waiting, running = list(self.waiting), len(self.running)
-        queued = sum(run.queued_s is not None for run in waiting)
-        return {"scheduled": len(waiting) - queued, "queued": queued, "running": running, "backoff": 0}
+            live = list(self.live)
+        states: dict[str, list[TaskRun]] = {state: [] for state in STATES}
+        for run in live:
+            states[
+                "running" if run.started_s is not None else "scheduled" if run.queued_s is None else "queued"
+            ].append(run)
+        return states
 
-    def ages(self) -> tuple[float | None, float | None]:
-        """Seconds that the oldest queued run has waited and the oldest running one has run; None where none does."""
-        now = _clock.monotonic()
-        with self.lock:
-            queued = [run.queued_s for run in self.waiting if run.queued_s is not None]
-            started = [run.started_s for run in self.running if run.started_s is not None]
-        return (
-            max(0.0, now - min(queued)) if queued else None,
-            max(0.0, now - min(started)) if started else None,
-        )
+    def waits(self, running: Sequence[TaskRun]) -> Counts:
+        """The waits of all runs that have started: those that are still running are counted when they end."""
+        told, now = self.wait.copy(), _clock.timestamp()
+        for run in running:
+            wait = queue_wait(run)
+            if wait is not None:
+                told.observe(wait, sampled(run), now)
+        return told
+
+
+def ages(states: dict[str, list[TaskRun]]) -> tuple[float | None, float | None]:
+    """Seconds that the oldest queued run has waited and the oldest running one has run; None where none does."""
+    now = _clock.monotonic()
+    queued = [run.queued_s for run in states["queued"] if run.queued_s is not None]
+    started = [run.started_s for run in states["running"] if run.started_s is not None]
+    return max(0.0, now - min(queued)) if queued else None, max(0.0, now - min(started)) if started else None
 
 
 def tell(all_series: Sequence[Series]) -> Iterator[Metric]:
     """The metric families of these series."""
-    counters = {family: CounterMetricFamily(family.full_name, family.help, labels=family.labels) for family in _COUNTERS}
+    counters = {
+        family: CounterMetricFamily(family.full_name, family.help, labels=family.labels) for family in _COUNTERS
+    }
     gauges = {family: GaugeMetricFamily(family.full_name, family.help, labels=family.labels) for family in _GAUGES}
     histograms = {
         family: HistogramMetricFamily(family.full_name, family.help, labels=family.labels) for family in _HISTOGRAMS
     }
     for series in all_series:
-        _tell_gauges(series, gauges)
+        states = series.states()
+        _tell_gauges(series, states, gauges)
         with series.lock:
             _tell_counters(series, counters)
-            series.wait.tell(histograms[f.WAIT], series.labels)
+            series.waits(states["running"]).tell(histograms[f.WAIT], series.labels)
             series.ok.tell(histograms[f.ATTEMPT], (*series.labels, "ok"))
             series.error.tell(histograms[f.ATTEMPT], (*series.labels, "error"))
             series.end_to_end.tell(histograms[f.END_TO_END], series.labels)
@@ -237,11 +259,11 @@ def _tell_counters(series: Series, counters: dict[Family, CounterMetricFamily]) 
         counters[f.HAZARDS].add_metric((labels[0], kind), count)
 
 
-def _tell_gauges(series: Series, gauges: dict[Family, GaugeMetricFamily]) -> None:
+def _tell_gauges(series: Series, states: dict[str, list[TaskRun]], gauges: dict[Family, GaugeMetricFamily]) -> None:
     labels = series.labels
-    for state, count in series.inflight().items():
-        gauges[f.INFLIGHT].add_metric((*labels, state), count)
-    queued, running = series.ages()
+    for state, runs in states.items():
+        gauges[f.INFLIGHT].add_metric((*labels, state), len(runs))
+    queued, running = ages(states)
     known = (
         (f.OLDEST_QUEUED, queued),
         (f.OLDEST_RUNNING, running),

@@ -32,7 +32,6 @@ from ..events import (
     Retrying,
     Scheduled,
     Skipped,
-    Started,
     Succeeded,
     TaskEvent,
     TaskRun,
@@ -53,7 +52,6 @@ class SeriesLike(Protocol):
     """What a task's numbers are told, in one process's plain counts or in files shared by several."""
 
     def schedule(self, run: TaskRun) -> None: ...
-    def start(self, run: TaskRun, wait: float | None, timestamp: float) -> None: ...
     def succeed(self, event: Succeeded) -> None: ...
     def retry(self, event: Retrying) -> None: ...
     def end(self, event: Ended) -> None: ...
@@ -105,7 +103,7 @@ class PlainBook(Collector):
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._lock = threading.Lock()
-        self._by_task: dict[str, Series] = {}
+        self.by_task: dict[str, Series] = {}
         self._infos: dict[str, tuple[str, str, str, str]] = {}
         self._self_errors: dict[str, int] = {}
         self._overflows: dict[str, int] = {}
@@ -120,27 +118,27 @@ class PlainBook(Collector):
 
     def of(self, run: TaskRun) -> Series:
         """The numbers of a run's task."""
-        series = self._by_task.get(run.task)
+        series = self.by_task.get(run.task)
         return self._new(run) if series is None else series
 
     def _new(self, run: TaskRun) -> Series:
         with self._lock:
-            if run.task in self._by_task:
-                return self._by_task[run.task]
+            if run.task in self.by_task:
+                return self.by_task[run.task]
             label = self._bounds.task(run)
-            series = self._by_task.get(label) or self._make(label)
+            series = self.by_task.get(label) or self._make(label)
             if label != OTHER:
                 self._infos[label] = (label, "local", run.plan.owner or "", run.plan.executor)
             return series
 
     def _make(self, label: str) -> Series:
-        series = self._by_task[label] = Series((label, "local"), self._bounds.error_type)
+        series = self.by_task[label] = Series((label, "local"), self._bounds.error_type)
         return series
 
     def register(self, name: str, owner: str, executor: str) -> None:
         """Give a task its series before its first run, all at 0."""
         with self._lock:
-            if name not in self._by_task:
+            if name not in self.by_task:
                 self._make(name)
                 self._infos[name] = (name, "local", owner, executor)
 
@@ -161,7 +159,7 @@ class PlainBook(Collector):
         for entry in registered_tasks():
             self.register(entry.policy.name or entry.name, entry.policy.owner or "", entry.executor)
         with self._lock:
-            all_series, infos = list(self._by_task.values()), list(self._infos.values())
+            all_series, infos = list(self.by_task.values()), list(self._infos.values())
             self_errors, overflows = dict(self._self_errors), dict(self._overflows)
         yield from tell(all_series)
         yield _gauge(f.TASK_INFO, infos)
@@ -219,7 +217,7 @@ def _warn_if_one_of_several() -> None:
             "warning",
             "metrics.several_workers",
             workers=workers(),
-            advice="a scrape sees one worker at a time: set PROMETHEUS_MULTIPROC_DIR to an empty directory, for all workers",
+            advice="a scrape sees one worker at a time: set PROMETHEUS_MULTIPROC_DIR to an empty directory",
         )
 
 
@@ -249,13 +247,13 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry | None = None, *, tasks: Iterable[str] = ()) -> None:
         self._book = _book(REGISTRY if registry is None else registry)
         self._of: Callable[[TaskRun], SeriesLike] = self._book.of
+        self._known: dict[str, SeriesLike] = self._book.by_task
         for name in tasks:
             self._book.register(name, "", "")
         for entry in registered_tasks():
             self._book.register(entry.name, entry.policy.owner or "", entry.executor)
         self.handlers: dict[type[TaskEvent], Callable[[Any], None]] = {
             Scheduled: self._on_scheduled,
-            Started: self._on_started,
             Succeeded: self._on_succeeded,
             Retrying: self._on_retrying,
             HazardFound: self._on_hazard,
@@ -274,13 +272,12 @@ class Metrics:
         self._book.count_self_error(component)
 
     def _on_scheduled(self, event: Scheduled) -> None:
-        self._of(event.run).schedule(event.run)
-
-    def _on_started(self, event: Started) -> None:
-        self._of(event.run).start(event.run, event.queue_wait_s, event.timestamp)
+        run = event.run
+        (self._known.get(run.task) or self._of(run)).schedule(run)
 
     def _on_succeeded(self, event: Succeeded) -> None:
-        self._of(event.run).succeed(event)
+        run = event.run
+        (self._known.get(run.task) or self._of(run)).succeed(event)
 
     def _on_retrying(self, event: Retrying) -> None:
         self._of(event.run).retry(event)

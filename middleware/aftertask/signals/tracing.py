@@ -140,14 +140,16 @@ class Tracing:
         otel.attach(Context({**outer, _SPAN_KEY: span}))
 
     def _parent(self, run: TaskRun) -> tuple[Context, SpanContext | None]:
-        """The OpenTelemetry context that holds the parent, and the parent: for a child what is current, else the request's."""
+        """The context that holds the parent span, and the parent: for a child what is current, else the request's."""
         if run.parent is not None:
             return _with_span(otel.get_current())
         request = run.request
         if request.span_parent is None:
             variables = request.context
-            request.span_parent = _with_span(otel.get_current() if variables is None else variables.run(otel.get_current))
-            request.span_context = request.span_parent[1]  # type: ignore[index]  # as just made
+            request.span_parent = _with_span(
+                otel.get_current() if variables is None else variables.run(otel.get_current)
+            )
+            request.span_context = request.span_parent[1]
         return cast(tuple[Context, SpanContext | None], request.span_parent)
 
     def _attributes(self, event: Started) -> dict[str, Any]:
@@ -267,4 +269,3 @@ def _exception(failure: Failure) -> dict[str, str]:
         "exception.message": failure.message,
         "exception.stacktrace": failure.stack,
     }
-

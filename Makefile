@@ -1,0 +1,44 @@
+# Every command makes its own virtual environment first; nothing has to be installed by hand but Python 3.11 or newer.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.made
+
+.PHONY: test check long demo bench upstream versions format clean
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[all]" --group dev
+	touch $(STAMP)
+
+test: check ## lint, types and the tests
+	$(BIN)/python -m pytest -q
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+long: $(STAMP) ## the tests that take minutes
+	$(BIN)/python -m pytest -q -m "long"
+
+demo: $(STAMP) ## a small shop under uvicorn with its own traffic; `make demo SECONDS=20` stops by itself
+	$(BIN)/python examples/shop/demo.py $(if $(SECONDS),--seconds $(SECONDS))
+
+bench: $(STAMP) ## what observing a task costs, beside the floor and FastAPI's own telemetry
+	$(BIN)/python tests/bench/overhead.py
+	$(BIN)/python tests/bench/history.py
+
+upstream: $(STAMP) ## Starlette's and FastAPI's own suites, bare and with the middleware in every app
+	$(BIN)/python tests/upstream/run.py
+
+versions: $(STAMP) ## our suite on older FastAPI, Starlette and newer Python
+	$(BIN)/python tests/versions.py
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,69 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask, BackgroundTasks
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from aftertask import AftertaskMiddleware, Settings, policies
+
+ClientFor = Callable[..., TestClient]
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    """Async tests run on both."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def own_registrations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers by `@task` is forgotten after it."""
+    monkeypatch.setattr(policies, "_registry", dict(policies._registry))
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of whoever runs the tests says nothing to aftertask."""
+    import os
+
+    for name in [name for name in os.environ if name.startswith("AFTERTASK_") and "_TEST_" not in name]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    """A Prometheus registry of the test's own."""
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def client_for(registry: CollectorRegistry) -> Iterator[ClientFor]:
+    """A client for an app whose `/` answers with these functions as background tasks, under the middleware."""
+    clients: list[TestClient] = []
+
+    def make(*functions: Callable[..., Any], signals: Iterable[Any] | None = None, **settings: Any) -> TestClient:
+        async def endpoint(request: Request) -> PlainTextResponse:
+            return PlainTextResponse("ok", background=BackgroundTasks([BackgroundTask(each) for each in functions]))
+
+        chosen = Settings(**{"registry": registry, **settings})
+        middleware = [Middleware(AftertaskMiddleware, settings=chosen, signals=signals)]
+        app = Starlette(routes=[Route("/", endpoint)], middleware=middleware)
+        client = TestClient(app, raise_server_exceptions=False)
+        clients.append(client)
+        return client
+
+    yield make
+    for client in clients:
+        client.close()

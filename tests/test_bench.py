@@ -1,0 +1,58 @@
+"""The benchmark's command runs, prints every variant and judges every gate. Its figures are `make bench`'s business."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent / "bench"
+VARIANTS = ("bare", "floor", "native", "ours", "ours_none")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(120)
+def test_one_quick_round_prints_the_table_and_the_gates(tmp_path: Path) -> None:
+    """Exit code 1 is a gate that failed, which one short round may do; anything else is a broken benchmark."""
+    figures = tmp_path / "figures.json"
+    options = ["--rounds", "1", "--batches", "3", "--variants", ",".join(VARIANTS), "--json", str(figures)]
+
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "overhead.py"), *options], capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == (1 if "FAIL" in done.stdout else 0), done.stderr
+    table, gates = done.stdout.split("Gates\n")
+    lines = [line.split() for line in table.splitlines() if line]
+    assert tuple(words[0] for words in lines if words[0] in VARIANTS) == VARIANTS
+    assert [line.split()[0] for line in gates.splitlines()].count("--") == 2  # metrics alone, not sampled: not measured
+    (only,) = json.loads(figures.read_text())["rounds"]
+    assert set(only) == set(VARIANTS)
+    assert only["ours"]["10"] > only["ours"]["1"] > only["ours"]["0"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(120)
+def test_a_short_history_is_judged() -> None:
+    """The history command tells the cost and the memory, and its exit code says whether both are within limits."""
+    command = [sys.executable, str(BENCH / "history.py"), "--tasks", "2000", "--pairs", "1"]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    cost, memory = done.stdout.splitlines()
+    assert "us after 2000" in cost
+    assert "traced memory grew by" in memory
+    assert done.returncode == (0 if cost.startswith("pass") and memory.startswith("pass") else 1), done.stderr
+
+
+def test_an_unknown_variant_is_refused_by_name() -> None:
+    """A typing error must not pass for a gate that was kept."""
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "overhead.py"), "--variants", "our"], capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 2
+    assert "no variant 'our'; there are bare, floor" in done.stderr

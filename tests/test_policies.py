@@ -1,0 +1,226 @@
+"""What a task is called, and what its owner says of it."""
+
+from __future__ import annotations
+
+import functools
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from starlette.testclient import TestClient
+
+from aftertask import Failed, NameClash, Policy, Scheduled, TaskEvent, options, task
+from aftertask.policies import PolicyBook, code_name
+
+ClientFor = Callable[..., TestClient]
+
+
+def plain() -> None: ...
+
+
+async def coroutine() -> None: ...
+
+
+class Mailer:
+    """Every way in which a class gives something to call."""
+
+    def method(self) -> None: ...
+
+    @classmethod
+    def of_class(cls) -> None: ...
+
+    @staticmethod
+    def static() -> None: ...
+
+    def __call__(self) -> None: ...
+
+
+class Hostile:
+    """Hides everything, and says so loudly."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"no {name} for you")
+
+    def __call__(self) -> None: ...
+
+
+def local() -> Callable[[], None]:
+    def inner() -> None: ...
+
+    return inner
+
+
+HERE = __name__
+
+
+NAMED: list[tuple[Any, str]] = [
+    (plain, f"{HERE}.plain"),
+    (coroutine, f"{HERE}.coroutine"),
+    (functools.partial(plain), f"{HERE}.plain"),
+    (functools.partial(functools.partial(coroutine)), f"{HERE}.coroutine"),
+    (options(plain, trace="none"), f"{HERE}.plain"),
+    (Mailer().method, f"{HERE}.Mailer.method"),
+    (Mailer.of_class, f"{HERE}.Mailer.of_class"),
+    (Mailer.static, f"{HERE}.Mailer.static"),
+    (Mailer(), f"{HERE}.Mailer"),
+    (Mailer, f"{HERE}.Mailer"),
+    ([].append, "builtins.list.append"),
+    (print, "builtins.print"),
+    (local(), f"{HERE}.local.<locals>.inner"),
+    (lambda: None, f"{HERE}.<lambda>"),
+    (Hostile(), f"{HERE}.Hostile"),
+]
+
+
+@pytest.mark.parametrize(("func", "name"), NAMED, ids=[name for _, name in NAMED])
+def test_a_task_is_named_by_module_and_qualname(func: Any, name: str) -> None:
+    """Never by a repr, and whatever the callable is."""
+    assert code_name(func) == name
+
+
+def test_main_is_named_as_python_was_started(tmp_path: Path) -> None:
+    """`__main__` is the module's own name under `python -m`, else `__main__`."""
+    (tmp_path / "program.py").write_text("from aftertask.policies import code_name\ndef f(): ...\nprint(code_name(f))\n")
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert run([sys.executable, "program.py"]).stdout.strip() == "__main__.f"
+    assert run([sys.executable, "-m", "program"]).stdout.strip() == "program.f"
+
+
+def test_a_registered_function_stays_itself() -> None:
+    """The same object, callable and picklable as before."""
+    assert task(name="mail.send", owner="growth")(plain) is plain
+    assert pickle.loads(pickle.dumps(plain)) is plain
+    assert plain() is None  # type: ignore[func-returns-value]  # that it can be called is the point
+
+
+def test_a_name_clash_is_an_error() -> None:
+    """Two functions under one name would share their metrics."""
+    task(name="mail.send")(local())
+    with pytest.raises(NameClash, match=r"'mail.send' is taken by .*local.*inner, so .*coroutine"):
+        task(name="mail.send")(coroutine)
+
+
+def test_a_reload_is_no_clash() -> None:
+    """The same module and qualname again takes the name over."""
+    task(name="mail.again")(local())
+    task(name="mail.again")(local())
+
+
+@pytest.mark.parametrize(
+    ("policy", "error", "says"),
+    [
+        ({"nam": "x"}, TypeError, "'nam' is no policy; known are expected, name"),
+        ({"timeout": 3}, TypeError, "'timeout' is no policy"),
+        ({"name": ""}, TypeError, "Policy.name must be a non-empty string"),
+        ({"owner": 3}, TypeError, "Policy.owner"),
+        ({"observe": "no"}, TypeError, "Policy.observe must be True, False or None, got 'no'"),
+        ({"expected": (KeyboardInterrupt,)}, TypeError, "Policy.expected must be exception classes"),
+        ({"expected": "ValueError"}, TypeError, "Policy.expected must be exception classes"),
+        ({"trace": "yes"}, ValueError, "Policy.trace must be one of child, link, none, got 'yes'"),
+    ],
+)
+def test_a_bad_policy_is_refused(policy: dict[str, Any], error: type[Exception], says: str) -> None:
+    """By name, where the decorator stands."""
+    with pytest.raises(error) as caught:
+        task(**policy)
+    assert says in str(caught.value)
+
+
+def test_what_takes_no_attribute_cannot_be_decorated() -> None:
+    """A builtin is named in Settings.policies instead, and the error says so."""
+    with pytest.raises(TypeError, match="name it in Settings.policies instead"):
+        task(print)
+    with pytest.raises(TypeError, match="registers a function, got 3"):
+        task(3)  # type: ignore[call-overload]  # the mistake
+
+
+def test_options_leave_name_and_owner_to_the_task() -> None:
+    """One call cannot be another task."""
+    with pytest.raises(TypeError, match="name belongs to the task"):
+        options(plain, name="other")
+
+
+def test_policies_are_put_together_field_by_field() -> None:
+    """options() over an exact name over patterns in their order over @task."""
+    declared = Policy(name="mail.send", owner="declared", expected=(ValueError,), trace="none")
+    book = PolicyBook(
+        {
+            "mail.*": Policy(owner="first pattern"),
+            "*": Policy(owner="second pattern", observe=False),
+            "mail.send": Policy(trace="link"),
+        }
+    )
+
+    chosen = book.policy("mail.send", Policy(expected=KeyError), declared)
+
+    assert (chosen.owner, chosen.observe, chosen.trace, chosen.classes) == ("first pattern", False, "link", (KeyError,))
+
+
+def test_a_task_that_is_not_observed_is_as_if_it_were_not_there(
+    client_for: ClientFor, registry: CollectorRegistry
+) -> None:
+    """It runs, and nobody hears of it: no event, no series."""
+    ran: list[str] = []
+
+    @task(name="quiet", observe=False)
+    async def quiet() -> None:
+        ran.append("quiet")
+
+    def loud() -> None:
+        ran.append("loud")
+
+    seen: list[TaskEvent] = []
+    client_for(quiet, loud, signals=[seen.append]).get("/")
+
+    assert ran == ["quiet", "loud"]
+    assert {event.run.task.rpartition(".")[2] for event in seen} == {"loud"}
+
+
+def test_an_operator_overrules_the_decorator(client_for: ClientFor) -> None:
+    """Settings.policies by name wins over @task."""
+
+    @task(name="job", observe=False)
+    async def job() -> None: ...
+
+    seen: list[TaskEvent] = []
+    client_for(job, signals=[seen.append], policies={"job": Policy(observe=True)}).get("/")
+
+    assert [type(event).__name__ for event in seen] == ["Scheduled", "Started", "Succeeded"]
+
+
+def test_expected_exceptions_are_failed_and_not_bad(client_for: ClientFor, registry: CollectorRegistry) -> None:
+    """A declined card is part of the task's life; any other error is not."""
+
+    @task(name="charge", expected=LookupError)
+    async def charge() -> None:
+        raise KeyError("declined")
+
+    seen: list[TaskEvent] = []
+    client_for(charge, signals=[seen.append]).get("/")
+
+    failed = seen[-1]
+    assert isinstance(failed, Failed)
+    assert (failed.expected, failed.bad) == (True, False)
+
+
+def test_options_work_with_sync_and_async_functions(client_for: ClientFor) -> None:
+    """What options() returns runs as the function does, where the function would."""
+    ran: list[str] = []
+
+    def sync(word: str) -> None:
+        ran.append(word)
+
+    async def asynchronous(word: str) -> None:
+        ran.append(word)
+
+    seen: list[TaskEvent] = []
+    calls = [functools.partial(options(each, trace="none"), each.__name__) for each in (sync, asynchronous)]
+    client_for(*calls, signals=[seen.append]).get("/")
+
+    assert ran == ["sync", "asynchronous"]
+    assert [event.run.plan.executor for event in seen if isinstance(event, Scheduled)] == ["thread", "inline"]

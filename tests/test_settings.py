@@ -1,0 +1,183 @@
+"""Settings: every mistake is told when the app is built, by name, with the way out."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.testclient import TestClient
+
+from aftertask import AftertaskMiddleware, Policy, RegistryClash, Settings, task
+from aftertask.signals import Metrics
+
+
+async def app(scope: Any, receive: Any, send: Any) -> None:
+    raise AssertionError("nobody calls this app")
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "says"),
+    [
+        ({"metric_path": "/m"}, TypeError, "did you mean 'metrics_path'"),
+        ({"on_failure": "contain"}, TypeError, "'on_failure' is no setting"),
+        ({"metrics_path": "metrics"}, ValueError, "begins with a slash, or None, got 'metrics'"),
+        ({"metrics_path": "/"}, ValueError, "metrics_path"),
+        ({"registry": None}, TypeError, "CollectorRegistry"),
+        ({"tracer_provider": "otel"}, TypeError, "TracerProvider"),
+        ({"trace": "children"}, ValueError, "'child', 'link', 'none', got 'children'"),
+        ({"context": "all"}, ValueError, "'request', 'endpoint', got 'all'"),
+        ({"redact": "yes"}, TypeError, "Settings.redact must be a function"),
+        ({"request_id": "x-request-id"}, TypeError, "Settings.request_id must be a function"),
+        ({"success_log_rate": -1}, ValueError, "success_log_rate"),
+        ({"success_log_rate": float("nan")}, ValueError, "success_log_rate"),
+        ({"success_log_rate": True}, ValueError, "success_log_rate"),
+        ({"run_ids_header": "a b"}, ValueError, "run_ids_header"),
+        ({"exclude": "/health"}, TypeError, "Settings.exclude must be a list"),
+        ({"exclude": ["health"]}, ValueError, "begin with a slash, got 'health'"),
+        ({"policies": {"mail": {"owner": "x"}}}, TypeError, "policies['mail'] must be a Policy"),
+        ({"policies": [Policy()]}, TypeError, "must map task names"),
+    ],
+)
+def test_a_bad_setting_is_refused_by_name(values: dict[str, Any], error: type[Exception], says: str) -> None:
+    """The message names the setting, the value it got and what is allowed."""
+    with pytest.raises(error) as caught:
+        Settings(**values)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("signals", "says"),
+    [
+        ([3], "a signal must be callable, got 3"),
+        ([Metrics], "write Metrics()"),
+        ([app], "is async"),
+        (3, "signals must be a list"),
+    ],
+)
+def test_a_bad_signal_is_refused(signals: Any, says: str) -> None:
+    """What is no signal is told when the app is built."""
+    with pytest.raises(TypeError) as caught:
+        AftertaskMiddleware(app, settings=Settings(registry=CollectorRegistry()), signals=signals)
+    assert says in str(caught.value)
+
+
+def test_settings_must_be_settings() -> None:
+    """A dict is not taken for settings."""
+    with pytest.raises(TypeError, match=r"must be an aftertask.Settings"):
+        AftertaskMiddleware(app, settings={"trace": "none"})  # type: ignore[arg-type]  # the mistake
+
+
+def test_a_registry_that_has_one_of_our_names_is_refused() -> None:
+    """Somebody else's family under our name is a clear error, not a half-registered one."""
+    registry = CollectorRegistry()
+    Counter("aftertask_tasks_scheduled", "theirs", ["route"], registry=registry)
+
+    with pytest.raises(RegistryClash) as caught:
+        AftertaskMiddleware(app, settings=Settings(registry=registry))
+
+    assert "aftertask_tasks_scheduled" in str(caught.value)
+    assert "Settings(registry=" in str(caught.value)
+
+
+def test_the_middleware_added_twice_is_told() -> None:
+    """Two on one app work, but only one observes: a warning says so."""
+    settings = Settings(registry=CollectorRegistry())
+    inner = AftertaskMiddleware(app, settings=settings)
+    with pytest.warns(UserWarning, match="added twice"):
+        AftertaskMiddleware(inner, settings=settings)
+
+
+def test_a_mistake_comes_out_of_the_first_request_at_the_latest() -> None:
+    """Starlette builds its stack late; the error is not swallowed there."""
+    app = Starlette(middleware=[Middleware(AftertaskMiddleware, settings=Settings(), signals=[3])])
+    with pytest.raises(TypeError, match="must be callable"):
+        TestClient(app).get("/")
+
+
+def test_the_environment_is_read_by_from_env_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`from_env` takes each variable; explicit settings ignore them; keywords win."""
+    monkeypatch.setenv("AFTERTASK_METRICS_PATH", "/internal/metrics")
+    monkeypatch.setenv("AFTERTASK_TRACE", "link")
+    monkeypatch.setenv("AFTERTASK_CONTEXT", "endpoint")
+    monkeypatch.setenv("AFTERTASK_SUCCESS_LOG_RATE", "none")
+    monkeypatch.setenv("AFTERTASK_RUN_IDS_HEADER", "X-Runs")
+    monkeypatch.setenv("AFTERTASK_EXCLUDE", "/health, /internal/*")
+
+    settings = Settings.from_env(trace="none")
+
+    assert (settings.metrics_path, settings.trace, settings.context) == ("/internal/metrics", "none", "endpoint")
+    assert (settings.success_log_rate, settings.run_ids_header) == (None, "X-Runs")
+    assert settings.exclude == ("/health", "/internal/*")
+    assert Settings().metrics_path == "/metrics"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("AFTERTASK_TRACE", "both", "AFTERTASK_TRACE"),
+        ("AFTERTASK_SUCCESS_LOG_RATE", "many", "AFTERTASK_SUCCESS_LOG_RATE='many'"),
+        ("AFTERTASK_METRICS_PATH", "metrics", "AFTERTASK_METRICS_PATH"),
+    ],
+)
+def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str) -> None:
+    """The operator reads which variable is wrong."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError) as caught:
+        Settings.from_env()
+    assert says in str(caught.value)
+
+
+def test_an_unknown_variable_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt variable does not pass in silence."""
+    monkeypatch.setenv("AFTERTASK_TRACES", "link")
+    with pytest.warns(UserWarning, match="AFTERTASK_TRACES means nothing to aftertask; did you mean AFTERTASK_TRACE"):
+        Settings.from_env()
+
+
+def test_what_kubernetes_puts_into_the_environment_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Service called aftertask gives every container variables of our prefix."""
+    for name in ("AFTERTASK_SERVICE_HOST", "AFTERTASK_SERVICE_PORT_HTTP", "AFTERTASK_PORT", "AFTERTASK_PORT_80_TCP"):
+        monkeypatch.setenv(name, "tcp://10.0.0.1:80")
+    assert Settings.from_env().trace == "child"
+
+
+def test_disabled_installs_nothing(monkeypatch: pytest.MonkeyPatch, registry: CollectorRegistry) -> None:
+    """With AFTERTASK_DISABLED=1 the app runs alone: no event, no metric, no /metrics."""
+    monkeypatch.setenv("AFTERTASK_DISABLED", "1")
+    seen: list[object] = []
+    wrapped = Starlette(
+        middleware=[Middleware(AftertaskMiddleware, settings=Settings(registry=registry), signals=[seen.append])]
+    )
+
+    assert TestClient(wrapped).get("/metrics").status_code == 404
+    assert not list(registry.collect())
+    assert not seen
+
+
+def test_disabled_understands_only_yes_and_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A typo there must not leave somebody believing."""
+    monkeypatch.setenv("AFTERTASK_DISABLED", "maybe")
+    with pytest.raises(ValueError, match="AFTERTASK_DISABLED must be 1 or 0, got 'maybe'"):
+        AftertaskMiddleware(app)
+
+
+def test_thousands_of_instances_are_fine(registry: CollectorRegistry) -> None:
+    """The families are registered once per registry, however many apps there are."""
+    settings = Settings(registry=registry)
+    for _ in range(3000):
+        AftertaskMiddleware(app, settings=settings)
+    assert len([m for m in registry.collect() if m.name == "aftertask_tasks_scheduled"]) == 1
+
+
+def test_importing_the_package_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """Registering a task is silent."""
+    with caplog.at_level(logging.DEBUG):
+
+        @task(name="quiet")
+        def quiet() -> None: ...
+
+    assert not caplog.records
