@@ -132,7 +132,9 @@ def test_an_expected_failure_is_not_bad(client_for: ClientFor, registry: Collect
 
 def test_a_registered_task_has_its_series_from_the_start(registry: CollectorRegistry) -> None:
     """All at 0 before the first run, or the first failure is invisible to increase()."""
-    AftertaskMiddleware(PlainTextResponse("ok"), settings=Settings(registry=registry, policies={"by.operator": Policy()}))
+    AftertaskMiddleware(
+        PlainTextResponse("ok"), settings=Settings(registry=registry, policies={"by.operator": Policy()})
+    )
 
     @task(name="shop.late", owner="shop")
     def late() -> None: ...
@@ -146,7 +148,9 @@ def test_a_registered_task_has_its_series_from_the_start(registry: CollectorRegi
     assert value(registry, "task_info", task="shop.ok", engine="local", owner="shop", executor="inline") == 1
 
 
-def test_labels_stay_few(client_for: ClientFor, registry: CollectorRegistry, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_stay_few(
+    client_for: ClientFor, registry: CollectorRegistry, capsys: pytest.CaptureFixture[str]
+) -> None:
     """100 unregistered tasks have a label of their own; the others share one, which is counted, and warned of once."""
 
     def make(number: int) -> Callable[[], None]:
@@ -157,7 +161,9 @@ def test_labels_stay_few(client_for: ClientFor, registry: CollectorRegistry, cap
 
     client_for(*[make(number) for number in range(120)], ok).get("/")
 
-    names = {sample.labels["task"] for metric in registry.collect() for sample in metric.samples if "task" in sample.labels}
+    names = {
+        sample.labels["task"] for metric in registry.collect() for sample in metric.samples if "task" in sample.labels
+    }
     assert len([name for name in names if name.startswith(f"{__name__}.task_")]) == 100
     assert local(registry, "tasks_finished_total", "__other__", outcome="succeeded") == 20
     assert local(registry, "tasks_finished_total", "shop.ok", outcome="succeeded") == 1

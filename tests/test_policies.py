@@ -85,7 +85,9 @@ def test_a_task_is_named_by_module_and_qualname(func: Any, name: str) -> None:
 
 def test_main_is_named_as_python_was_started(tmp_path: Path) -> None:
     """`__main__` is the module's own name under `python -m`, else `__main__`."""
-    (tmp_path / "program.py").write_text("from aftertask.policies import code_name\ndef f(): ...\nprint(code_name(f))\n")
+    (tmp_path / "program.py").write_text(
+        "from aftertask.policies import code_name\ndef f(): ...\nprint(code_name(f))\n"
+    )
     run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert run([sys.executable, "program.py"]).stdout.strip() == "__main__.f"
     assert run([sys.executable, "-m", "program"]).stdout.strip() == "program.f"
@@ -133,7 +135,7 @@ def test_a_bad_policy_is_refused(policy: dict[str, Any], error: type[Exception],
 
 def test_what_takes_no_attribute_cannot_be_decorated() -> None:
     """A builtin is named in Settings.policies instead, and the error says so."""
-    with pytest.raises(TypeError, match="name it in Settings.policies instead"):
+    with pytest.raises(TypeError, match=r"name it in Settings\.policies instead"):
         task(print)
     with pytest.raises(TypeError, match="registers a function, got 3"):
         task(3)  # type: ignore[call-overload]  # the mistake

@@ -618,5 +618,3 @@ class Exchange(Request):
 
 def _header(name: str, value: str) -> tuple[bytes, bytes]:
     return name.lower().encode("latin-1"), value.encode("latin-1")
-
-

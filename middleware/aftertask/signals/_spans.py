@@ -2,9 +2,9 @@
 Start live SDK spans by copying a template instead of running the SDK's constructor, where that is possible.
 
 A span's constructor spends most of its time on cleaning attributes that we know to be clean. The template is a span
-that the SDK itself made, so fields that a later SDK adds come along, and the copy is an instance of the SDK's own class.
-This touches private names: they are checked when a tracer is first used, and where one is missing, or the SDK counts its
-own spans, or the tracer is not the SDK's, spans are started as usual.
+that the SDK itself made, so fields that a later SDK adds come along, and the copy is an instance of the SDK's own
+class. This touches private names: they are checked when a tracer is first used, and where one is missing, or the SDK
+counts its own spans, or the tracer is not the SDK's, spans are started as usual.
 """
 
 from __future__ import annotations
