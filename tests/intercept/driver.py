@@ -1,0 +1,200 @@
+"""An ASGI driver in the place of a server, and an app under the middleware whose observed tasks can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.routing import BaseRoute, Route
+
+from aftertask import AftertaskMiddleware, Settings, Started
+from aftertask.testing import Recorder
+
+#: What the tasks below have done, in order.
+LOG: list[Any] = []
+
+
+async def af(x: str = "af") -> None:
+    """An async task."""
+    await anyio.lowlevel.checkpoint()
+    LOG.append(x)
+
+
+def sf(x: str = "sf") -> None:
+    """A sync task."""
+    LOG.append(x)
+
+
+async def boom(x: str = "boom") -> None:
+    """A task that fails."""
+    LOG.append(x)
+    raise ValueError(x)
+
+
+class Result:
+    """What an app sent, and what came out of it."""
+
+    def __init__(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self.exc: BaseException | None = None
+        self.scope: dict[str, Any] = {}
+
+    @property
+    def start(self) -> dict[str, Any] | None:
+        """The message that started the response."""
+        return next((m for m in self.messages if m["type"].endswith("http.response.start")), None)
+
+    @property
+    def status(self) -> int | None:
+        """The response's status; None where there was none."""
+        return None if self.start is None else self.start["status"]
+
+    @property
+    def body(self) -> bytes:
+        """The whole body."""
+        return b"".join(m.get("body", b"") for m in self.messages if m["type"].endswith("http.response.body"))
+
+    def header(self, name: str) -> str | None:
+        """One response header."""
+        found = [v.decode() for k, v in (self.start or {"headers": ()})["headers"] if k.decode().lower() == name]
+        return found[0] if found else None
+
+
+async def drive(
+    app: Any,
+    path: str = "/",
+    *,
+    method: str = "GET",
+    spec: str = "2.3",
+    type: str = "http",
+    headers: Any = (),
+    early_disconnect: bool = False,
+    send_fails_after: int | None = None,
+    body: bytes = b"",
+) -> Result:
+    """
+    Serve one request.
+
+    Args:
+        app: The ASGI app.
+        path: Its path.
+        method: Its method.
+        spec: The ASGI version that the server claims; from 2.4 on a vanished client makes `send` raise.
+        type: `http` or `websocket`.
+        headers: More request headers.
+        early_disconnect: The client goes right after its request.
+        send_fails_after: `send` raises OSError after so many messages.
+        body: The request's body.
+    """
+    result = Result()
+    result.scope = scope = {
+        "type": type,
+        "asgi": {"version": "3.0", "spec_version": spec},
+        "http_version": "1.1",
+        "server": ("t", 80),
+        "client": ("c", 1),
+        "scheme": "http" if type == "http" else "ws",
+        "root_path": "",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [(b"host", b"t"), *headers],
+    }
+    if type == "http":
+        scope["method"] = method
+    else:
+        scope |= {"subprotocols": [], "extensions": {"websocket.http.response": {}}}
+    done = anyio.Event()
+    requested = False
+
+    async def receive() -> dict[str, Any]:
+        nonlocal requested
+        if not requested:
+            requested = True
+            return (
+                {"type": "websocket.connect"}
+                if type == "websocket"
+                else {"type": "http.request", "body": body, "more_body": False}
+            )
+        if not early_disconnect:
+            await done.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        if send_fails_after is not None and len(result.messages) >= send_fails_after:
+            raise OSError("the client has gone")
+        result.messages.append(message)
+        if message["type"].endswith("http.response.body") and not message.get("more_body"):
+            done.set()
+
+    try:
+        with anyio.fail_after(10):
+            await app(scope, receive, send)
+    except Exception as exc:
+        result.exc = exc
+    return result
+
+
+class Env:
+    """An app under the middleware, and what the middleware saw of it."""
+
+    def __init__(self) -> None:
+        self.seen = Recorder()
+        LOG.clear()
+
+    def mw(self, app: Any, seen: Any = None) -> AftertaskMiddleware:
+        """The middleware around an ASGI app."""
+        settings = Settings(metrics_path=None, registry=CollectorRegistry())
+        return AftertaskMiddleware(app, settings=settings, signals=[seen or self.seen])
+
+    def middleware(self) -> Middleware:
+        """The middleware as Starlette takes it."""
+        return Middleware(self.mw)
+
+    def names(self) -> list[str]:
+        """The functions of the runs that were started, children included, in order."""
+        return [event.run.task.rpartition(".")[2] for event in self.seen.of(Started)]
+
+    def app(self, *endpoints: Any, middleware: Any = (), **kwargs: Any) -> Starlette:
+        """A Starlette app with these endpoints at `/`, `/1`, `/2` …"""
+        routes = [
+            endpoint
+            if isinstance(endpoint, BaseRoute)
+            else Route("/" if place == 0 else f"/{place}", endpoint, methods=["GET", "POST"])
+            for place, endpoint in enumerate(endpoints)
+        ]
+        return Starlette(routes=routes, middleware=[self.middleware(), *middleware], **kwargs)
+
+    def expect(self, *names: str, log: Any = None, unordered: bool = False) -> None:
+        """These runs were started, this was done, and the accounts are right."""
+        order: Callable[[Any], Any] = sorted if unordered else list
+        assert order(self.names()) == order(names)
+        if log is not None:
+            assert order(LOG) == order(log)
+        self.check_accounts()
+
+    def check_accounts(self) -> None:
+        """Each run was scheduled, and ended exactly once."""
+        told: dict[Any, list[str]] = {}
+        for event in self.seen.events:
+            told.setdefault(event.run, []).append(type(event).__name__)
+        for run, events in told.items():
+            ends = [name for name in events if name not in ("Scheduled", "Started", "HazardFound")]
+            assert events[0] == "Scheduled", (run, events)
+            assert len(ends) == 1, (run, events)
+            assert events.index(ends[0]) >= events.index("Started") if "Started" in events else True, (run, events)
+
+
+def answering(background: Any, cls: Any = PlainTextResponse, *args: Any) -> Any:
+    """An endpoint whose response has this background."""
+
+    async def endpoint(request: Any) -> Any:
+        return cls(*(args or ("ok",)), background=background)
+
+    return endpoint

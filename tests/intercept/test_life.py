@@ -1,0 +1,616 @@
+"""The life of a run: when it is scheduled, how it ends, and what comes out of it."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import time
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import pytest
+from fastapi import BackgroundTasks as Injected
+from fastapi import Depends, FastAPI, HTTPException, WebSocket
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask, BackgroundTasks
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
+
+from aftertask import (
+    Cancelled,
+    Dropped,
+    Failed,
+    HazardFound,
+    Scheduled,
+    Skipped,
+    Started,
+    Succeeded,
+    TaskEvent,
+    TaskRun,
+    current_run,
+    get_run,
+    observe_functions,
+)
+from aftertask.testing import VirtualClock
+from intercept.driver import LOG, Env, af, answering, boom, drive, sf
+
+pytestmark = pytest.mark.anyio
+
+
+def app_with(env: Env, endpoint: Callable[..., Any], **kwargs: Any) -> FastAPI:
+    """A FastAPI app with one endpoint, under the middleware."""
+    app = FastAPI(**kwargs)
+    app.user_middleware.insert(0, env.middleware())
+    app.get("/")(endpoint)
+    return app
+
+
+def outcomes(env: Env) -> list[tuple[str, str]]:
+    """Each task's outcome; for one that never ran, with the reason."""
+    told = []
+    for event in env.seen.events:
+        if hasattr(event, "outcome"):
+            reason = f" {event.reason}" if isinstance(event, (Skipped, Dropped)) else ""
+            told.append((event.run.task.rpartition(".")[2], f"{event.outcome}{reason}"))
+    return told
+
+
+# --- what comes out
+
+
+async def test_an_exception_comes_out_as_itself(env: Env) -> None:
+    """The same object, its traceback ending in the task, without a cause or context of ours."""
+    r = await drive(env.app(answering(BackgroundTask(boom))))
+    failed = env.seen.of(Failed)[0]
+    assert r.exc is failed.error
+    assert r.exc.__cause__ is None
+    assert r.exc.__context__ is None
+    trace = r.exc.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    assert trace is not None
+    assert trace.tb_frame.f_code is boom.__code__
+    assert failed.failure.type == "ValueError"
+
+
+async def test_an_exception_group_is_a_failure_as_it_is(env: Env) -> None:
+    """Its members are not taken apart."""
+    group = ExceptionGroup("two", [ValueError("a"), KeyError("b")])
+
+    async def many() -> None:
+        raise group
+
+    r = await drive(env.app(answering(BackgroundTask(many))))
+    assert r.exc is group
+    assert env.seen.of(Failed)[0].failure.type == "ExceptionGroup"
+
+
+class Stop(BaseException):
+    """What is no Exception."""
+
+
+async def test_a_base_exception_is_told_as_cancelled_and_raised(env: Env) -> None:
+    """It ends the batch: what had not started is cancelled too."""
+
+    async def stop() -> None:
+        raise Stop
+
+    tasks = BackgroundTasks([BackgroundTask(stop), BackgroundTask(sf)])
+    with pytest.raises(Stop):
+        await drive(env.app(answering(tasks)))
+    cut_off, never = env.seen.of(Cancelled)
+    assert (cut_off.attempt, cut_off.reason, cut_off.caused_by) == (1, "cancelled", None)
+    assert (never.attempt, never.reason, never.caused_by) == (0, "batch_cancelled", cut_off.run)
+    assert LOG == []
+
+
+async def test_a_cancelled_request_cancels_its_run(env: Env) -> None:
+    """A server that cancels at shutdown: told as cancelled, and the cancellation goes on."""
+    started = anyio.Event()
+
+    async def endless() -> None:
+        started.set()
+        await anyio.sleep_forever()
+
+    app = env.app(answering(BackgroundTasks([BackgroundTask(endless), BackgroundTask(sf)])))
+    async with anyio.create_task_group() as group:
+        group.start_soon(drive, app)
+        await started.wait()
+        group.cancel_scope.cancel()
+    assert outcomes(env) == [("endless", "cancelled"), ("sf", "cancelled")]
+
+
+async def test_a_task_that_raises_while_being_cancelled_has_failed(env: Env) -> None:
+    """What it raised is what happened to it."""
+    started = anyio.Event()
+
+    async def bad_cleanup() -> None:
+        started.set()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            raise ValueError("in cleanup")
+
+    app = env.app(answering(BackgroundTask(bad_cleanup)))
+    async with anyio.create_task_group() as group:
+        group.start_soon(drive, app)
+        await started.wait()
+        group.cancel_scope.cancel()
+    assert outcomes(env) == [("bad_cleanup", "failed")]
+
+
+# --- what never ran
+
+
+async def test_tasks_behind_a_failed_one_are_skipped(env: Env) -> None:
+    """With the run that is to blame."""
+    await drive(env.app(answering(BackgroundTasks([BackgroundTask(f) for f in (af, boom, sf, af)]))))
+    assert outcomes(env) == [
+        ("af", "succeeded"),
+        ("boom", "failed"),
+        ("sf", "skipped sibling_failed"),
+        ("af", "skipped sibling_failed"),
+    ]
+    assert {event.caused_by for event in env.seen.of(Skipped)} == {env.seen.of(Failed)[0].run}
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("error", "reason"), [(HTTPException(404), "http_exception"), (KeyError("x"), "handler_error")]
+)
+async def test_tasks_of_a_handler_that_raises_are_dropped(env: Env, error: Exception, reason: str, layers: int) -> None:
+    """Also under BaseHTTPMiddleware, where the response is sent from another task."""
+
+    class Layer(BaseHTTPMiddleware):
+        async def dispatch(self, request: Any, call_next: Any) -> Any:
+            return await call_next(request)
+
+    async def endpoint(tasks: Injected) -> None:
+        tasks.add_task(sf)
+        raise error
+
+    app = app_with(env, endpoint)
+    app.user_middleware += [Middleware(Layer)] * layers
+    await drive(app)
+    assert outcomes(env) == [("sf", f"dropped {reason}")]
+    assert env.seen.of(Dropped)[0].bad is (reason == "handler_error")
+
+
+async def test_an_error_that_an_app_handles_is_a_handler_error(env: Env) -> None:
+    """A registered exception handler answers, and the tasks are dropped all the same."""
+
+    async def endpoint(tasks: Injected) -> None:
+        tasks.add_task(sf)
+        raise LookupError
+
+    async def handler(request: Any, error: Exception) -> PlainTextResponse:
+        return PlainTextResponse("sorry", status_code=409)
+
+    r = await drive(app_with(env, endpoint, exception_handlers={LookupError: handler}))
+    assert r.status == 409
+    assert outcomes(env) == [("sf", "dropped handler_error")]
+
+
+async def test_tasks_of_a_dependency_are_dropped_when_validation_fails(env: Env) -> None:
+    """The dependency has added them before the request was found wrong."""
+
+    def dependency(tasks: Injected) -> None:
+        tasks.add_task(sf)
+
+    async def endpoint(number: int, _: None = Depends(dependency)) -> None: ...
+
+    r = await drive(app_with(env, endpoint))
+    assert r.status == 422
+    assert outcomes(env) == [("sf", "dropped validation")]
+
+
+async def test_a_response_with_its_own_background_drops_the_injected_tasks(env: Env) -> None:
+    """FastAPI leaves them out without a word."""
+
+    async def endpoint(tasks: Injected) -> JSONResponse:
+        tasks.add_task(sf)
+        return JSONResponse({}, background=BackgroundTask(af))
+
+    await drive(app_with(env, endpoint))
+    assert outcomes(env) == [("af", "succeeded"), ("sf", "dropped own_background")]
+
+
+async def test_a_client_that_goes_drops_the_tasks(env: Env) -> None:
+    """From ASGI 2.4 on, where send raises; for injected tasks and those of a response."""
+
+    class Chunks:
+        def __aiter__(self) -> Any:
+            return self
+
+        async def __anext__(self) -> bytes:
+            return b"x"
+
+    async def endpoint(tasks: Injected) -> StreamingResponse:
+        tasks.add_task(sf)
+        return StreamingResponse(Chunks())
+
+    await drive(app_with(env, endpoint), spec="2.4", send_fails_after=2)
+    assert outcomes(env) == [("sf", "dropped client_gone")]
+
+    env.seen.clear()
+    await drive(env.app(answering(BackgroundTask(sf))), spec="2.4", send_fails_after=1)
+    assert outcomes(env) == [("sf", "dropped client_gone")]
+
+
+async def test_tasks_of_a_response_under_a_middleware_that_fails_are_found_in_the_traceback(env: Env) -> None:
+    """A direct response under BaseHTTPMiddleware is not seen at its start; its failure tells of it."""
+
+    class Layer(BaseHTTPMiddleware):
+        async def dispatch(self, request: Any, call_next: Any) -> Any:
+            return await call_next(request)
+
+    async def chunks() -> Any:
+        yield b"x"
+        raise KeyError("in the stream")
+
+    async def endpoint(request: Any) -> StreamingResponse:
+        return StreamingResponse(chunks(), background=BackgroundTask(sf))
+
+    await drive(env.app(endpoint, middleware=[Middleware(Layer)]))
+    assert [outcome for _, outcome in outcomes(env)] == ["dropped handler_error"]
+
+
+async def test_injected_tasks_of_a_websocket_never_run(env: Env) -> None:
+    """They are told as dropped."""
+    app = FastAPI()
+    app.user_middleware.insert(0, env.middleware())
+
+    @app.websocket("/")
+    async def endpoint(websocket: WebSocket, tasks: Injected) -> None:
+        await websocket.accept()
+        tasks.add_task(sf)
+        await websocket.close()
+
+    await drive(app, type="websocket")
+    assert outcomes(env) == [("sf", "dropped other")]
+
+
+async def test_what_is_thrown_away_schedules_nothing(env: Env) -> None:
+    """A response or container that is built and not returned is nobody's business."""
+
+    async def endpoint(request: Any) -> PlainTextResponse:
+        PlainTextResponse("no", background=BackgroundTask(sf))
+        BackgroundTasks().add_task(sf)
+        return PlainTextResponse("ok")
+
+    await drive(env.app(endpoint))
+    assert env.seen.events == []
+
+
+async def test_what_user_code_runs_itself_is_not_dropped(env: Env) -> None:
+    """A handler that awaits its injected tasks has run them."""
+
+    async def endpoint(tasks: Injected) -> JSONResponse:
+        tasks.add_task(sf)
+        await tasks()
+        tasks.tasks.clear()
+        return JSONResponse({})
+
+    await drive(app_with(env, endpoint))
+    assert outcomes(env) == [("sf", "succeeded")]
+    assert LOG == ["sf"]
+
+
+# --- when it is scheduled, and how long it waits
+
+
+async def test_a_run_exists_from_add_task_on(env: Env) -> None:
+    """Told there, in the endpoint, before the response."""
+    seen: list[int] = []
+
+    async def endpoint(tasks: Injected) -> None:
+        tasks.add_task(sf)
+        seen.append(len(env.seen.of(Scheduled)))
+        run = env.seen.of(Scheduled)[0].run
+        seen.append(get_run(run.id) is run)
+
+    await drive(app_with(env, endpoint))
+    assert seen == [1, True]
+    run = env.seen.runs()[0]
+    assert get_run(run.id) is None
+    assert run.http_route == "/"
+
+
+async def test_a_run_of_a_response_exists_from_its_start_on(env: Env) -> None:
+    """Before the body is sent."""
+    at_first_chunk: list[int] = []
+
+    async def chunks() -> Any:
+        at_first_chunk.append(len(env.seen.of(Scheduled)))
+        yield b"x"
+
+    async def endpoint(request: Any) -> StreamingResponse:
+        return StreamingResponse(chunks(), background=BackgroundTask(sf))
+
+    await drive(env.app(endpoint), spec="2.4")
+    assert at_first_chunk == [1]
+
+
+async def test_the_wait_begins_when_the_response_is_sent(env: Env) -> None:
+    """A long stream is no time in the queue; a sibling's run time is."""
+    with VirtualClock() as clock:
+
+        async def chunks() -> Any:
+            yield b"x"
+            clock.advance(50)
+            yield b"y"
+
+        async def slow() -> None:
+            clock.advance(7)
+
+        async def endpoint(tasks: Injected) -> StreamingResponse:
+            tasks.add_task(slow)
+            tasks.add_task(af)
+            return StreamingResponse(chunks())
+
+        await drive(app_with(env, endpoint))
+    assert [event.queue_wait_s for event in env.seen.of(Started)] == [0, 7]
+
+
+async def test_a_task_that_is_added_by_a_task_waits_from_then_on(env: Env) -> None:
+    """Not from the end of the response."""
+    with VirtualClock() as clock:
+        tasks = BackgroundTasks()
+
+        async def adder() -> None:
+            clock.advance(5)
+            tasks.add_task(af)
+            clock.advance(2)
+
+        tasks.add_task(adder)
+        await drive(env.app(answering(tasks)))
+    assert [event.queue_wait_s for event in env.seen.of(Started)] == [0, 0]
+
+
+# --- more than one of a kind
+
+
+async def test_a_task_object_listed_twice_is_two_runs(env: Env) -> None:
+    """Each with an id of its own."""
+    task = BackgroundTask(af)
+    await drive(env.app(answering(BackgroundTasks([task, task]))))
+    env.expect("af", "af", log=["af", "af"])
+    assert len({run.id for run in env.seen.runs()}) == 2
+
+
+async def test_a_container_served_twice_is_new_runs(env: Env) -> None:
+    """A shared response schedules anew for each request."""
+    shared = PlainTextResponse("ok", background=BackgroundTasks([BackgroundTask(af), BackgroundTask(sf)]))
+
+    async def endpoint(request: Any) -> PlainTextResponse:
+        return shared
+
+    app = env.app(endpoint)
+    for _ in range(3):
+        await drive(app)
+    env.expect(*["af", "sf"] * 3)
+    assert len({run.id for run in env.seen.runs()}) == 6
+
+
+async def test_ten_thousand_tasks_in_a_response(env: Env) -> None:
+    """All run once, in order, at a cost that does not grow with their number."""
+    ran: list[int] = []
+
+    async def number(n: int) -> None:
+        ran.append(n)
+
+    async def cost(count: int) -> float:
+        ran.clear()
+        env.seen.clear()
+        app = env.app(answering(BackgroundTasks([BackgroundTask(number, n) for n in range(count)])))
+        started = time.process_time()
+        await drive(app)
+        spent = time.process_time() - started
+        assert ran == list(range(count))
+        assert len(env.seen.of(Succeeded)) == count
+        return spent / count
+
+    small = min([await cost(1_000) for _ in range(3)])
+    large = await cost(10_000)
+    assert large < 4 * small
+
+
+async def test_two_hundred_requests_at_once_with_mixed_faults(env: Env) -> None:
+    """Every run is accounted for."""
+
+    async def endpoint(tasks: Injected, fault: int) -> Any:
+        tasks.add_task(af)
+        tasks.add_task(sf)
+        if fault == 1:
+            raise HTTPException(409)
+        if fault == 2:
+            tasks.tasks.insert(0, BackgroundTask(boom))
+        if fault == 3:
+            return JSONResponse({}, background=BackgroundTask(af))
+        if fault == 4:
+            raise KeyError
+        return {}
+
+    app = FastAPI()
+    app.user_middleware.insert(0, env.middleware())
+    for fault in range(5):
+        app.get(f"/{fault}")(functools.partial(endpoint, fault=fault))
+    async with anyio.create_task_group() as group:
+        for n in range(200):
+            group.start_soon(drive, app, f"/{n % 5}")
+
+    told = outcomes(env)
+    for what, count in {
+        ("af", "succeeded"): 80,
+        ("sf", "succeeded"): 40,
+        ("af", "dropped http_exception"): 40,
+        ("boom", "failed"): 40,
+        ("af", "skipped sibling_failed"): 40,
+        ("sf", "skipped sibling_failed"): 40,
+        ("af", "dropped own_background"): 40,
+        ("sf", "dropped handler_error"): 40,
+    }.items():
+        assert told.count(what) == count, what
+    assert len(told) == len(env.seen.runs())
+
+
+# --- children, and what does nothing
+
+
+async def test_a_child_knows_its_parent_and_has_no_wait(env: Env) -> None:
+    """A task that user code runs inside a task."""
+
+    async def parent() -> None:
+        await BackgroundTask(af)()
+
+    await drive(env.app(answering(BackgroundTask(parent))))
+    child, outer = env.seen.of(Started, "af")[0], env.seen.runs("parent")[0]
+    assert child.run.parent is outer
+    assert child.queue_wait_s is None
+    env.expect("parent", "af")
+
+
+async def test_the_functions_of_a_container_can_be_children(env: Env) -> None:
+    """observe_functions: each function is a run of its own, sync and async, and stays what it is."""
+
+    @observe_functions
+    class Queue(BackgroundTasks):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queue: list[Any] = []
+
+        def add_task(self, func: Any, *args: Any, **kwargs: Any) -> None:
+            self.queue.append(functools.partial(func, *args, **kwargs))
+
+        async def __call__(self) -> None:
+            for call in self.queue:
+                result = call()
+                if result is not None:
+                    await result
+
+    tasks = Queue()
+    tasks.add_task(sf, "one")
+    tasks.add_task(af, "two")
+    await drive(env.app(answering(tasks)))
+    assert LOG == ["one", "two"]
+    assert env.names() == ["Queue", "sf", "af"]
+    assert {run.parent.task.rpartition(".")[2] for run in env.seen.runs() if run.parent} == {"Queue"}
+
+
+async def test_observe_functions_wants_a_container() -> None:
+    """Anything else is told."""
+    with pytest.raises(TypeError, match="a container class with an add_task method, got <class 'int'>"):
+        observe_functions(int)
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+async def test_what_does_nothing_is_told_as_a_hazard(env: Env, anyio_backend: str) -> None:
+    """A generator function, and a def that returns a coroutine: Starlette calls them, and nothing happens."""
+
+    def generator() -> Any:
+        yield 1
+
+    def returns_coroutine() -> Any:
+        return af()
+
+    await drive(env.app(answering(BackgroundTasks([BackgroundTask(generator), BackgroundTask(returns_coroutine)]))))
+    kinds = [event.kind for event in env.seen.of(HazardFound)]
+    if anyio_backend == "asyncio":
+        assert kinds == ["generator", "unawaited_coroutine"]
+    else:  # trio itself raises where a thread returns a coroutine
+        assert kinds == ["generator"]
+        assert "expected a synchronous function" in str(env.seen.of(Failed)[0].error)
+    assert all(event.advice for event in env.seen.of(HazardFound))
+
+
+async def test_the_current_run_is_known_in_a_task_and_in_its_thread(env: Env) -> None:
+    """And nowhere else, also not right after it."""
+    seen: list[Any] = []
+
+    def in_thread() -> None:
+        seen.append(current_run())
+
+    async def inline() -> None:
+        seen.append(current_run())
+
+    r = await drive(env.app(answering(BackgroundTasks([BackgroundTask(in_thread), BackgroundTask(inline)]))))
+    assert r.exc is None
+    assert seen == env.seen.runs()
+    assert current_run() is None
+
+
+# --- signals
+
+
+async def test_a_signal_that_raises_leaves_the_task_and_the_others_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged by name and called again next time."""
+    env, seen = Env(), list[TaskEvent]()
+    calls: list[str] = []
+
+    def broken(event: TaskEvent) -> None:
+        calls.append(type(event).__name__)
+        raise RuntimeError("collector down")
+
+    class Both:
+        def __call__(self, event: TaskEvent) -> None:
+            for signal in (env.seen, seen.append):
+                signal(event)
+
+    from prometheus_client import CollectorRegistry
+
+    from aftertask import AftertaskMiddleware, Settings
+    from aftertask.signals import Metrics
+
+    registry = CollectorRegistry()
+    app = AftertaskMiddleware(
+        Starlette(routes=env.app(answering(BackgroundTask(af))).routes),
+        settings=Settings(registry=registry),
+        signals=[broken, Both(), Metrics(registry)],
+    )
+    await drive(app)
+
+    assert LOG == ["af"]
+    assert [type(event).__name__ for event in seen] == calls == ["Scheduled", "Started", "Succeeded"]
+    assert [record.message for record in caplog.records] == ["signal.failed"] * 3
+    assert "broken" in caplog.records[0].signal  # type: ignore[attr-defined]  # an extra of ours
+    component = caplog.records[0].signal  # type: ignore[attr-defined]  # same
+    assert registry.get_sample_value("aftertask_self_errors_total", {"component": component}) == 3
+
+
+async def test_the_ids_of_the_runs_can_be_in_a_header() -> None:
+    """`run_ids_header` names it."""
+    from prometheus_client import CollectorRegistry
+
+    from aftertask import AftertaskMiddleware, Settings
+
+    env = Env()
+    settings = Settings(registry=CollectorRegistry(), run_ids_header="X-Run-Ids")
+    inner = Starlette(routes=env.app(answering(BackgroundTasks([BackgroundTask(af), BackgroundTask(sf)]))).routes)
+    r = await drive(AftertaskMiddleware(inner, settings=settings, signals=[env.seen]))
+    assert r.header("x-run-ids") == ", ".join(run.id for run in env.seen.runs())
+    without = await drive(AftertaskMiddleware(PlainTextResponse("ok"), settings=settings, signals=[]))
+    assert without.header("x-run-ids") is None
+
+
+async def test_a_request_leaves_no_garbage(env: Env) -> None:
+    """No reference cycle: what a request made is gone with it, without the collector."""
+
+    def alive() -> int:
+        return sum(isinstance(thing, TaskRun) for thing in gc.get_objects())
+
+    app = env.app(answering(BackgroundTasks([BackgroundTask(af), BackgroundTask(sf)])))
+    await drive(app)
+    env.seen.clear()
+    gc.collect()
+    gc.disable()
+    try:
+        before = alive()
+        for _ in range(50):
+            await drive(app)
+        assert len(env.seen.runs()) == 100
+        env.seen.clear()
+        assert alive() - before < 5  # the worker thread's last call may still be held
+    finally:
+        gc.enable()
