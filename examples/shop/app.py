@@ -1,0 +1,162 @@
+"""
+A small shop, for the demo and the tests: orders, mails, reports, thumbnails, some of them faulty.
+
+Every request answers at once; what happens then is what aftertask shows. Run it with `make demo`, or by hand:
+
+    uvicorn app:app --app-dir examples/shop
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import time
+from collections.abc import AsyncIterator
+
+from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from opentelemetry import trace
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from starlette.background import BackgroundTask
+
+from aftertask import AftertaskMiddleware, task
+
+
+class CardDeclined(Exception):
+    """Part of a shop's life."""
+
+
+class MailServerDown(Exception):
+    """Nobody's plan."""
+
+
+@task(name="orders.charge_card", owner="payments", expected=CardDeclined)
+async def charge_card(order: int, fault: str | None) -> None:
+    """Takes 20 ms; a declined card is expected."""
+    await asyncio.sleep(0.02)
+    if fault == "declined":
+        raise CardDeclined(f"order {order}: card 4111 1111 1111 1111 was declined")
+
+
+@task(name="mail.receipt", owner="growth")
+async def send_receipt(order: int, fault: str | None) -> None:
+    """Takes 10 ms; with a broken mail server it fails, and what comes after it is skipped."""
+    await asyncio.sleep(0.01)
+    if fault == "mail":
+        raise MailServerDown("smtp://shop:hunter2@mail.internal refused ada@example.org")
+
+
+@task(name="stock.reserve", owner="logistics")
+def reserve_stock(order: int) -> None:
+    """A sync task: runs in a thread."""
+    time.sleep(0.005)
+
+
+@task(name="media.thumbnail", owner="media")
+def make_thumbnail(image: int) -> None:
+    """Keeps a processor busy for a moment."""
+    hashlib.pbkdf2_hmac("sha256", b"image %d" % image, b"salt", 20_000)
+
+
+@task(name="reports.build", owner="finance")
+async def build_report(seconds: float) -> None:
+    """Takes as long as it is told, so that something is always in flight."""
+    await asyncio.sleep(seconds)
+
+
+async def audit(what: str) -> None:
+    """Nobody registered this one."""
+
+
+async def notify(order: int) -> None:
+    """Nor this one."""
+
+
+def tracing() -> TracerProvider:
+    """Spans go where OTEL_EXPORTER_OTLP_ENDPOINT says; without it they give the logs and exemplars their ids."""
+    provider = TracerProvider(resource=Resource.create({"service.name": "shop"}))
+    if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(), schedule_delay_millis=500))
+    return provider
+
+
+trace.set_tracer_provider(tracing())
+app = FastAPI(title="shop")
+app.add_middleware(AftertaskMiddleware)
+
+
+@app.post("/orders/{order}")
+async def place_order(order: int, tasks: BackgroundTasks, fault: str | None = None) -> dict[str, str]:
+    """Charges, sends the receipt, reserves: one after another, and the first failure ends them."""
+    tasks.add_task(reserve_stock, order)
+    tasks.add_task(send_receipt, order, fault)
+    tasks.add_task(charge_card, order, fault)
+    tasks.add_task(notify, order)
+    if fault == "sold_out":
+        raise HTTPException(409, "sold out")
+    if fault == "bug":
+        raise KeyError("price")
+    return {"status": "ok"}
+
+
+def audited(tasks: BackgroundTasks) -> None:
+    """A dependency that adds a task, before the request is found to be wrong."""
+    tasks.add_task(audit, "search")
+
+
+@app.get("/search")
+async def search(limit: int, _: None = Depends(audited)) -> list[str]:
+    """`limit` must be a number."""
+    return ["hat", "scarf"][:limit]
+
+
+@app.post("/images/{image}")
+def upload(image: int, tasks: BackgroundTasks, sizes: int = 3) -> dict[str, int]:
+    """A sync endpoint with sync tasks."""
+    for _ in range(sizes):
+        tasks.add_task(make_thumbnail, image)
+    return {"sizes": sizes}
+
+
+@app.post("/reports")
+async def report(seconds: float = 0.2) -> Response:
+    """A task on the response itself."""
+    return JSONResponse({"status": "building"}, background=BackgroundTask(build_report, seconds))
+
+
+@app.get("/export")
+async def export(tasks: BackgroundTasks) -> StreamingResponse:
+    """A stream; its task waits until the last byte is out, and not in the queue."""
+
+    async def rows() -> AsyncIterator[str]:
+        for number in range(5):
+            await asyncio.sleep(0.01)
+            yield f"{number}\n"
+
+    tasks.add_task(audit, "export")
+    return StreamingResponse(rows())
+
+
+@app.delete("/orders/{order}")
+async def cancel_order(order: int, tasks: BackgroundTasks) -> Response:
+    """The trap: a response with a background of its own, so that the injected task is dropped."""
+    tasks.add_task(notify, order)
+    return JSONResponse({"status": "cancelled"}, background=BackgroundTask(audit, "cancel"))
+
+
+admin = FastAPI(title="shop admin")
+
+
+@admin.post("/reindex")
+async def reindex(tasks: BackgroundTasks) -> dict[str, str]:
+    """A mounted app: observed all the same."""
+    tasks.add_task(audit, "reindex")
+    return {"status": "ok"}
+
+
+app.mount("/admin", admin)
