@@ -1,0 +1,155 @@
+"""Real servers for the tests: uvicorn, Prometheus, a receiver of OTLP spans; on loopback, ended by their own pid."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx2
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+T = TypeVar("T")
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def eventually(look: Callable[[], T], *, seconds: float = 20, what: str = "it") -> T:
+    """What `look` returns as soon as that is true; fails with the last answer or error after so long."""
+    end, last = time.monotonic() + seconds, None
+    while time.monotonic() < end:
+        try:
+            last = look()
+            if last:
+                return last
+        except (httpx2.HTTPError, AssertionError, LookupError) as error:
+            last = error  # type: ignore[assignment]  # for the message
+        time.sleep(0.05)  # between two looks at a real condition
+    raise AssertionError(f"{what} did not happen in {seconds} s; the last look gave {last!r}")
+
+
+@contextlib.contextmanager
+def process(*command: str, log: Path, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A child whose output goes to `log`; ended by SIGTERM, and if that does not help in ten seconds, killed."""
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})}, start_new_session=True
+        )
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            child.send_signal(signal.SIGTERM)
+            try:
+                child.wait(10)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+
+class Server:
+    """A running server: its address, its process and what it wrote."""
+
+    def __init__(self, url: str, child: subprocess.Popen[bytes], log: Path) -> None:
+        self.url, self.child, self.log = url, child, log
+
+    def answers(self, path: str) -> bool:
+        """Whether it answers; fails at once where it has ended."""
+        if self.child.poll() is not None:
+            pytest.fail(f"the server ended with code {self.child.returncode}:\n{self.log.read_text()}")
+        return httpx2.get(self.url + path, timeout=2).status_code < 500
+
+
+@contextlib.contextmanager
+def uvicorn(app: str, folder: Path, log: Path, *options: str, ready: str = "/metrics", **env: str) -> Iterator[Server]:
+    """A uvicorn in a process of its own, which serves `module:app` from a folder."""
+    port = free_port()
+    command = [sys.executable, "-m", "uvicorn", app, "--app-dir", str(folder), "--host", "127.0.0.1"]
+    with process(*command, "--port", str(port), "--log-level", "warning", *options, log=log, env=env) as child:
+        server = Server(f"http://127.0.0.1:{port}", child, log)
+        eventually(lambda: server.answers(ready), what="uvicorn answering")
+        yield server
+
+
+@contextlib.contextmanager
+def prometheus(folder: Path, *targets: str) -> Iterator[Server]:
+    """A Prometheus that scrapes these addresses every second, and keeps exemplars."""
+    program = shutil.which("prometheus")
+    if program is None:
+        word = "no prometheus program here; Debian's package is called prometheus"
+        if os.environ.get("AFTERTASK_TEST_REQUIRE_SERVERS"):
+            pytest.fail(word)
+        pytest.skip(word)
+    port = free_port()
+    config = folder / "prometheus.yml"
+    addresses = ", ".join(f"'{target.removeprefix('http://')}'" for target in targets)
+    config.write_text(
+        "global: {scrape_interval: 1s, scrape_timeout: 1s}\n"
+        f"scrape_configs:\n  - job_name: shop\n    static_configs: [{{targets: [{addresses}]}}]\n"
+    )
+    command = [
+        *(program, f"--config.file={config}", f"--storage.tsdb.path={folder / 'tsdb'}"),
+        *(f"--web.listen-address=127.0.0.1:{port}", "--enable-feature=exemplar-storage", "--log.level=warn"),
+    ]
+    log = folder / "prometheus.log"
+    with process(*command, log=log) as child:
+        server = Server(f"http://127.0.0.1:{port}", child, log)
+        eventually(lambda: server.answers("/-/ready"), what="Prometheus being ready")
+        yield server
+
+
+class Spans:
+    """A receiver of OTLP over HTTP that keeps the spans it gets."""
+
+    def __init__(self) -> None:
+        self.spans: list[Any] = []
+        kept = self.spans
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                if self.headers.get("content-encoding") == "gzip":
+                    body = gzip.decompress(body)
+                request = ExportTraceServiceRequest.FromString(body)
+                kept.extend(span for r in request.resource_spans for s in r.scope_spans for span in s.spans)
+                self.send_response(200)
+                self.send_header("content-type", "application/x-protobuf")
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def trace_ids(self) -> set[str]:
+        """The traces that were seen."""
+        return {span.trace_id.hex() for span in self.spans}
+
+    def __enter__(self) -> Spans:
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
