@@ -1,0 +1,76 @@
+"""
+A pytest plugin for the suites of Starlette and FastAPI: puts the middleware into every app that is built.
+
+It is loaded by `-p plugin`. AFTERTASK_TEST_UPSTREAM says what goes in: `aftertask`, or `control`, which swallows what a
+task raises, to show that the suites would notice.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+
+from aftertask import AftertaskMiddleware, Settings
+
+_built = 0
+
+
+def pytest_configure(config: Any) -> None:
+    """Patch the two classes that build a stack."""
+    chosen = os.environ.get("AFTERTASK_TEST_UPSTREAM")
+    if not chosen:
+        return
+    _instrument(Starlette, chosen)
+    try:
+        from fastapi import FastAPI
+    except ImportError:
+        return
+    _instrument(FastAPI, chosen)
+
+
+def pytest_unconfigure(config: Any) -> None:
+    """Tell how many apps had it; xdist's workers each in a file of their own."""
+    folder = os.environ.get("AFTERTASK_TEST_UPSTREAM_COUNTS")
+    if folder and _built:
+        (Path(folder) / f"{os.getpid()}.count").write_text(str(_built))
+
+
+def _instrument(app_class: Any, chosen: str) -> None:
+    original = app_class.build_middleware_stack
+
+    def build_middleware_stack(self: Any) -> Any:
+        global _built
+        _built += 1
+        kept = self.user_middleware
+        self.user_middleware = [_middleware(chosen), *kept]  # where add_middleware would put it
+        try:
+            return original(self)
+        finally:
+            self.user_middleware = kept
+
+    app_class.build_middleware_stack = build_middleware_stack
+
+
+def _middleware(chosen: str) -> Middleware:
+    if chosen == "control":
+        return Middleware(_Swallowing)
+    return Middleware(AftertaskMiddleware, settings=Settings(metrics_path=None, registry=CollectorRegistry()))
+
+
+class _Swallowing:
+    """The negative control: nothing comes out of an app any more."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await self.app(scope, receive, send)
+        except Exception:
+            if scope["type"] != "http":
+                raise
