@@ -1,0 +1,73 @@
+"""Calls as users write them, for the type checker alone: `mypy` reads this file, nothing runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from typing import Any, assert_type
+
+from fastapi import BackgroundTasks, FastAPI
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+
+from aftertask import (
+    AftertaskMiddleware,
+    Failed,
+    Policy,
+    Settings,
+    TaskEvent,
+    TaskRun,
+    current_run,
+    get_run,
+    observe_functions,
+    options,
+    task,
+)
+from aftertask.signals import Logs, Metrics, Tracing, usual
+from aftertask.testing import Recorder, VirtualClock
+
+app = FastAPI()
+app.add_middleware(AftertaskMiddleware)
+settings = Settings(
+    registry=CollectorRegistry(), trace="link", exclude=("/health",), policies={"mail.*": Policy(owner="x")}
+)
+app.add_middleware(AftertaskMiddleware, settings=settings, signals=[*usual(settings), print])
+Starlette(middleware=[Middleware(AftertaskMiddleware, signals=[Tracing(), Metrics(), Logs()])])
+
+
+@task
+def plain(number: int) -> str:
+    return str(number)
+
+
+@task(name="mail.welcome", owner="growth", expected=(ValueError, KeyError), trace="none")
+async def welcome(email: str, *, again: bool = False) -> None: ...
+
+
+assert_type(plain(3), str)
+call: Callable[..., Any] = options(welcome, trace="link")
+assert_type(options(plain, observe=False)(3), str)
+
+
+@observe_functions
+class Queue(BackgroundTasks): ...
+
+
+def signal(event: TaskEvent) -> None:
+    if isinstance(event, Failed):
+        assert_type(event.failure.message, str)
+        assert_type(event.run.id, str)
+
+
+def request_id(scope: MutableMapping[str, Any]) -> str | None:
+    return None
+
+
+AftertaskMiddleware(app, settings=Settings.from_env(request_id=request_id), signals=[signal])
+assert_type(current_run(), TaskRun | None)
+assert_type(get_run("x"), TaskRun | None)
+
+recorder = Recorder()
+with VirtualClock() as clock:
+    clock.advance(3)
+assert_type(recorder.of(Failed), list[Failed])
