@@ -240,16 +240,20 @@ def test_success_lines_are_limited_and_the_rest_is_counted(client_for: ClientFor
 
 def test_a_dropped_task_is_told_with_its_reason(registry: CollectorRegistry, stderr: Stderr) -> None:
     """And the request's trace, though it never had a span."""
-    app = FastAPI(telemetry={"tracer_provider": (provider := TracerProvider())})
-    settings = Settings(registry=registry, tracer_provider=provider)
-    app.add_middleware(AftertaskMiddleware, settings=settings)
+    app = FastAPI()
+    provider = TracerProvider()
+    app.add_middleware(AftertaskMiddleware, settings=Settings(registry=registry, tracer_provider=provider))
 
     @app.get("/")
     async def endpoint(tasks: BackgroundTasks) -> None:
         tasks.add_task(ok)
         raise HTTPException(409)
 
-    TestClient(app).get("/")
+    async def under_a_span(scope: Any, receive: Any, send: Any) -> None:
+        with provider.get_tracer("server").start_as_current_span("GET"):
+            await app(scope, receive, send)
+
+    TestClient(under_a_span).get("/")
     (dropped,) = stderr.lines()
     assert (dropped["event"], dropped["reason"], dropped["attempt"]) == ("task.dropped", "http_exception", 0)
     assert len(dropped["trace_id"]) == 32

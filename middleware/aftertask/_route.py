@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 
@@ -12,10 +12,25 @@ def http_route(scope: MutableMapping[str, Any]) -> str | None:
     route = getattr(telemetry, "route", None)  # FastAPI has put mounts and routers together already
     if route is None:
         path = getattr(scope.get("route"), "path_format", None) or getattr(scope.get("route"), "path", None)
-        if path is None:
-            return None
-        route = _mounted(scope) + path
-    return str(route)
+        if path is not None:
+            return _mounted(scope) + str(path)
+        route = _found(scope, getattr(scope.get("app"), "routes", None))  # before 0.47 Starlette does not say it
+    return None if route is None else str(route)
+
+
+def _found(scope: MutableMapping[str, Any], routes: Iterable[Any] | None) -> str | None:
+    """The route of this endpoint among an app's, looked up by what the scope says of it."""
+    endpoint, params = scope.get("endpoint"), set(scope.get("path_params") or ())
+    for route in routes or ():
+        inner, path = getattr(route, "routes", None), getattr(route, "path", None)
+        if endpoint is not None and getattr(route, "endpoint", None) is endpoint:
+            if set(getattr(route, "param_convertors", ())) <= params:
+                return str(path)
+        elif inner:
+            below = _found(scope, inner)
+            if below is not None:
+                return f"{path or ''}{below}"
+    return None
 
 
 def _mounted(scope: MutableMapping[str, Any]) -> str:

@@ -420,23 +420,26 @@ async def test_ten_thousand_tasks_in_a_response(env: Env) -> None:
 async def test_two_hundred_requests_at_once_with_mixed_faults(env: Env) -> None:
     """Every run is accounted for."""
 
-    async def endpoint(tasks: Injected, fault: int) -> Any:
-        tasks.add_task(af)
-        tasks.add_task(sf)
-        if fault == 1:
-            raise HTTPException(409)
-        if fault == 2:
-            tasks.tasks.insert(0, BackgroundTask(boom))
-        if fault == 3:
-            return JSONResponse({}, background=BackgroundTask(af))
-        if fault == 4:
-            raise KeyError
-        return {}
+    def faulty(fault: int) -> Any:
+        async def endpoint(tasks: Injected) -> Any:
+            tasks.add_task(af)
+            tasks.add_task(sf)
+            if fault == 1:
+                raise HTTPException(409)
+            if fault == 2:
+                tasks.tasks.insert(0, BackgroundTask(boom))
+            if fault == 3:
+                return JSONResponse({}, background=BackgroundTask(af))
+            if fault == 4:
+                raise KeyError
+            return {}
+
+        return endpoint
 
     app = FastAPI()
     app.user_middleware.insert(0, env.middleware())
     for fault in range(5):
-        app.get(f"/{fault}")(functools.partial(endpoint, fault=fault))
+        app.get(f"/{fault}", response_model=None)(faulty(fault))
     async with anyio.create_task_group() as group:
         for n in range(200):
             group.start_soon(drive, app, f"/{n % 5}")
