@@ -41,6 +41,7 @@ NEEDS = [
 
 #: The part of the suite that asks what depends on a version: interception, and the signals on top of it.
 TESTS = [
+    "tests/test_route.py",
     "tests/intercept",
     "tests/test_metrics.py",
     "tests/test_logs.py",

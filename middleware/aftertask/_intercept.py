@@ -195,8 +195,12 @@ def _contrib_tracer(wrapper: Any) -> Any:
     return None
 
 
-def response_in(frame: FrameType | None, exchange: Exchange) -> tuple[Response, Scope] | None:
-    """The response of this exchange whose own code is sending, up the stack from `frame`, with its scope."""
+def response_in(frame: FrameType | None, exchange: Exchange) -> tuple[Response, Scope | None] | None:
+    """
+    The response of this exchange whose own code is sending, up the stack from `frame`, with its scope.
+
+    The scope is None where the response streams from a task of its own, below ASGI 2.4; what sends to us is ours then.
+    """
     while frame is not None:
         code = frame.f_code
         if code.co_argcount or "self" in code.co_freevars:
@@ -204,7 +208,7 @@ def response_in(frame: FrameType | None, exchange: Exchange) -> tuple[Response, 
             thing = local.get("self", local.get(code.co_varnames[0]) if code.co_argcount else None)
             if isinstance(thing, Response):
                 scope = scope_of(frame, thing)
-                return None if scope is None or scope.get(KEY) is not exchange else (thing, scope)
+                return None if scope is not None and scope.get(KEY) is not exchange else (thing, scope)
         frame = frame.f_back
     return None
 

@@ -6,6 +6,13 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 
+def route_path(scope: MutableMapping[str, Any]) -> str:
+    """The path relative to the root path that the app is mounted or served under."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(root) else path
+
+
 def http_route(scope: MutableMapping[str, Any]) -> str | None:
     """`/orders/{id}`; None where no route has matched."""
     telemetry = scope.get("fastapi.telemetry")
@@ -14,22 +21,25 @@ def http_route(scope: MutableMapping[str, Any]) -> str | None:
         path = getattr(scope.get("route"), "path_format", None) or getattr(scope.get("route"), "path", None)
         if path is not None:
             return _mounted(scope) + str(path)
-        route = _found(scope, getattr(scope.get("app"), "routes", None))  # before 0.47 Starlette does not say it
+        # Before 0.47 Starlette does not say which route it was.
+        path = scope["path"].removeprefix(scope.get("app_root_path", ""))
+        route = _found(scope.get("endpoint"), getattr(scope.get("app"), "routes", None), path)
     return None if route is None else str(route)
 
 
-def _found(scope: MutableMapping[str, Any], routes: Iterable[Any] | None) -> str | None:
-    """The route of this endpoint among an app's, looked up by what the scope says of it."""
-    endpoint, params = scope.get("endpoint"), set(scope.get("path_params") or ())
+def _found(endpoint: object, routes: Iterable[Any] | None, path: str) -> str | None:
+    """The route of this endpoint for this path, looked up in an app's routes and mounts."""
     for route in routes or ():
-        inner, path = getattr(route, "routes", None), getattr(route, "path", None)
+        pattern = getattr(route, "path_regex", None)
+        match = None if pattern is None else pattern.match(path)
+        if match is None:
+            continue
         if endpoint is not None and getattr(route, "endpoint", None) is endpoint:
-            if set(getattr(route, "param_convertors", ())) <= params:
-                return str(path)
-        elif inner:
-            below = _found(scope, inner)
-            if below is not None:
-                return f"{path or ''}{below}"
+            return str(route.path)
+        rest = match.groupdict().get("path")
+        below = None if rest is None else _found(endpoint, getattr(route, "routes", None), f"/{rest}")
+        if below is not None:
+            return f"{route.path}{below}"
     return None
 
 

@@ -349,8 +349,9 @@ class Exchange(Request):
 
     _waiting: dict[int, list[TaskRun]] = _NOTHING
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, scope: Scope) -> None:
         self._engine = engine
+        self._scope: Scope | None = scope
         self.context = copy_context()
 
     # --- the response, watched through its messages
@@ -391,7 +392,7 @@ class Exchange(Request):
         self.answered()
         background = _intercept.background_of(response[0])
         if background is not None:
-            self._note(response[1])
+            self._note(response[1] or self._scope or {})
             self._reserve(background)
 
     async def _finish(self, send: Send, message: Message) -> None:
@@ -581,6 +582,10 @@ class Exchange(Request):
         """Whether there was never a task in this request: then there is nothing to close."""
         return self._container is None and self._reserved is None and not self._waiting
 
+    def let_go(self) -> None:
+        """Of what leads back to us, or there would be a cycle for each request."""
+        self._scope = self.context = None
+
     def close(self, error: BaseException | None) -> None:
         """Our `__call__` ends: what still waits will never run."""
         if self._container is not None:
@@ -588,7 +593,8 @@ class Exchange(Request):
         if self._waiting or error is not None:
             self._guarded("end of the request", self._settle, error)
         # The scope holds us: what may hold the scope must go.
-        self._served = self._container = self._reserved = self.context = None
+        self._served = self._container = self._reserved = None
+        self.let_go()
 
     def _settle(self, error: BaseException | None) -> None:
         if error is not None and self.stopped_by is None:

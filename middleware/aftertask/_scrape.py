@@ -23,13 +23,6 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _limiter: RunVar[anyio.CapacityLimiter] = RunVar("aftertask_scrapes")
 
 
-def route_path(scope: Scope) -> str:
-    """The path relative to the root path that the app is mounted or served under."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    return path[len(root) :] if root and path.startswith(root) else path
-
-
 def is_taken(scope: Scope, path: str) -> bool:
     """Whether the app itself has a route or mount of that very path; a catch-all is none."""
     return any(_path_of(route) == path for route in _routes(getattr(scope.get("app"), "routes", None)))

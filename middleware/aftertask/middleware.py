@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import _intercept, _scrape
+from ._route import route_path
 from ._runner import Engine, Exchange
 from .events import Signal
 from .settings import Settings, disabled
@@ -63,13 +64,13 @@ class AftertaskMiddleware:
         if path is not None and scope["path"].endswith(path) and self._is_scrape(scope, path):
             return await _scrape.answer(scope, receive, send, self._settings.registry)
         outer = scope.get(_intercept.KEY)
-        if self._excluded is not None and self._excluded.fullmatch(_scrape.route_path(scope)):
+        if self._excluded is not None and self._excluded.fullmatch(route_path(scope)):
             scope[_intercept.KEY] = None
             try:
                 return await self.app(scope, receive, send)
             finally:
                 scope[_intercept.KEY] = outer
-        scope[_intercept.KEY] = exchange = Exchange(engine)
+        scope[_intercept.KEY] = exchange = Exchange(engine, scope)
         try:
             await self.app(scope, receive, exchange.sender(send))
         except BaseException as error:
@@ -77,7 +78,7 @@ class AftertaskMiddleware:
             raise
         else:
             if exchange.untouched:
-                exchange.context = None
+                exchange.let_go()
             else:
                 exchange.close(None)
         finally:
@@ -88,7 +89,7 @@ class AftertaskMiddleware:
         return (
             scope["type"] == "http"
             and scope["method"] in ("GET", "HEAD")
-            and _scrape.route_path(scope) == path
+            and route_path(scope) == path
             and not _scrape.is_taken(scope, path)
         )
 
