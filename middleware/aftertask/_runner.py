@@ -257,11 +257,11 @@ class Engine:
         return outer, restore
 
     def _succeed(self, run: TaskRun, result: object) -> None:
+        if result is not None and type(result) in _DOES_NOTHING:
+            self._tell_hazard(run, *_DOES_NOTHING[type(result)])
         run.outcome = "succeeded"
         if self._succeeded is not None:
             self._succeeded(Succeeded(run, _clock.timestamp(), 1, _lasted(run)))
-        if result is not None and type(result) in _DOES_NOTHING:
-            self._tell_hazard(run, *_DOES_NOTHING[type(result)])
 
     def _fail(self, run: TaskRun, error: Exception) -> None:
         run.outcome = "failed"

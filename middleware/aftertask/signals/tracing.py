@@ -15,7 +15,6 @@ from opentelemetry.trace import (
     Link,
     ProxyTracerProvider,
     Span,
-    SpanContext,
     SpanKind,
     Status,
     StatusCode,
@@ -53,6 +52,18 @@ _SAME = 2000
 _SPAN_KEY = next(iter(trace.set_span_in_context(INVALID_SPAN, Context())))
 
 
+class _Origin:
+    """Where the spans of a request's runs belong, and what is known of its tasks."""
+
+    __slots__ = ("context", "known", "span_context")
+
+    def __init__(self, context: Context) -> None:
+        span_context = trace.get_current_span(context).get_span_context()
+        self.context = context
+        self.span_context = span_context if span_context.is_valid else None
+        self.known: dict[Plan, tuple[str, dict[str, Any]]] = {}
+
+
 class Tracing:
     """
     One span for each attempt, `background_task {task}`, as `TELEMETRY.md` describes it.
@@ -72,7 +83,7 @@ class Tracing:
         self._drops_unsampled = self._shares_attributes = False
         self._open: dict[TaskRun, tuple[Span, dict[str, Any]]] = {}
         self._outer: dict[TaskRun | tuple[Request, int], Context] = {}
-        self._same: dict[tuple[Plan, str | None, str | None], dict[str, Any]] = {}
+        self._same: dict[tuple[Plan, str | None, str | None], tuple[str, dict[str, Any]]] = {}
         wanted = os.environ.get("OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN", "").split(",")
         self._exception_event = "logs" not in wanted
         self._exception_log = "logs" in wanted or "logs/dup" in wanted
@@ -119,18 +130,24 @@ class Tracing:
         mode = run.plan.trace or self._trace
         if mode == "none":
             return
-        parent, span_context = self._parent(run)
-        if self._drops_unsampled and mode == "child" and span_context is not None and not span_context.trace_flags & 1:
-            run.span_context = span_context  # nobody will see a span: the request's ids are what there is
+        origin = self._origin(run)
+        parent = origin.span_context
+        if self._drops_unsampled and mode == "child" and parent is not None and not parent.trace_flags & 1:
+            run.span_context = parent  # nobody will see a span: the request's ids are what there is
             return
-        attributes = self._attributes(event)
+        name, same = origin.known.get(run.plan) or self._known(run, origin)
+        attributes = {**same, "aftertask.run.id": run.id, "aftertask.attempt": event.attempt}
+        if event.queue_wait_s is not None:
+            attributes["aftertask.queue_wait"] = event.queue_wait_s
+        if run.parent is not None:
+            attributes["aftertask.parent_run.id"] = run.parent.id
         if mode == "link" and run.parent is None:
-            links = [] if span_context is None else [Link(span_context)]
-            span = tracer.start_span(_name(run), Context(), SpanKind.INTERNAL, attributes, links)
-        elif span_context is None:
-            span = tracer.start_span(_name(run), parent, SpanKind.INTERNAL, attributes)
+            links = [] if parent is None else [Link(parent)]
+            span = tracer.start_span(name, Context(), SpanKind.INTERNAL, attributes, links)
+        elif parent is None:
+            span = tracer.start_span(name, origin.context, SpanKind.INTERNAL, attributes)
         else:
-            span = cast(Starter, self._starter)(_name(run), parent, span_context, attributes)
+            span = cast(Starter, self._starter)(name, origin.context, parent, attributes)
         run.span_context = span.get_span_context()
         key = (run.request, run.batch) if run.batch else run
         outer = self._outer.get(key)
@@ -139,33 +156,28 @@ class Tracing:
         self._open[run] = span, attributes
         otel.attach(Context({**outer, _SPAN_KEY: span}))
 
-    def _parent(self, run: TaskRun) -> tuple[Context, SpanContext | None]:
-        """The context that holds the parent span, and the parent: for a child what is current, else the request's."""
+    def _origin(self, run: TaskRun) -> _Origin:
+        """Where the run's span belongs: for a child under what is current, else under the request's span."""
         if run.parent is not None:
-            return _with_span(otel.get_current())
+            return _Origin(otel.get_current())
         request = run.request
-        if request.span_parent is None:
+        origin = request.span_parent
+        if origin is None:
             variables = request.context
-            request.span_parent = _with_span(
-                otel.get_current() if variables is None else variables.run(otel.get_current)
-            )
-            request.span_context = request.span_parent[1]
-        return cast(tuple[Context, SpanContext | None], request.span_parent)
+            origin = _Origin(otel.get_current() if variables is None else variables.run(otel.get_current))
+            request.span_parent, request.span_context = origin, origin.span_context
+        return cast(_Origin, origin)
 
-    def _attributes(self, event: Started) -> dict[str, Any]:
-        run, request = event.run, event.run.request
-        key = (run.plan, request.http_route, request.http_method)
-        same = self._same.get(key)
-        if same is None:
+    def _known(self, run: TaskRun, origin: _Origin) -> tuple[str, dict[str, Any]]:
+        """What is the same for every run of a task that comes from one route: the span's name and most attributes."""
+        key = (run.plan, run.http_route, run.http_method)
+        known = self._same.get(key)
+        if known is None:
             if len(self._same) >= _SAME:
                 self._same.clear()
-            same = self._same[key] = _same_attributes(run)
-        attributes = {**same, "aftertask.run.id": run.id, "aftertask.attempt": event.attempt}
-        if event.queue_wait_s is not None:
-            attributes["aftertask.queue_wait"] = event.queue_wait_s
-        if run.parent is not None:
-            attributes["aftertask.parent_run.id"] = run.parent.id
-        return attributes
+            known = self._same[key] = f"background_task {run.task}", _same_attributes(run)
+        origin.known[run.plan] = known
+        return known
 
     def _on_succeeded(self, event: Succeeded) -> None:
         held = self._leave(event.run)
@@ -195,13 +207,13 @@ class Tracing:
     def _on_cancelled(self, event: Cancelled) -> None:
         held = self._leave(event.run)
         if held is None:
-            self._parent(event.run)
+            self._origin(event.run)
         else:
             held[0].set_attribute("aftertask.outcome", "cancelled")
             held[0].end()
 
     def _on_never_ran(self, event: Skipped | Dropped | Lost) -> None:
-        self._parent(event.run)  # no span, but the log line shall tell the request's
+        self._origin(event.run)  # no span, but the log line shall tell the request's
 
     def _on_hazard(self, event: HazardFound) -> None:
         held = self._open.get(event.run)
@@ -236,10 +248,6 @@ class Tracing:
         )
 
 
-def _name(run: TaskRun) -> str:
-    return f"background_task {run.task}"
-
-
 def _same_attributes(run: TaskRun) -> dict[str, Any]:
     """The attributes that are the same for every run of a task that comes from one route."""
     attributes: dict[str, Any] = {
@@ -256,11 +264,6 @@ def _same_attributes(run: TaskRun) -> dict[str, Any]:
     if run.http_method is not None:
         attributes["http.request.method"] = run.http_method
     return attributes
-
-
-def _with_span(context: Context) -> tuple[Context, SpanContext | None]:
-    span_context = trace.get_current_span(context).get_span_context()
-    return context, span_context if span_context.is_valid else None
 
 
 def _exception(failure: Failure) -> dict[str, str]:
