@@ -334,10 +334,13 @@ class Exchange(Request):
 
     Attributes:
         stopped_by: The run whose failure or cancellation ended its batch; None while none has.
+        touched: Whether there ever was a task in this request, so that it must be closed.
+        scope: The scope it marks; None once it is over, or there would be a cycle for each request.
     """
 
     # One of these is made for every request, so what most of them never need is a default of the class.
     stopped_by: TaskRun | None = None
+    touched = False
     _container: BackgroundTasks | None = None
     _served: Scope | None = None
     _added = 0
@@ -351,7 +354,7 @@ class Exchange(Request):
 
     def __init__(self, engine: Engine, scope: Scope) -> None:
         self._engine = engine
-        self._scope: Scope | None = scope
+        self.scope: Scope | None = scope
         self.context = copy_context()
 
     # --- the response, watched through its messages
@@ -392,7 +395,7 @@ class Exchange(Request):
         self.answered()
         background = _intercept.background_of(response[0])
         if background is not None:
-            self._note(response[1] or self._scope or {})
+            self._note(response[1] or self.scope or {})
             self._reserve(background)
 
     async def _finish(self, send: Send, message: Message) -> None:
@@ -409,6 +412,7 @@ class Exchange(Request):
 
     def inject(self, container: BackgroundTasks, scope: Scope) -> None:
         """FastAPI made this container for the request."""
+        self.touched = True
         self._container = container
         self._served = scope
         self._thread = threading.get_ident()
@@ -539,6 +543,7 @@ class Exchange(Request):
             return
         if self._container is not None and background is not self._container and self._verdict is None:
             self._verdict = "own_background"
+        self.touched = True
         self._reserved = (background, size)
         batch, claimed = id(background), dict[int, int]()
         for target in _intercept.leaves(background):
@@ -577,15 +582,6 @@ class Exchange(Request):
 
     # --- the end
 
-    @property
-    def untouched(self) -> bool:
-        """Whether there was never a task in this request: then there is nothing to close."""
-        return self._container is None and self._reserved is None and not self._waiting
-
-    def let_go(self) -> None:
-        """Of what leads back to us, or there would be a cycle for each request."""
-        self._scope = self.context = None
-
     def close(self, error: BaseException | None) -> None:
         """Our `__call__` ends: what still waits will never run."""
         if self._container is not None:
@@ -593,8 +589,7 @@ class Exchange(Request):
         if self._waiting or error is not None:
             self._guarded("end of the request", self._settle, error)
         # The scope holds us: what may hold the scope must go.
-        self._served = self._container = self._reserved = None
-        self.let_go()
+        self._served = self._container = self._reserved = self.scope = self.context = None
 
     def _settle(self, error: BaseException | None) -> None:
         if error is not None and self.stopped_by is None:

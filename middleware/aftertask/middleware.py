@@ -77,10 +77,10 @@ class AftertaskMiddleware:
             exchange.close(error)
             raise
         else:
-            if exchange.untouched:
-                exchange.let_go()
-            else:
+            if exchange.touched:
                 exchange.close(None)
+            else:
+                exchange.scope = exchange.context = None
         finally:
             if outer is not None:  # an outermost mark stays: the 500 handler's response is still to come
                 scope[_intercept.KEY] = outer
