@@ -78,13 +78,16 @@ def _copier(tracer: Any) -> Starter | None:
         return None
     if held_base["max_value_len"] is not None or (held_base["maxlen"] is not None and held_base["maxlen"] < 32):
         return None  # the user's limits cut attributes short: the SDK knows how
+    known = template.get_span_context()
+    if tuple(known) != (known.trace_id, known.span_id, False, known.trace_flags, known.trace_state, True):
+        return None  # a span context is another tuple than the one that is put together below
     base["_sampler"], base["_span_processor"] = tracer.sampler, tracer.span_processor
     held_base["_dict"] = base["_attributes"] = None  # each span's own
 
     sampler = tracer.sampler
     sure = sampler is ALWAYS_ON or _follows(sampler, "sampled", ALWAYS_ON)
     span_class, held_class = type(template), type(template._attributes)
-    new, lock, time_ns = object.__new__, threading.Lock, time.time_ns
+    new, new_tuple, lock, time_ns = object.__new__, tuple.__new__, threading.Lock, time.time_ns
     new_id, processor = tracer.id_generator.generate_span_id, tracer.span_processor
     # The processors that were found to do nothing when a span starts, which is most: nobody need call them.
     passive: list[object] = [None]
@@ -101,9 +104,8 @@ def _copier(tracer: Any) -> Starter | None:
             state, added = result.trace_state, result.attributes
             if result.decision is not Decision.RECORD_AND_SAMPLE:
                 return _other(tracer, name, context, parent, result)
-        span_context = SpanContext(
-            parent.trace_id, new_id(), False, _FLAGS[_SAMPLED | (parent.trace_flags & _RANDOM)], state
-        )
+        flags = _FLAGS[_SAMPLED | (parent.trace_flags & _RANDOM)]
+        span_context = new_tuple(SpanContext, (parent.trace_id, new_id(), False, flags, state, True))
         held = new(held_class)
         fields = held.__dict__
         fields.update(held_base)
