@@ -23,6 +23,7 @@ LAYERS = [
     {"middleware", "_observe"},
     {"_scrape"},
     {"signals"},
+    {"_exchange"},
     {"_runner"},
     {"settings"},
     {"_intercept", "_dispatch", "_context", "_route", "_redact", "_log"},

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from ._runner import Exchange
+from ._exchange import Exchange
 from .events import TaskRun, current_run
 from .policies import is_async
 

@@ -95,6 +95,7 @@ class Request:
         request_id: As `Settings.request_id` found it.
         context: The context variables as they were when the request reached the middleware; None once it is over.
         span_context: The span that was current then, for `Tracing` and `Logs`; None where there was none.
+        stopped_by: The run whose failure or cancellation ended its batch; None while none has.
     """
 
     # Most requests never get a run, so what is not known from the start is a default of the class.
@@ -104,6 +105,7 @@ class Request:
     span_parent: object = None
     http_method: str | None = None
     context: Context | None = None
+    stopped_by: TaskRun | None = None
 
 
 class TaskRun:
@@ -527,9 +529,12 @@ class Signal(Protocol):
     Is told of every event, synchronously: does no I/O, and cannot break a run. A plain function will do.
 
     A signal that wants but some events, or each by a function of its own, has beside this an attribute `handlers`, a
-    mapping of event classes to functions. An event that no signal wants is not built. Three more are optional: `open()`
-    and `close()`, called when the app starts and when it has stopped, and `batch_ended(request, batch)`, called in the
-    context of a batch's runs when all of them are over: until then what a signal set in the context may stay.
+    mapping of event classes to functions. An event that no signal wants is not built. More are optional:
+
+    - `open()` and `close()` are called when the app starts and when it has stopped.
+    - `batch_ended(request, batch)` is called in the context of a batch's runs when all of them are over: until then
+      what a signal set in the context may stay.
+    - `admit(runs)` is an `Admission`.
     """
 
     def __call__(self, event: TaskEvent, /) -> None: ...

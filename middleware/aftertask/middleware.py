@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import _intercept, _scrape
+from ._exchange import Exchange
 from ._route import route_path
-from ._runner import Engine, Exchange
+from ._runner import Engine
 from .events import Signal
 from .settings import Settings, disabled
 from .signals import usual

@@ -604,6 +604,35 @@ async def test_the_ids_of_the_runs_can_be_in_a_header() -> None:
     assert without.header("x-run-ids") is None
 
 
+async def test_an_admission_is_awaited_before_the_response_and_may_fail_it() -> None:
+    """With the runs that the response carries; nothing is sent where it raises, and the runs are told as dropped."""
+    from prometheus_client import CollectorRegistry
+
+    from aftertask import AftertaskMiddleware, Settings
+
+    env, admitted = Env(), list[Any]()
+
+    class Journal:
+        def __init__(self, error: Exception | None) -> None:
+            self.error = error
+
+        def __call__(self, event: TaskEvent) -> None: ...
+
+        async def admit(self, runs: Any) -> None:
+            admitted.extend((run.task.rpartition(".")[2], run.attempt) for run in runs)
+            if self.error is not None:
+                raise self.error
+
+    inner = Starlette(routes=env.app(answering(BackgroundTask(af))).routes)
+    for error in (None, OSError("disk full")):
+        settings = Settings(registry=CollectorRegistry())
+        r = await drive(AftertaskMiddleware(inner, settings=settings, signals=[env.seen, Journal(error)]))
+        assert r.exc is error
+        assert (r.status is None) is (error is not None)
+    assert admitted == [("af", 0)] * 2
+    assert [outcome for _, outcome in outcomes(env)] == ["succeeded", "dropped handler_error"]
+
+
 async def test_a_request_leaves_no_garbage(env: Env) -> None:
     """No reference cycle: what a request made is gone with it, without the collector."""
 

@@ -1,0 +1,328 @@
+"""One request and its response: which runs it schedules, which of them run, and what becomes of the others."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextvars import copy_context
+from types import FrameType
+from typing import Any, TypeVar, cast
+
+from starlette.background import BackgroundTask, BackgroundTasks
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.websockets import WebSocketDisconnect
+
+from . import _clock, _intercept
+from ._context import bound_keys
+from ._route import http_route
+from ._runner import Engine
+from .events import Request, TaskRun, _current
+
+T = TypeVar("T")
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Send = Callable[[Message], Awaitable[None]]
+
+_STARTS = frozenset({"http.response.start", "websocket.http.response.start"})
+_BODIES = frozenset({"http.response.body", "websocket.http.response.body", "http.response.pathsend"})
+
+#: What an error of our own is logged and counted under.
+_PART = "aftertask.interception"
+
+# What every request waits for until it has runs; never written to.
+_NOTHING: dict[int, list[TaskRun]] = {}
+
+
+class Exchange(Request):
+    """
+    One request and its response, as the mark in the scope: which runs it scheduled, and what became of them.
+
+    Attributes:
+        touched: Whether there ever was a task in this request, so that it must be closed.
+        scope: The scope it marks; None once it is over, or there would be a cycle for each request.
+    """
+
+    # One of these is made for every request, so what most of them never need is a default of the class.
+    touched = False
+    _container: BackgroundTasks | None = None
+    _served: Scope | None = None
+    _added = 0
+    _thread = 0
+    _reserved: tuple[Any, int] | None = None
+    _complete_s: float | None = None
+    _started = False
+    _verdict: str | None = None
+
+    _waiting: dict[int, list[TaskRun]] = _NOTHING
+
+    def __init__(self, engine: Engine, scope: Scope) -> None:
+        self._engine = engine
+        self.scope: Scope | None = scope
+        self.context = copy_context()
+
+    # --- the response, watched through its messages
+
+    def sender(self, send: Send) -> Send:
+        """`send`, and we notice when the response starts and when its last byte is out."""
+
+        attached = _intercept.attached
+
+        def watched(message: Message) -> Awaitable[None]:
+            if self._waiting or _intercept.attached != attached:
+                kind = message["type"]
+                if kind in _STARTS:
+                    return self._start(send, message)
+                if kind in _BODIES and not message.get("more_body", False):
+                    return self._finish(send, message)
+            return send(message)
+
+        return watched
+
+    async def _start(self, send: Send, message: Message) -> None:
+        self._guarded("response start", self._see_start, sys._getframe(1))
+        runs = [run for waiting in self._waiting.values() for run in waiting]
+        if runs:
+            for admission in self._engine.admissions:
+                await admission(runs)
+            header = self._engine.settings.run_ids_header
+            if header is not None:
+                value = ", ".join(run.id for run in runs)
+                message = {**message, "headers": [*message.get("headers", ()), _header(header, value)]}
+        self._started = True
+        await send(message)
+
+    def _see_start(self, frame: FrameType) -> None:
+        response = _intercept.response_in(frame, self)
+        if response is None:
+            return
+        self.answered()
+        background = _intercept.background_of(response[0])
+        if background is not None:
+            self._note(response[1] or self.scope or {})
+            self._reserve(background)
+
+    async def _finish(self, send: Send, message: Message) -> None:
+        await send(message)
+        self._complete()
+
+    def _complete(self) -> None:
+        now = self._complete_s = _clock.monotonic()
+        for waiting in self._waiting.values():
+            for run in waiting:
+                run.queued_s = now
+
+    # --- what the hooks tell
+
+    def inject(self, container: BackgroundTasks, scope: Scope) -> None:
+        """FastAPI made this container for the request."""
+        self.touched = True
+        self._container = container
+        self._served = scope
+        self._thread = threading.get_ident()
+        _intercept.injected[id(container)] = self
+
+    def add(self, container: BackgroundTasks) -> None:
+        """A task was added to the injected container: a run is scheduled."""
+        try:
+            if self._added == 0 and self._served is not None:
+                self._note(self._served)
+            run = self._engine.schedule(self, container.tasks[-1])
+            if run is None:
+                return
+            self._added += 1
+            run.batch = id(container)
+            run.queued_s = self._complete_s
+            if self._engine.gives_context:
+                run.context = copy_context()
+            elif threading.get_ident() != self._thread:
+                run.bound = bound_keys()
+            self._keep(run)
+        except Exception as error:
+            self._engine.broken(_PART, "add_task", error)
+
+    def answered(self) -> None:
+        """A response is served while injected tasks wait: if that is for an exception, they will not run for it."""
+        if self._waiting and self._verdict is None:
+            error = sys.exception()
+            if error is not None:
+                self._verdict = self._reason(error)
+
+    def adopt(self, target: BackgroundTask) -> Awaitable[None] | None:
+        """User code runs an injected task itself: a run all the same, without a policy. None: it is none of ours."""
+        if id(target) not in self._waiting:
+            return None
+        run = self._take(id(target))
+        run.batch = 0
+        return self._engine.run(run)
+
+    def nest(self, target: BackgroundTask, parent: TaskRun) -> Awaitable[None]:
+        """User code runs a task inside a run: a child."""
+        run = self._guarded("child", self._engine.schedule, self, target, parent)
+        call = functools.partial(_intercept.inner, target)
+        return call() if run is None else self._engine.run(run, call)
+
+    async def child(self, func: Any, parent: TaskRun, call: Callable[[], Awaitable[T]]) -> T:
+        """A container of the user's calls an async function inside its run: a child."""
+        run = self._guarded("child", self._engine.schedule, self, BackgroundTask(func), parent)
+        return await call() if run is None else cast(T, await self._engine.run(run, call))
+
+    def child_sync(self, func: Any, parent: TaskRun, call: Callable[[], T]) -> T:
+        """The same for a sync function, maybe in a thread."""
+        run = self._guarded("child", self._engine.schedule, self, BackgroundTask(func), parent)
+        return call() if run is None else self._engine.run_sync(run, call)
+
+    async def serve(self, value: Any, served: Scope) -> None:
+        """Run a response's background: a framework container's elements one after another, anything else as one run."""
+        # No local here may be called `scope`: the hooks would take this frame for an ASGI app's.
+        batch, outer = id(value), _current.get()
+        self._guarded("hand-over", self._hand_over, value, served)
+        try:
+            loop = _intercept.loop_of(value)
+            if loop is None:
+                await self._one(value, batch)
+            else:
+                tracer = _intercept.native_tracer(served)
+                muted = tracer is None or (self._engine.spanned is not None and self._engine.spanned(tracer))
+                await self._each(value, loop, batch, muted)
+        finally:
+            # What a run and its signals set in the context stays until the batch is over: between two runs nobody
+            # looks, and setting a context variable costs a quarter of a microsecond.
+            _current.set(outer)  # not reset(token): a coroutine may be closed from another context
+            for batch_ended in self._engine.batch_ended:
+                self._guarded("end of the batch", batch_ended, self, batch)
+
+    # --- the batch
+
+    def _each(self, value: Any, loop: _intercept.Loop, batch: int, muted: bool) -> Awaitable[None]:
+        if muted and _intercept.is_shipped(loop):
+            return self._run_each(value, batch)
+        return loop(_intercept.View(value, functools.partial(self._element, batch=batch, muted=muted)))
+
+    async def _run_each(self, container: Any, batch: int) -> None:
+        for element in container.tasks:  # it may grow meanwhile
+            await (
+                self._one(element, batch) if type(element) is BackgroundTask else self._element(element, batch, True)
+            )
+
+    def _element(self, element: Any, batch: int, muted: bool) -> Awaitable[None]:
+        loop = _intercept.loop_of(element)
+        return self._one(element, batch) if loop is None else self._each(element, loop, batch, muted)
+
+    def _one(self, target: Any, batch: int) -> Awaitable[Any]:
+        """Run the run that was scheduled for this task, or one that is scheduled now."""
+        key = id(target)
+        try:
+            if key in self._waiting:
+                return self._engine.run(self._take(key))
+            run = self._engine.schedule(self, target)
+        except Exception as error:
+            self._engine.broken(_PART, "hand-over", error)
+            run = None
+        if run is None:
+            return _intercept.unhooked(target)
+        run.batch = batch
+        if self._complete_s is not None:
+            run.queued_s = _clock.monotonic()
+        return self._engine.run(run)
+
+    def _take(self, key: int) -> TaskRun:
+        waiting = self._waiting[key]
+        if len(waiting) == 1:
+            del self._waiting[key]
+        return waiting.pop(0)
+
+    def _hand_over(self, background: Any, served: Scope) -> None:
+        self._note(served)
+        self._reserve(background)
+        if self._complete_s is None:  # a response that carried nothing we knew of, or went out around us
+            self._complete()
+
+    def _reserve(self, background: Any) -> None:
+        """Schedule what a background holds and is not scheduled yet; a task listed twice is two runs."""
+        size = len(getattr(background, "tasks", ()))
+        if background is self._container and size == self._added:
+            return
+        if self._reserved is not None and self._reserved[0] is background and self._reserved[1] == size:
+            return
+        if self._container is not None and background is not self._container and self._verdict is None:
+            self._verdict = "own_background"
+        self.touched = True
+        self._reserved = (background, size)
+        batch, claimed = id(background), dict[int, int]()
+        for target in _intercept.leaves(background):
+            known = self._waiting.get(id(target), ())
+            count = claimed[id(target)] = claimed.get(id(target), 0) + 1
+            run = known[count - 1] if count <= len(known) else self._engine.schedule(self, target)
+            if run is not None:
+                run.batch = batch
+                if count > len(known):
+                    run.queued_s = self._complete_s
+                    self._keep(run)
+
+    def _keep(self, run: TaskRun) -> None:
+        if self._waiting is _NOTHING:
+            self._waiting = {}
+        key = id(run.target)
+        if key in self._waiting:
+            self._waiting[key].append(run)
+        else:
+            self._waiting[key] = [run]
+
+    def _note(self, scope: Scope) -> None:
+        self.http_method = scope.get("method")
+        if self.http_route is None:
+            self.http_route = self._guarded("route", http_route, scope)
+        if self.request_id is None:
+            self.request_id = self._guarded("Settings.request_id", self._engine.settings.find_request_id, scope)
+
+    def _guarded(self, on: str, function: Callable[..., T], *args: Any) -> T | None:
+        """What the function returns; None where it raises, which is told and goes no further."""
+        try:
+            return function(*args)
+        except Exception as error:
+            self._engine.broken(_PART, on, error)
+            return None
+
+    # --- the end
+
+    def close(self, error: BaseException | None) -> None:
+        """Our `__call__` ends: what still waits will never run."""
+        if self._container is not None:
+            _intercept.injected.pop(id(self._container), None)
+        if self._waiting or error is not None:
+            self._guarded("end of the request", self._settle, error)
+        # The scope holds us: what may hold the scope must go.
+        self._served = self._container = self._reserved = self.scope = self.context = None
+
+    def _settle(self, error: BaseException | None) -> None:
+        if error is not None and self.stopped_by is None:
+            for response, scope in _intercept.responses_in(error):
+                background = _intercept.background_of(response)
+                if scope.get(_intercept.KEY) is self and background is not None:
+                    self._note(scope)
+                    self._reserve(background)
+        reason = self._reason(error) if error is not None else self._verdict or "other"
+        stopped_by, waiting, self._waiting = self.stopped_by, self._waiting, _NOTHING
+        for run in (run for runs in waiting.values() for run in runs):
+            same = stopped_by is not None and stopped_by.batch == run.batch
+            self._engine.never_ran(run, reason, stopped_by if same else None)
+
+    def _reason(self, error: BaseException) -> str:
+        if not isinstance(error, Exception):
+            return "cancelled"
+        if isinstance(error, HTTPException):
+            return "http_exception"
+        if type(error).__name__ in ("RequestValidationError", "WebSocketRequestValidationError"):
+            return "validation"
+        gone = isinstance(error, (ClientDisconnect, WebSocketDisconnect)) or (
+            isinstance(error, OSError) and self._started
+        )
+        return "client_gone" if gone else "handler_error"
+
+
+def _header(name: str, value: str) -> tuple[bytes, bytes]:
+    return name.lower().encode("latin-1"), value.encode("latin-1")
