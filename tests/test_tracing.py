@@ -17,7 +17,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from prometheus_client import CollectorRegistry
 from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.testclient import TestClient
 
 from aftertask import AftertaskMiddleware, Settings, current_run, task
@@ -186,6 +186,24 @@ def test_the_tasks_own_spans_are_children(traced: Traced) -> None:
     for own, of in zip(traced.spans("own"), traced.spans(), strict=True):
         assert own.parent is not None
         assert own.parent.span_id == of.context.span_id
+
+
+@pytest.mark.parametrize("function", [ok, broken])
+def test_the_requests_span_is_current_again_after_the_batch(traced: Traced, function: Any) -> None:
+    """Also after a failure: nothing of a run is left in the context, which uvicorn may hand to the next request."""
+    current: list[str] = []
+
+    async def inner(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await PlainTextResponse("ok", background=BackgroundTask(function))(scope, receive, send)
+        finally:
+            current.append(trace.get_current_span().name)  # type: ignore[attr-defined]  # the SDK's span has one
+
+    settings = Settings(registry=CollectorRegistry(), tracer_provider=traced.provider)
+    app = RequestSpan(AftertaskMiddleware(inner, settings=settings), traced)
+    TestClient(app, raise_server_exceptions=False).get("/")
+    assert current == ["GET"]
+    assert len(traced.spans()) == 1
 
 
 def test_a_child_run_is_a_child_span(traced: Traced) -> None:

@@ -6,6 +6,7 @@ import functools
 import gc
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import anyio
@@ -653,3 +654,51 @@ async def test_a_request_leaves_no_garbage(env: Env) -> None:
         assert alive() - before < 5  # the worker thread's last call may still be held
     finally:
         gc.enable()
+
+
+# --- context
+
+
+async def test_the_request_belongs_to_the_outer_app_again_when_a_mounted_one_is_done() -> None:
+    """Each app's own tasks are told to its own signals."""
+    outer, inner = Env(), Env()
+    mounted = inner.mw(PlainTextResponse("inner", background=BackgroundTask(af)))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def nowhere(message: Any) -> None: ...
+
+        await mounted(scope, receive, nowhere)
+        await PlainTextResponse("outer", background=BackgroundTask(sf))(scope, receive, send)
+
+    await drive(outer.mw(app))
+    assert outcomes(inner) == [("af", "succeeded")]
+    assert outcomes(outer) == [("sf", "succeeded")]
+
+
+@pytest.mark.parametrize(("context", "seen"), [("request", "unset"), ("endpoint", "set")])
+async def test_what_a_sync_endpoint_set_reaches_its_tasks_if_asked(context: Any, seen: str) -> None:
+    """`context="endpoint"`: the variables of its worker thread, for its own tasks and for nothing after them."""
+    from prometheus_client import CollectorRegistry
+
+    from aftertask import AftertaskMiddleware, Settings
+
+    variable = ContextVar("variable", default="unset")
+    read: list[str] = []
+
+    def task() -> None:
+        read.append(variable.get())
+
+    def endpoint(tasks: Injected) -> None:
+        variable.set("set")
+        tasks.add_task(task)
+
+    app = FastAPI()
+    app.get("/")(endpoint)
+
+    async def outer(scope: Any, receive: Any, send: Any) -> None:
+        await app(scope, receive, send)
+        read.append(variable.get())
+
+    settings = Settings(registry=CollectorRegistry(), context=context)
+    await drive(AftertaskMiddleware(outer, settings=settings, signals=[]))
+    assert read == [seen, "unset"]
