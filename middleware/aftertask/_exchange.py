@@ -69,7 +69,7 @@ class Exchange(Request):
     def sender(self, send: Send) -> Send:
         """`send`, and we notice when the response starts and when its last byte is out."""
 
-        attached = _intercept.attached
+        attached = -1 if _intercept.shared else _intercept.attached
 
         def watched(message: Message) -> Awaitable[None]:
             if self._waiting or _intercept.attached != attached:
@@ -236,6 +236,8 @@ class Exchange(Request):
         return waiting.pop(0)
 
     def _hand_over(self, background: Any, served: Scope) -> None:
+        if not self._started and self.scope is not None:
+            _intercept.shared = True  # no background was put on a response since the request began, and here is one
         self._note(served)
         self._reserve(background)
         if self._complete_s is None:  # a response that carried nothing we knew of, or went out around us

@@ -73,6 +73,9 @@ injected: dict[int, Exchange] = {}
 #: How many backgrounds were ever put on a response: while it stands still, no response can carry one.
 attached = 0
 
+#: Whether a response was ever served that had its background from before the request: then every start is looked at.
+shared = False
+
 
 class _Stand:
     """In the place of a value, for framework code that looks before it calls: same class, attributes and truth."""

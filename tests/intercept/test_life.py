@@ -31,6 +31,7 @@ from aftertask import (
     Succeeded,
     TaskEvent,
     TaskRun,
+    _intercept,
     current_run,
     get_run,
     observe_functions,
@@ -400,6 +401,31 @@ async def test_a_container_served_twice_is_new_runs(env: Env) -> None:
         await drive(app)
     env.expect(*["af", "sf"] * 3)
     assert len({run.id for run in env.seen.runs()}) == 6
+
+
+async def test_a_shared_response_is_seen_at_its_start_once_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its background was there before the request: the first is seen when it is handed over, later ones as any."""
+    monkeypatch.setattr(_intercept, "shared", False)
+    order: list[str] = []
+    shared = PlainTextResponse("ok", background=BackgroundTask(af))
+
+    class Order:
+        def __call__(self, event: TaskEvent) -> None:
+            order.append(type(event).__name__)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def told(message: Any) -> None:
+            order.append(message["type"].rpartition(".")[2])
+            await send(message)
+
+        await inner(scope, receive, told)
+
+    inner = Env().mw(shared, Order())
+    await drive(app)
+    assert order == ["start", "body", "Scheduled", "Started", "Succeeded"]
+    order.clear()
+    await drive(app)
+    assert order == ["Scheduled", "start", "body", "Started", "Succeeded"]
 
 
 async def test_ten_thousand_tasks_in_a_response(env: Env) -> None:
