@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -417,3 +419,65 @@ def test_feeds_knows_only_the_same_provider(traced: Traced) -> None:
     assert not ours.feeds(trace.NoOpTracer())
     assert not ours.feeds(None)
     assert not Tracing(traced.provider, trace="none").feeds(traced.provider.get_tracer("x"))
+
+
+CONTRIB = """
+import sys
+from fastapi import BackgroundTasks, FastAPI
+from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from starlette.background import BackgroundTask
+from starlette.responses import JSONResponse
+from starlette.testclient import TestClient
+from aftertask import AftertaskMiddleware, Settings
+
+exporter, provider = InMemorySpanExporter(), TracerProvider()
+provider.add_span_processor(SimpleSpanProcessor(exporter))
+app = FastAPI()
+
+async def first(): ...
+def second(): ...
+
+@app.get("/injected")
+async def injected(tasks: BackgroundTasks):
+    tasks.add_task(first)
+    tasks.add_task(second)
+
+@app.get("/direct")
+async def direct():
+    return JSONResponse({}, background=BackgroundTask(first))
+
+def ours():
+    app.add_middleware(AftertaskMiddleware, settings=Settings(tracer_provider=provider), signals=None)
+    AftertaskMiddleware(app)  # sets the hooks now, not with the first request
+
+def theirs():
+    FastAPIInstrumentor.instrument_app(app, tracer_provider=provider)
+
+for step in sys.argv[1].split(","):
+    {"ours": ours, "theirs": theirs}[step]()
+
+def spans():
+    with_name = [span for span in exporter.get_finished_spans() if "ackground" in span.name]
+    exporter.clear()
+    return [span.name for span in with_name]
+
+client = TestClient(app)
+client.get("/injected")
+assert spans() == ["background_task __main__.first", "background_task __main__.second"]
+client.get("/direct")
+assert spans() == ["background_task __main__.first"]
+FastAPIInstrumentor.uninstrument_app(app)
+client.get("/injected")
+client.get("/direct")
+assert spans() == [f"background_task __main__.{name}" for name in ("first", "second", "first")]
+"""
+
+
+@pytest.mark.parametrize("order", ["ours,theirs", "theirs,ours"])
+def test_contrib_before_or_after_us_and_gone_again(order: str) -> None:
+    """In a process of its own: it patches the class for all apps, and takes its patch away with ours on top."""
+    done = subprocess.run([sys.executable, "-c", CONTRIB, order], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

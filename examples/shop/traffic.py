@@ -19,6 +19,7 @@ MIX: list[tuple[int, str, str, dict[str, str | int | float]]] = [
     (6, "POST", "/orders/{n}", {"fault": "declined"}),
     (3, "POST", "/orders/{n}", {"fault": "mail"}),
     (3, "POST", "/orders/{n}", {"fault": "sold_out"}),
+    (1, "POST", "/orders/{n}", {"fault": "cancelled"}),
     (2, "POST", "/orders/{n}", {"fault": "bug"}),
     (8, "GET", "/search", {"limit": 2}),
     (3, "GET", "/search", {"limit": "many"}),

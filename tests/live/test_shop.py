@@ -54,6 +54,15 @@ REQUESTS: list[tuple[int, str, str, dict[str, dict[str, int]]]] = [
             for name in ("stock.reserve", "mail.receipt", "orders.charge_card", "app.notify")
         },
     ),
+    (
+        *(2, "POST", "/orders/6?fault=cancelled"),
+        {
+            "stock.reserve": {"succeeded": 1},
+            "mail.receipt": {"succeeded": 1},
+            "orders.charge_card": {"cancelled": 1},
+            "app.notify": {"cancelled": 1},
+        },
+    ),
     (2, "GET", "/search?limit=2", {"app.audit": {"succeeded": 1}}),
     (3, "GET", "/search?limit=many", {"app.audit": {"dropped validation": 1}}),
     (2, "POST", "/images/1?sizes=3", {"media.thumbnail": {"succeeded": 3}}),
@@ -167,7 +176,7 @@ def check_traces(metrics: Server, spans: Spans) -> None:
     found = eventually(exemplars, what="exemplars in Prometheus")
     eventually(lambda: found <= spans.trace_ids(), what="the spans of every exemplar")
     names = Counter(span.name for span in spans.spans)
-    assert names["background_task orders.charge_card"] == 8
+    assert names["background_task orders.charge_card"] == 10
     assert not [name for name in names if name.startswith("fastapi.background_task")]
 
 

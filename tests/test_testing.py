@@ -1,0 +1,91 @@
+"""What tests of users' apps get: recorded events, waiting without sleeping, a clock that they turn, fixtures."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+from starlette.testclient import TestClient
+
+from aftertask import Scheduled, Succeeded
+from aftertask.testing import Recorder, VirtualClock
+
+ClientFor = Callable[..., TestClient]
+pytest_plugins = ["pytester"]
+
+
+def ok() -> None: ...
+
+
+def test_a_recorder_keeps_events_by_kind_and_task(client_for: ClientFor) -> None:
+    """By class, and by the last part of a task's name."""
+    recorder = Recorder()
+    client_for(ok, ok, signals=[recorder]).get("/")
+    assert len(recorder.of(Scheduled)) == 2
+    assert [event.run.task for event in recorder.of(Succeeded, "ok")] == [f"{__name__}.ok"] * 2
+    assert recorder.of(Succeeded, "other") == []
+    assert recorder.outcomes() == [("ok", "succeeded")] * 2
+    recorder.clear()
+    assert recorder.events == []
+
+
+def test_waiting_ends_when_no_run_is_in_flight(client_for: ClientFor) -> None:
+    """From another thread, without a sleep."""
+    recorder, go, started = Recorder(), threading.Event(), threading.Event()
+
+    def held() -> None:
+        started.set()
+        go.wait(10)
+
+    client = client_for(held, signals=[recorder])
+    request = threading.Thread(target=client.get, args=["/"])
+    request.start()
+    assert started.wait(10)
+    with pytest.raises(TimeoutError, match=r"after 0.01 s these runs are in flight: .*held .* in flight"):
+        recorder.wait_idle(0.01)
+    go.set()
+    recorder.wait_idle()
+    assert recorder.outcomes() == [("held", "succeeded")]
+    request.join()
+
+
+@pytest.mark.anyio
+async def test_waiting_on_the_event_loop(anyio_backend: str) -> None:
+    """The same for an async test."""
+    await Recorder().idle(1)
+
+
+def test_a_virtual_clock_stands_still_until_it_is_turned(client_for: ClientFor) -> None:
+    """And goes forward only."""
+    recorder = Recorder()
+    with VirtualClock(1_800_000_000) as clock:
+        client_for(lambda: clock.advance(90), signals=[recorder]).get("/")
+        with pytest.raises(ValueError, match="cannot go back, got -1"):
+            clock.advance(-1)
+    (succeeded,) = recorder.of(Succeeded)
+    assert succeeded.duration_s == 90
+    assert succeeded.at.isoformat() == "2027-01-15T08:01:30+00:00"
+    assert recorder.runs()[0].at.isoformat() == "2027-01-15T08:00:00+00:00"
+
+
+def test_the_fixtures_come_with_the_package(pytester: pytest.Pytester) -> None:
+    """Installed as a pytest plugin: nothing has to be imported."""
+    pytester.makepyfile(
+        """
+        from starlette.applications import Starlette
+        from starlette.background import BackgroundTask
+        from starlette.responses import PlainTextResponse
+        from starlette.testclient import TestClient
+        from aftertask import AftertaskMiddleware
+
+        def mail(): ...
+
+        def test_it(aftertask_events, aftertask_clock):
+            app = PlainTextResponse("ok", background=BackgroundTask(mail))
+            TestClient(AftertaskMiddleware(app, signals=[aftertask_events])).get("/")
+            assert aftertask_events.outcomes() == [("mail", "succeeded")]
+            assert aftertask_events.events[0].timestamp == aftertask_clock.timestamp()
+        """
+    )
+    pytester.runpytest_subprocess("-q").assert_outcomes(passed=1)
