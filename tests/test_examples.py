@@ -92,6 +92,6 @@ def test_the_demo_ends_by_itself_and_shows_every_outcome() -> None:
         assert event in done.stdout, done.stdout
     table = done.stdout.rpartition("says:")[2]
     rows = {row.split()[0]: row.split()[1:] for row in table.strip().splitlines()[1:]}
-    scheduled, succeeded, failed, skipped, dropped, inflight = map(int, rows["orders.charge_card"])
-    assert scheduled == succeeded + failed + skipped + dropped + inflight > 0
+    scheduled, *ended_or_not = map(int, rows["orders.charge_card"])
+    assert scheduled == sum(ended_or_not) > 0
     assert "hunter2" not in done.stdout

@@ -100,7 +100,7 @@ def table(url: str) -> str:
                 row[sample.labels["outcome"]] += int(sample.value)
             elif sample.name == "aftertask_tasks_inflight":
                 row["in flight"] += int(sample.value)
-    columns = ("scheduled", "succeeded", "failed", "skipped", "dropped", "in flight")
+    columns = ("scheduled", "succeeded", "failed", "skipped", "dropped", "cancelled", "in flight")
     lines = [f"  {'task':22}" + "".join(f"{column:>11}" for column in columns)]
     for name, row in sorted(rows.items()):
         if row["scheduled"]:
