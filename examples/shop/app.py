@@ -145,6 +145,16 @@ async def export(tasks: BackgroundTasks) -> StreamingResponse:
     return StreamingResponse(rows())
 
 
+@app.get("/invoices/{order}")
+async def invoice(order: int) -> StreamingResponse:
+    """A stream that carries a task itself."""
+
+    async def pages() -> AsyncIterator[str]:
+        yield f"invoice for order {order}\n"
+
+    return StreamingResponse(pages(), background=BackgroundTask(audit, "invoice"))
+
+
 @app.delete("/orders/{order}")
 async def cancel_order(order: int, tasks: BackgroundTasks) -> Response:
     """The trap: a response with a background of its own, so that the injected task is dropped."""

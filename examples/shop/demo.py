@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -17,27 +18,41 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 
 import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
 HERE = Path(__file__).parent
 TABLE_EVERY = 5.0
+LINE_EVERY = 1.0
+FOREVER = 10.0**6
+COLUMNS = ("scheduled", "succeeded", "failed", "skipped", "dropped", "in flight")
+LOOK = """\
+The shop answers at {url}, its metrics at {url}/metrics. In another terminal:
+  curl -s {url}/metrics | grep ^aftertask_tasks_
+  curl -s -H 'Accept: application/openmetrics-text' {url}/metrics | grep trace_id   # the traces behind the figures
+  curl -i -X POST '{url}/orders/7?fault=mail'   # a 200, and a mail that never went: see task.failed below
+"""
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
+def open_port(port: int) -> int:
+    """This port, or for 0 one that nobody listens on; ends the demo where it is taken."""
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise SystemExit(f"cannot listen on 127.0.0.1:{port}: {error.strerror}; choose another --port") from None
         return int(listener.getsockname()[1])
 
 
 @contextlib.contextmanager
 def running(*command: str, **kwargs: object) -> Iterator[subprocess.Popen[str]]:
-    """A child process; ended by its own pid."""
+    """A child process, out of Ctrl-C's reach; ended by its own pid."""
     child = subprocess.Popen(command, text=True, start_new_session=True, **kwargs)  # type: ignore[call-overload]  # Popen's
     try:
         yield child
@@ -52,10 +67,12 @@ def running(*command: str, **kwargs: object) -> Iterator[subprocess.Popen[str]]:
 
 
 class Lines:
-    """The shop's log lines as they come: the first of each kind in full, the others counted."""
+    """The shop's log as it comes: the first line of each kind at once, of the others about one a second."""
 
     def __init__(self, child: subprocess.Popen[str]) -> None:
-        self.seen: Counter[str] = Counter()
+        self.rest: deque[str] = deque(maxlen=20)
+        self._seen: set[tuple[object, ...]] = set()
+        self._next = time.monotonic()
         self._child = child
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
@@ -63,99 +80,135 @@ class Lines:
     def _read(self) -> None:
         assert self._child.stderr is not None
         for line in self._child.stderr:
-            if not line.startswith("{"):
-                continue
-            told = json.loads(line)
-            kind = f"{told['event']} {told.get('task', '')} {told.get('reason') or told.get('error_type') or ''}"
-            self.seen[kind] += 1
-            if self.seen[kind] == 1:
-                print(f"  {pretty(told)}", flush=True)
+            if line.startswith('{"event"'):
+                self._show(json.loads(line))
+            else:
+                self.rest.append(line)  # the server's own word, and the tracebacks that Starlette lets through
+
+    def _show(self, told: Mapping[str, object]) -> None:
+        kind = (told["event"], told.get("task"), told.get("reason"), told.get("error_type"))
+        if kind in self._seen and time.monotonic() < self._next:
+            return
+        self._seen.add(kind)
+        self._next = time.monotonic() + LINE_EVERY
+        print(f"  {pretty(told)}", flush=True)
+
+    def join(self) -> None:
+        """Until the shop has said its last; two seconds at most."""
+        self._thread.join(2)
 
 
-def pretty(told: dict[str, object]) -> str:
+def pretty(told: Mapping[str, object]) -> str:
     """One line of JSON for people."""
-    keys = (
-        "http_method",
-        "http_route",
-        "reason",
-        "error_type",
-        "error_message",
-        "duration_s",
-        "queue_wait_s",
-        "trace_id",
-    )
-    more = " ".join(f"{key}={told[key]}" for key in keys if key in told)
-    return f"{str(told['timestamp'])[11:19]} {told['level']:7} {told['event']:15} {told.get('task', ''):20} {more}"
+    route = f"{told.get('http_method', '')} {told.get('http_route', '')}"
+    parts = [f"{told['event']:15} {told.get('task', '')!s:19} {route:23}"]
+    parts += [str(told[key]) for key in ("reason", "error_type", "error_message") if key in told]
+    for key, word in (("queue_wait_s", "waited"), ("duration_s", "took")):
+        seconds = told.get(key)
+        if isinstance(seconds, float):
+            parts.append(f"{word} {milliseconds(seconds)}")
+    if "trace_id" in told:
+        parts.append(f"trace {str(told['trace_id'])[:8]}…")
+    return f"{str(told['timestamp'])[11:19]} " + "  ".join(parts)
 
 
-def table(url: str) -> str:
+def milliseconds(seconds: float) -> str:
+    """A time for people."""
+    return f"{seconds * 1000:.1f} ms"
+
+
+def quantile(q: float, buckets: Mapping[float, float]) -> float | None:
+    """What Prometheus's `histogram_quantile` says of cumulative buckets; None where nothing was observed."""
+    edges = sorted(buckets.items())
+    if not edges or not edges[-1][1]:
+        return None
+    rank = q * edges[-1][1]
+    for (low, below), (high, upto) in itertools.pairwise([(0.0, 0.0), *edges]):
+        if upto >= rank:
+            return low if high == float("inf") else low + (high - low) * (rank - below) / (upto - below)
+    return None
+
+
+def table(text: str) -> str:
     """What /metrics says of each task."""
     rows: dict[str, Counter[str]] = {}
-    for family in text_string_to_metric_families(httpx2.get(f"{url}/metrics").text):
+    waits: dict[str, dict[float, float]] = {}
+    for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            row = rows.setdefault(sample.labels.get("task", ""), Counter())
+            task = sample.labels.get("task", "")
+            row = rows.setdefault(task, Counter())
             if sample.name == "aftertask_tasks_scheduled_total":
                 row["scheduled"] += int(sample.value)
             elif sample.name == "aftertask_tasks_finished_total":
                 row[sample.labels["outcome"]] += int(sample.value)
             elif sample.name == "aftertask_tasks_inflight":
                 row["in flight"] += int(sample.value)
-    columns = ("scheduled", "succeeded", "failed", "skipped", "dropped", "cancelled", "in flight")
-    lines = [f"  {'task':22}" + "".join(f"{column:>11}" for column in columns)]
+            elif sample.name == "aftertask_queue_wait_seconds_bucket":
+                waits.setdefault(task, {})[float(sample.labels["le"])] = sample.value
+    lines = [f"  {'task':20}" + "".join(f"{column:>11}" for column in (*COLUMNS, "p95 wait"))]
     for name, row in sorted(rows.items()):
         if row["scheduled"]:
-            lines.append(f"  {name:22}" + "".join(f"{row[column]:>11}" for column in columns))
+            wait = quantile(0.95, waits.get(name, {}))
+            cells = [str(row[column]) for column in COLUMNS] + ["-" if wait is None else milliseconds(wait)]
+            lines.append(f"  {name:20}" + "".join(f"{cell:>11}" for cell in cells))
     return "\n".join(lines)
 
 
-def wait_until_it_answers(url: str, child: subprocess.Popen[str]) -> None:
-    """Until /metrics answers, ten seconds at most."""
-    for _ in range(100):
+def wait_until_it_answers(url: str, client: httpx2.Client, shop: subprocess.Popen[str], lines: Lines) -> None:
+    """Until /metrics answers, twenty seconds at most."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        if shop.poll() is not None:
+            lines.join()
+            raise SystemExit(f"the shop ended with code {shop.returncode}:\n{''.join(lines.rest)}")
         with contextlib.suppress(httpx2.HTTPError):
-            if httpx2.get(f"{url}/metrics").status_code == 200:
+            if client.get(f"{url}/metrics").status_code == 200:
                 return
-        if child.poll() is not None:
-            raise SystemExit(f"the shop ended with code {child.returncode}: {child.stderr and child.stderr.read()}")
         time.sleep(0.1)
-    raise SystemExit("the shop did not answer in ten seconds")
+    raise SystemExit("the shop did not answer in twenty seconds")
+
+
+def show(url: str, seconds: float, client: httpx2.Client) -> None:
+    """Start the shop and its customers, and tell what happens for so long."""
+    server = [sys.executable, "-m", "uvicorn", "app:app", "--app-dir", str(HERE), "--host", "127.0.0.1"]
+    server += ["--port", url.rpartition(":")[2], "--log-level", "error", "--no-access-log"]
+    traffic = [sys.executable, str(HERE / "traffic.py"), "--url", url, "--seconds", str(seconds)]
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with running(*server, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env) as shop:
+        lines = Lines(shop)
+        wait_until_it_answers(url, client, shop, lines)
+        print(LOOK.format(url=url))
+        print("Its log, the first line of each kind and then about one a second:", flush=True)
+        with running(*traffic, stdout=subprocess.DEVNULL) as customers:
+            end = time.monotonic() + seconds
+            while customers.poll() is None and (left := end - time.monotonic()) > 0:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    customers.wait(min(TABLE_EVERY, left))
+                if shop.poll() is not None:
+                    raise SystemExit(f"the shop ended with code {shop.returncode}:\n{''.join(lines.rest)}")
+                said = table(client.get(f"{url}/metrics").text)
+                print(f"\nWhat {url}/metrics says:\n{said}\n", flush=True)
+            if customers.poll():
+                raise SystemExit(f"the traffic ended with code {customers.returncode}")
+    lines.join()
+
+
+def asked_to_end(number: int, frame: FrameType | None) -> None:
+    """SIGTERM ends the demo as Ctrl-C does, children first."""
+    raise KeyboardInterrupt
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, help="end after so long; default: at Ctrl-C")
-    parser.add_argument("--port", type=int, default=None)
+    parser.add_argument("--seconds", type=float, default=FOREVER, help="end after so long; default: at Ctrl-C")
+    parser.add_argument("--port", type=int, default=0, help="the shop's port; default: a free one")
     options = parser.parse_args()
-    port = options.port or free_port()
-    url = f"http://127.0.0.1:{port}"
-    python = sys.executable
-    server = [
-        python,
-        "-m",
-        "uvicorn",
-        "app:app",
-        "--app-dir",
-        str(HERE),
-        "--port",
-        str(port),
-        "--log-level",
-        "critical",
-    ]
-    seconds = options.seconds or 10**6
-    traffic = [python, str(HERE / "traffic.py"), "--url", url, "--seconds", str(seconds)]
-    quiet = {"stdout": subprocess.DEVNULL}
+    signal.signal(signal.SIGTERM, asked_to_end)
     try:
-        with running(*server, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"}, **quiet) as shop:
-            wait_until_it_answers(url, shop)
-            print(f"The shop answers at {url}, its metrics at {url}/metrics (try: curl {url}/metrics)")
-            print("Its log, the first line of each kind:", flush=True)
-            Lines(shop)
-            with running(*traffic, **quiet) as customers:
-                end = time.monotonic() + seconds
-                while customers.poll() is None and (left := end - time.monotonic()) > 0:
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        customers.wait(min(TABLE_EVERY, left))
-                    print(f"\nWhat {url}/metrics says:\n{table(url)}\n", flush=True)
+        # Nothing here leaves this machine: a proxy that the environment names is not asked.
+        with httpx2.Client(trust_env=False, timeout=10) as client:
+            show(f"http://127.0.0.1:{open_port(options.port)}", options.seconds, client)
     except KeyboardInterrupt:
         print("\nGood-bye.")
 

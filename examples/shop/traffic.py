@@ -1,7 +1,8 @@
 """
-Customers of the shop: a seeded mix of requests, bounded in time and rate.
+Customers of the shop: a seeded mix of requests, bounded in time, number and rate.
 
     python examples/shop/traffic.py --url http://127.0.0.1:8000 --seconds 10
+    python examples/shop/traffic.py --count 100 --seed 7       # the same hundred requests each time
 """
 
 from __future__ import annotations
@@ -27,25 +28,32 @@ MIX: list[tuple[int, str, str, dict[str, str | int | float]]] = [
     (6, "POST", "/reports", {"seconds": 0.3}),
     (1, "POST", "/reports", {"seconds": 4}),
     (5, "GET", "/export", {}),
+    (4, "GET", "/invoices/{n}", {}),
     (3, "DELETE", "/orders/{n}", {}),
     (3, "POST", "/admin/reindex", {}),
 ]
 
 
-async def shop(url: str, *, seconds: float, rate: float = 20, seed: int = 1) -> Counter[int]:
+async def shop(url: str, *, seconds: float, rate: float = 20, seed: int = 1, count: int | None = None) -> Counter[int]:
     """
-    Send requests for so long, about `rate` a second.
+    Send requests for so long or so many, whichever ends first, about `rate` a second.
 
     Returns:
-        How many answers there were of each status; 0 counts connections that were cut.
+        How many answers there were of each status; 0 counts requests without one.
     """
     chance, answers = random.Random(seed), Counter[int]()
     weights = [weight for weight, *_ in MIX]
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
-    async with httpx2.AsyncClient(base_url=url, timeout=10) as client, asyncio.TaskGroup() as group:
+    # A connection each: uvicorn closes the one on which a task has failed, and would cut the next customer off.
+    apart = httpx2.Limits(max_keepalive_connections=0)
+    # The shop is on this machine: a proxy that the environment names is not asked.
+    async with (
+        httpx2.AsyncClient(base_url=url, timeout=10, limits=apart, trust_env=False) as client,
+        asyncio.TaskGroup() as group,
+    ):
         number = 0
-        while loop.time() < end:
+        while loop.time() < end and (count is None or number < count):
             _, method, path, query = chance.choices(MIX, weights)[0]
             number += 1
             group.create_task(one(client, answers, method, path.format(n=number), query))
@@ -68,11 +76,14 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--rate", type=float, default=20)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=10, help="end after so long (default: 10)")
+    parser.add_argument("--count", type=int, help="end after so many requests, if that comes first")
+    parser.add_argument("--rate", type=float, default=20, help="requests a second, on average (default: 20)")
+    parser.add_argument("--seed", type=int, default=1, help="another number, another mix (default: 1)")
     options = parser.parse_args()
-    answers = asyncio.run(shop(options.url, seconds=options.seconds, rate=options.rate, seed=options.seed))
+    answers = asyncio.run(
+        shop(options.url, seconds=options.seconds, rate=options.rate, seed=options.seed, count=options.count)
+    )
     print(f"answers by status: {dict(sorted(answers.items()))}")
 
 

@@ -135,7 +135,8 @@ class Exchange(Request):
                 return
             self._added += 1
             run.batch = id(container)
-            run.queued_s = self._complete_s
+            if self._complete_s is not None:
+                run.queued_s = run.scheduled_s  # added by a task: the response has long been sent
             if self._engine.gives_context:
                 run.context = copy_context()
             elif threading.get_ident() != self._thread:

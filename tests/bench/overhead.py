@@ -195,6 +195,23 @@ def floor() -> Subject:
     return Subject(app_with(task), made.force_flush)
 
 
+class Passing:
+    """A middleware that does nothing but pass the call on: the least that any middleware costs."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.app(scope, receive, send)
+
+
+def passing() -> Subject:
+    """What a request pays for having a middleware at all."""
+    app = app_with(nothing)
+    app.add_middleware(Passing)
+    return Subject(app)
+
+
 def native() -> Subject:
     """FastAPI's own telemetry, spans only: no metric, no log line."""
     made = provider()
@@ -248,6 +265,7 @@ def ours_native() -> Subject:
 VARIANTS: dict[str, Callable[[], Subject]] = {
     "bare": bare,
     "floor": floor,
+    "passing": passing,
     "native": native,
     "contrib": contrib,
     "ours": ours,
