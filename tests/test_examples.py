@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import signal
+import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import httpx2
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from live.servers import Server, eventually, uvicorn
+from live.servers import Server, eventually, free_port, uvicorn
 
 pytestmark = pytest.mark.timeout(60)
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
+SHOP = EXAMPLES / "shop"
 
 
 def wait_for(server: Server, text: str) -> str:
@@ -78,20 +84,99 @@ def test_logging_structlog(tmp_path: Path) -> None:
     assert len({re.search(r"run_id=(\S+)", line)[1] for line in lines}) == 1  # type: ignore[index]  # same
 
 
+def test_two_workers(tmp_path: Path) -> None:
+    """Both processes answer, and one scrape counts the tasks of both."""
+    numbers = tmp_path / "numbers"
+    numbers.mkdir()
+    ready = {"ready": "/metrics", "PROMETHEUS_MULTIPROC_DIR": str(numbers)}
+    with uvicorn("two_workers:app", EXAMPLES, tmp_path / "log", "--workers", "2", **ready) as server:
+        processes: Counter[int] = Counter()
+
+        def both_answered() -> bool:
+            processes[httpx2.post(f"{server.url}/orders").json()["process"]] += 1
+            return len(processes) == 2
+
+        eventually(both_answered, what="an answer from each of two processes")
+        line = 'aftertask_tasks_finished_total{engine="local",outcome="succeeded",task="two_workers.ship"} '
+        whole = f"{line}{processes.total()}.0"
+        eventually(lambda: whole in httpx2.get(f"{server.url}/metrics").text, what=f"{whole!r} in a scrape")
+
+
+def test_what_the_customers_saw_is_what_the_shop_counted(tmp_path: Path) -> None:
+    """The same seed makes the same requests; each 409, 422 and 500 is one dropped batch, by its reason."""
+    with uvicorn("app:app", SHOP, tmp_path / "log") as server:
+        traffic = [sys.executable, str(SHOP / "traffic.py"), "--url", server.url, "--rate", "200", "--seconds", "15"]
+        saw: list[dict[int, int]] = []
+        for _ in range(2):
+            done = subprocess.run(
+                [*traffic, "--count", "90", "--seed", "4"], capture_output=True, text=True, timeout=20
+            )
+            assert done.returncode == 0, done.stderr
+            saw.append(ast.literal_eval(done.stdout.partition(":")[2].strip()))
+        answers = saw[0]
+        assert saw[1] == answers
+        assert answers.keys() == {200, 409, 422, 500}
+        assert sum(answers.values()) == 90
+        dropped = {
+            (sample.labels["task"], sample.labels["reason"]): sample.value
+            for family in text_string_to_metric_families(httpx2.get(f"{server.url}/metrics").text)
+            for sample in family.samples
+            if sample.name == "aftertask_tasks_not_run_total" and sample.labels["outcome"] == "dropped"
+        }
+    assert dropped["orders.charge_card", "http_exception"] == 2 * answers[409]
+    assert dropped["app.audit", "validation"] == 2 * answers[422]
+    assert dropped["orders.charge_card", "handler_error"] == 2 * answers[500]
+
+
 def test_the_demo_ends_by_itself_and_shows_every_outcome() -> None:
     """`make demo SECONDS=…`: where to look, live lines, and a table from the real /metrics."""
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "shop" / "demo.py"), "--seconds", "7"],
-        capture_output=True,
-        text=True,
-        timeout=40,
+        [sys.executable, str(SHOP / "demo.py"), "--seconds", "7"], capture_output=True, text=True, timeout=40
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"its metrics at http://127\.0\.0\.1:\d+/metrics", done.stdout)
     for event in ("task.succeeded", "task.failed", "task.skipped", "task.dropped"):
         assert event in done.stdout, done.stdout
-    table = done.stdout.rpartition("says:")[2]
-    rows = {row.split()[0]: row.split()[1:] for row in table.strip().splitlines()[1:]}
-    scheduled, *ended_or_not = map(int, rows["orders.charge_card"])
-    assert scheduled == sum(ended_or_not) > 0
     assert "hunter2" not in done.stdout
+    table = done.stdout.rpartition("says:")[2].split("\n\n")[0].strip()
+    columns, *rows = (re.split(r" {2,}", row.strip()) for row in table.splitlines())
+    told = {row[0]: dict(zip(columns[1:], row[1:], strict=True)) for row in rows}
+    assert {"orders.charge_card", "mail.receipt", "app.notify"} <= told.keys()
+    for row in told.values():
+        wait = row.pop("p95 wait")
+        counts = {column: int(cell) for column, cell in row.items()}
+        assert counts.pop("scheduled") == sum(counts.values()) > 0
+        assert wait == "-" or float(wait.removesuffix(" ms")) >= 0
+    # The charge waits for the reservation and the receipt, some 15 ms; buckets are coarse.
+    assert float(told["orders.charge_card"]["p95 wait"].removesuffix(" ms")) >= 10
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_the_demo_ends_its_children_when_it_is_told_to_end(end: signal.Signals) -> None:
+    """Ctrl-C and SIGTERM alike: exit code 0, and nobody serves the port any more."""
+    port = free_port()
+    command = [sys.executable, "-u", str(SHOP / "demo.py"), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
+        assert demo.stdout is not None
+        try:
+            assert any("task.succeeded" in line for line in demo.stdout)
+            demo.send_signal(end)
+            rest, errors = demo.communicate(timeout=20)
+        finally:
+            demo.kill()
+    assert demo.returncode == 0, errors
+    assert rest.endswith("Good-bye.\n")
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(f"http://127.0.0.1:{port}/metrics")
+
+
+def test_the_demo_says_that_a_port_is_taken() -> None:
+    """A word on what to do, and no traceback."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, str(SHOP / "demo.py"), "--seconds", "5", "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1
+    assert f"127.0.0.1:{port}" in done.stderr
+    assert "choose another --port" in done.stderr
+    assert "Traceback" not in done.stderr

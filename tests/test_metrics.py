@@ -148,9 +148,7 @@ def test_a_registered_task_has_its_series_from_the_start(registry: CollectorRegi
     assert value(registry, "task_info", task="shop.ok", engine="local", owner="shop", executor="inline") == 1
 
 
-def test_labels_stay_few(
-    client_for: ClientFor, registry: CollectorRegistry, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_labels_stay_few(client_for: ClientFor, registry: CollectorRegistry, caplog: pytest.LogCaptureFixture) -> None:
     """100 unregistered tasks have a label of their own; the others share one, which is counted, and warned of once."""
 
     def make(number: int) -> Callable[[], None]:
@@ -168,6 +166,8 @@ def test_labels_stay_few(
     assert local(registry, "tasks_finished_total", "__other__", outcome="succeeded") == 20
     assert local(registry, "tasks_finished_total", "shop.ok", outcome="succeeded") == 1
     assert (value(registry, "label_overflow_total", label="task") or 0) >= 20
+    (warning,) = (record for record in caplog.records if record.message == "label.overflow")
+    assert vars(warning)["folded_into"] == "__other__"
 
 
 def test_error_types_stay_few(client_for: ClientFor, registry: CollectorRegistry) -> None:

@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 TABLE_EVERY = 5.0
 LINE_EVERY = 1.0
 FOREVER = 10.0**6
-COLUMNS = ("scheduled", "succeeded", "failed", "skipped", "dropped", "in flight")
+COLUMNS = ("scheduled", "succeeded", "failed", "skipped", "dropped", "cancelled", "in flight")
 LOOK = """\
 The shop answers at {url}, its metrics at {url}/metrics. In another terminal:
   curl -s {url}/metrics | grep ^aftertask_tasks_
