@@ -9,30 +9,39 @@ REDACTED = "[redacted]"
 #: Longer text is cut before it is looked at: the middle goes, head and tail stay.
 LONGEST = 20_000
 
-_KEYS = (
-    r"pass(?:word|wd|phrase|code)?|pwd|secret|token|api[_-]?key|access[_-]?key|private[_-]?key|client[_-]?secret|auth|authorization|"
-    r"credentials?|cookie|session(?:[_-]?id)?|csrf|signature|dsn|cvv|cvc|pin|ssn|otp"
+_KEY_WORDS = (
+    *("password", "passwd", "passphrase", "passcode", "pass", "pwd", "secret", "token", "authorization", "auth"),
+    *("api_key", "api-key", "apikey", "access_key", "access-key", "accesskey", "private_key", "private-key"),
+    *("credential", "credentials", "cookie", "session_id", "session-id", "sessionid", "session", "csrf", "signature"),
+    *("dsn", "cvv", "cvc", "pin", "ssn", "otp"),
 )
 
-_PATTERN = re.compile(
+#: What is looked for, and words of which the text must have one, or it is not looked for at all: most text has none.
+_KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
     # scheme://user:password@host: the password; a user name alone is no secret.
-    r"(?P<url>\b[a-z][a-z0-9+.-]{1,20}://[^\s:/@'\"]{0,200}:)[^\s/@'\"]{1,500}(?=@)"
-    # An authorization header's value, whatever its scheme.
-    r"|(?P<scheme>\b(?:bearer|basic|token)\s{1,4})[a-z0-9+/=_~.-]{6,4000}"
+    (("://",), r"(?P<kept>\b[a-z][a-z0-9+.-]{1,20}://[^\s:/@'\"]{0,200}:)[^\s/@'\"]{1,500}(?=@)"),
     # key=value, key: value, "key": "value"; the key may have a prefix: db_password, X-Api-Key.
-    rf"|(?P<key>(?<![a-z0-9])(?:[a-z0-9]{{1,30}}[_-]){{0,3}}(?:{_KEYS})['\"]?\s{{0,4}}[=:]\s{{0,4}})"
-    r"(?:(?:bearer|basic|digest|token)\s{1,4}[^\s,;'\"]{1,4000}|\"[^\"\n]{0,4000}\"|'[^'\n]{0,4000}'|[^\s,;&)}\]'\"]{1,4000})"
+    (
+        _KEY_WORDS,
+        rf"(?P<kept>(?<![a-z0-9])(?:{'|'.join(_KEY_WORDS)})['\"]?\s{{0,4}}[=:]\s{{0,4}})"
+        r"(?:(?:bearer|basic|digest|token)\s{1,4}[^\s,;'\"]{1,4000}"
+        r"|\"[^\"\n]{0,4000}\"|'[^'\n]{0,4000}'|[^\s,;&)}\]'\"]{1,4000})",
+    ),
+    # Credentials by their scheme, wherever they stand.
+    (("bearer ", "basic "), r"(?P<kept>\b(?:bearer|basic)\s{1,4})[a-z0-9+/=_~.-]{6,4000}"),
     # Tokens that are known by their shape: JWT, AWS, GitHub, GitLab, Slack, Stripe, Google.
-    r"|\beyJ[a-z0-9_-]{8,4000}\.[a-z0-9_-]{4,4000}(?:\.[a-z0-9_-]{0,4000})?"
-    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"
-    r"|\bgh[opsur]_[a-z0-9]{20,255}|\bgithub_pat_[a-z0-9_]{20,255}|\bglpat-[a-z0-9_-]{16,255}"
-    r"|\bxox[abeoprs]-[a-z0-9-]{10,255}|\b[rsp]k_(?:live|test)_[a-z0-9]{10,255}|\bAIza[a-z0-9_-]{30,60}"
+    (("eyj",), r"\beyJ[a-z0-9_-]{8,4000}\.[a-z0-9_-]{4,4000}(?:\.[a-z0-9_-]{0,4000})?"),
+    (("akia", "asia"), r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
+    (("gh", "glpat-"), r"\bgh[opsur]_[a-z0-9]{20,255}|\bgithub_pat_[a-z0-9_]{20,255}|\bglpat-[a-z0-9_-]{16,255}"),
+    (("xox", "k_live_", "k_test_"), r"\bxox[abeoprs]-[a-z0-9-]{10,255}|\b[rsp]k_(?:live|test)_[a-z0-9]{10,255}"),
+    (("aiza",), r"\bAIza[a-z0-9_-]{30,60}"),
     # E-mail addresses.
-    r"|(?<![a-z0-9._%+-])[a-z0-9._%+-]{1,64}@[a-z0-9-]{1,63}(?:\.[a-z0-9-]{1,63}){0,8}\.[a-z]{2,24}\b"
-    # Card numbers: 13 to 19 digits, in groups or not, if their check digit is right.
-    r"|(?<![\w.-])(?P<card>\d(?:[ -]?\d){12,18})(?![\w-])",
-    re.IGNORECASE,
+    (("@",), r"(?<![a-z0-9._%+-])[a-z0-9._%+-]{1,64}@[a-z0-9-]{1,63}(?:\.[a-z0-9-]{1,63}){0,8}\.[a-z]{2,24}\b"),
 )
+_PATTERNS = tuple((words, re.compile(pattern, re.IGNORECASE)) for words, pattern in _KINDS)
+
+# 13 to 19 digits, in groups or not.
+_CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-])")
 
 
 def default_redact(text: str) -> str:
@@ -49,16 +58,19 @@ def default_redact(text: str) -> str:
     if len(text) > LONGEST:
         half = LONGEST // 2
         text = f"{text[:half]}\n[{len(text) - LONGEST} characters left out]\n{text[-half:]}"
-    return _PATTERN.sub(_replace, text)
+    lowered = text.lower()
+    for words, pattern in _PATTERNS:
+        if any(word in lowered for word in words):
+            text = pattern.sub(_replace, text)
+    return _CARD.sub(_replace_card, text)
 
 
 def _replace(found: re.Match[str]) -> str:
-    kept = found["url"] or found["scheme"] or found["key"]
-    if kept:
-        return kept + REDACTED
-    if found["card"] and not _luhn(found["card"]):
-        return found[0]
-    return REDACTED
+    return found.groupdict().get("kept", "") + REDACTED
+
+
+def _replace_card(found: re.Match[str]) -> str:
+    return REDACTED if _luhn(found[0]) else found[0]
 
 
 def _luhn(number: str) -> bool:
