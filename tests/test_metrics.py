@@ -20,7 +20,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
 
-from aftertask import AftertaskMiddleware, Policy, Settings, current_run, task
+from aftertask import AftertaskMiddleware, Policy, Settings, _exchange, current_run, task
 from aftertask.signals import families
 from aftertask.testing import VirtualClock
 
@@ -146,6 +146,12 @@ def test_a_registered_task_has_its_series_from_the_start(registry: CollectorRegi
         assert value(registry, "tasks_not_run_total", task=name, outcome="dropped", reason="handler_error") == 0
     assert value(registry, "task_info", task="shop.late", engine="local", owner="shop", executor="thread") == 1
     assert value(registry, "task_info", task="shop.ok", engine="local", owner="shop", executor="inline") == 1
+
+
+def test_the_first_error_of_our_own_can_be_seen(client_for: ClientFor, registry: CollectorRegistry) -> None:
+    """Its series is there at 0, under the very name it is counted under."""
+    assert client_for(ok).get("/").status_code == 200
+    assert value(registry, "self_errors_total", component=_exchange._PART) == 0
 
 
 def test_labels_stay_few(client_for: ClientFor, registry: CollectorRegistry, caplog: pytest.LogCaptureFixture) -> None:

@@ -68,6 +68,7 @@ class SharedBook:
             ) from error
         for label in ("task", "error_type"):
             self.families[f.LABEL_OVERFLOW].labels(label)
+        self.families[f.SELF_ERRORS].labels(f.INTERCEPTION)
         self.bounds = Bounds(self._overflow)
         self.families[f.BUILD_INFO].labels(*build_info()).set(1)
         self._sampler: threading.Thread | None = None

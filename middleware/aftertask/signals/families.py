@@ -50,6 +50,9 @@ NOT_RUN_REASONS = (
     ("lost", "shutdown"),
 )
 
+#: Under what an error of our own in the interception is counted; told from 0 on, so that the first one is seen.
+INTERCEPTION = "aftertask.interception"
+
 SCHEDULED = Family("tasks_scheduled", "counter", "Runs that came into being.", _TASK)
 FINISHED = Family("tasks_finished", "counter", "Runs that ended, by how.", (*_TASK, "outcome"))
 NOT_RUN = Family(

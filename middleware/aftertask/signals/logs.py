@@ -285,7 +285,8 @@ class Logs:
             self._say("warning", "task.hazard", event, kind=event.kind, argument=event.argument, advice=event.advice)
 
     def _say(self, level: str, name: str, event: TaskEvent, **keys: Any) -> None:
-        emit(level, name, timestamp=event.timestamp, **run_keys(event.run), **keys)
+        told = {key: round(value, 6) if isinstance(value, float) else value for key, value in keys.items()}
+        emit(level, name, timestamp=event.timestamp, **run_keys(event.run), **told)
 
     def _allowed(self, timestamp: float) -> int | None:
         """How many lines were left out since the last one; None where this one is left out too."""

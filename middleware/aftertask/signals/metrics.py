@@ -105,7 +105,7 @@ class PlainBook(Collector):
         self._lock = threading.Lock()
         self.by_task: dict[str, Series] = {}
         self._infos: dict[str, tuple[str, str, str, str]] = {}
-        self._self_errors: dict[str, int] = {}
+        self._self_errors: dict[str, int] = {f.INTERCEPTION: 0}
         self._overflows: dict[str, int] = {}
         self._bounds = Bounds(self._overflow)
         try:
