@@ -56,3 +56,12 @@ def test_an_unknown_variant_is_refused_by_name() -> None:
 
     assert done.returncode == 2
     assert "no variant 'our'; there are bare, floor" in done.stderr
+
+
+def test_our_variants_write_one_line_for_every_task() -> None:
+    """The floor logs each task, so a line that is left out would make us look cheaper than we are."""
+    code = "import overhead; overhead.Driver(overhead.ours()).drive('/10', 30)"  # past a hundred lines in a second
+
+    done = subprocess.run([sys.executable, "-c", code], cwd=BENCH, capture_output=True, text=True, check=True)
+
+    assert done.stderr.count('"event": "task.succeeded"') == 300

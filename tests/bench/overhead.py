@@ -232,16 +232,21 @@ def contrib() -> Subject:
 
 
 def ours(
-    signals: Sequence[str] | None = None, *, sampler: Sampler = ALWAYS_ON, sampled: bool = True, **kwargs: Any
+    signals: Sequence[str] | None = None, *, sampler: Sampler = ALWAYS_ON, sampled: bool = True, **chosen_settings: Any
 ) -> Subject:
-    """The middleware with default settings, a tracer provider, and these signals; None: all, as without a word."""
+    """
+    The middleware with a tracer provider and these signals; None: all.
+
+    Settings are the defaults but for one: every success is logged, as the floor logs it. By default
+    `success_log_rate` leaves out nearly all of them at a benchmark's pace (`ours_default`).
+    """
     from aftertask import AftertaskMiddleware, Settings
     from aftertask.signals import usual
 
     made = provider(sampler)
-    settings = Settings(tracer_provider=made)
+    settings = Settings(**{"tracer_provider": made, "success_log_rate": None, **chosen_settings})
     chosen = None if signals is None else [s for s in usual(settings) if type(s).__name__ in signals]
-    app = app_with(nothing, **kwargs)
+    app = app_with(nothing)
     app.add_middleware(AftertaskMiddleware, settings=settings, signals=chosen)
     return Subject(app, made.force_flush, sampled)
 
@@ -258,8 +263,15 @@ def ours_native() -> Subject:
 
     made = provider()
     app = app_with(nothing, telemetry={"tracer_provider": made, "metrics": False, "logs": False})
-    app.add_middleware(AftertaskMiddleware, settings=Settings(tracer_provider=made))
+    app.add_middleware(AftertaskMiddleware, settings=Settings(tracer_provider=made, success_log_rate=None))
     return Subject(app, made.force_flush)
+
+
+def ours_default() -> Subject:
+    """All signals as shipped: success lines above `Settings.success_log_rate` a second are left out."""
+    from aftertask import Settings
+
+    return ours(success_log_rate=Settings().success_log_rate)
 
 
 VARIANTS: dict[str, Callable[[], Subject]] = {
@@ -269,6 +281,7 @@ VARIANTS: dict[str, Callable[[], Subject]] = {
     "native": native,
     "contrib": contrib,
     "ours": ours,
+    "ours_default": ours_default,
     "ours_native": ours_native,
     "ours_debug": ours_debug,
     "ours_tracing": lambda: ours(["Tracing"]),
