@@ -47,6 +47,7 @@ TESTS = [
     "tests/test_logs.py",
     "tests/test_tracing.py",
     "tests/test_policies.py",
+    "tests/test_coexistence.py",
 ]
 
 

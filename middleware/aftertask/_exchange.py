@@ -119,6 +119,7 @@ class Exchange(Request):
 
     def inject(self, container: BackgroundTasks, scope: Scope) -> None:
         """FastAPI made this container for the request."""
+        _intercept.install()
         self.touched = True
         self._container = container
         self._served = scope
@@ -179,6 +180,7 @@ class Exchange(Request):
     async def serve(self, value: Any, served: Scope) -> None:
         """Run a response's background: a framework container's elements one after another, anything else as one run."""
         # No local here may be called `scope`: the hooks would take this frame for an ASGI app's.
+        _intercept.install()
         batch, outer = id(value), _current.get()
         self._guarded("hand-over", self._hand_over, value, served)
         try:

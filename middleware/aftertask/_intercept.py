@@ -358,14 +358,20 @@ _hooked_is_plain = False
 def install() -> None:
     """
     Set the hooks, once per process. They stay: another library may have wrapped ours since, and would be undone.
+
+    Only where `BackgroundTask.__call__` is again what it was without us it is set anew: OpenTelemetry's FastAPI package
+    puts back what it found when it is taken away. So this is called again with each batch.
     """
     global _hooked, _original, _hooked_is_plain
-    if _hooked is not None:
+    first, found = _hooked is None, BackgroundTask.__call__
+    if found is _hooked:
         return
-    _original = BackgroundTask.__call__
-    _hooked_is_plain = _shipped(_original, _LOOPS_IN)
-    _hooked = _hook_call(_original)
-    BackgroundTask.__call__ = _hooked  # type: ignore[method-assign]  # the hook
+    if first or found is _original or _shipped(found, _LOOPS_IN):
+        _original, _hooked_is_plain = found, _shipped(found, _LOOPS_IN)
+        _hooked = _hook_call(found)
+        BackgroundTask.__call__ = _hooked  # type: ignore[method-assign]  # the hook
+    if not first:
+        return
     BackgroundTasks.__init__ = _hook_init(BackgroundTasks.__init__)  # type: ignore[method-assign]  # the hook
     BackgroundTasks.add_task = _hook_add_task(BackgroundTasks.add_task)  # type: ignore[method-assign]  # the hook
     Response.background = _Background()  # type: ignore[assignment]  # the hook
