@@ -62,6 +62,9 @@ def process(*command: str, log: Path, env: dict[str, str] | None = None) -> Iter
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
+        # Its workers would outlive it. The group is the child's own: it was started in a session of its own.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 class Server:

@@ -35,7 +35,7 @@ def all_processes() -> CollectorRegistry:
     for pid in {int(found[1]) for file in directory.glob("gauge_live*.db") if (found := _PID.search(file.name))}:
         if not _alive(pid):
             mark_process_dead(pid)  # type: ignore[no-untyped-call]  # not typed there
-    registry = CollectorRegistry()
+    registry = CollectorRegistry(support_collectors_without_names=True)  # or `name[]` finds nothing
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]  # same
     return registry
 
@@ -57,6 +57,11 @@ class SharedBook:
     """One process's part of the numbers, in the shared files."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        directory = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+        if not directory.is_dir():
+            raise FileNotFoundError(
+                f"PROMETHEUS_MULTIPROC_DIR={str(directory)!r} is no directory; create it before the workers start"
+            )
         self._lock = threading.Lock()
         self.by_task: dict[str, SharedSeries] = {}
         try:
@@ -97,6 +102,7 @@ class SharedBook:
 
     def register(self, name: str, owner: str, executor: str) -> None:
         """Give a task its series before its first run, all at 0."""
+        self._sample_from_now_on()
         with self._lock:
             if name not in self.by_task:
                 self._make(name)

@@ -1,0 +1,29 @@
+"""Two tasks that stay in flight: one that was registered, and one that nobody registered."""
+
+import asyncio
+import os
+
+from fastapi import BackgroundTasks, FastAPI
+
+from aftertask import AftertaskMiddleware, task
+
+app = FastAPI()
+app.add_middleware(AftertaskMiddleware)
+
+
+@task(name="ages.registered")
+async def registered() -> None:
+    """Stays in flight."""
+    await asyncio.sleep(3600)
+
+
+async def unregistered() -> None:
+    """Stays in flight."""
+    await asyncio.sleep(3600)
+
+
+@app.get("/{name}")
+async def start(name: str, tasks: BackgroundTasks) -> int:
+    """The worker's pid."""
+    tasks.add_task({"registered": registered, "unregistered": unregistered}[name])
+    return os.getpid()
