@@ -14,7 +14,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
 
-from aftertask import Failed, NameClash, Policy, Scheduled, TaskEvent, options, task
+from aftertask import Failed, Limit, NameClash, Policy, Retry, Scheduled, Settings, TaskEvent, options, task
 from aftertask.policies import PolicyBook, code_name
 
 ClientFor = Callable[..., TestClient]
@@ -116,14 +116,30 @@ def test_a_reload_is_no_clash() -> None:
 @pytest.mark.parametrize(
     ("policy", "error", "says"),
     [
-        ({"nam": "x"}, TypeError, "'nam' is no policy; known are expected, name"),
-        ({"timeout": 3}, TypeError, "'timeout' is no policy"),
+        ({"nam": "x"}, TypeError, "'nam' is no policy; did you mean 'name'?"),
+        ({"qqq": 3}, TypeError, "'qqq' is no policy; known are alert, "),
+        ({"timeout": 0}, ValueError, "Policy.timeout must be more than 0 seconds, got 0"),
+        ({"timeout": "3"}, TypeError, "Policy.timeout must be a number of seconds, got '3'"),
+        ({"timeout": float("inf")}, ValueError, "Policy.timeout"),
+        ({"timeout": float("nan")}, ValueError, "Policy.timeout"),
+        ({"retry": 3}, TypeError, "write Retry(attempts=…)"),
+        ({"limit": -1}, ValueError, "Policy.limit must be at least 1, got -1"),
+        ({"limit": True}, TypeError, "Policy.limit must be a whole number, got True"),
+        ({"priority": 1.5}, TypeError, "Policy.priority must be a whole number"),
+        ({"on_failure": "ignore"}, ValueError, "Policy.on_failure must be one of 'stop', 'continue', 'contain'"),
+        ({"executor": "threads"}, ValueError, "got 'threads'; did you mean 'thread'?"),
+        ({"expires": -1}, ValueError, "Policy.expires"),
+        ({"run_on_error": 1}, TypeError, "Policy.run_on_error must be True, False or None, got 1"),
+        ({"on_error": "log"}, TypeError, "Policy.on_error must be a function"),
+        ({"severity": "bad"}, ValueError, "Policy.severity"),
+        ({"alert_after": 0}, ValueError, "Policy.alert_after must be at least 1"),
+        ({"stuck_after": 0}, ValueError, "Policy.stuck_after"),
         ({"name": ""}, TypeError, "Policy.name must be a non-empty string"),
         ({"owner": 3}, TypeError, "Policy.owner"),
         ({"observe": "no"}, TypeError, "Policy.observe must be True, False or None, got 'no'"),
         ({"expected": (KeyboardInterrupt,)}, TypeError, "Policy.expected must be exception classes"),
         ({"expected": "ValueError"}, TypeError, "Policy.expected must be exception classes"),
-        ({"trace": "yes"}, ValueError, "Policy.trace must be one of child, link, none, got 'yes'"),
+        ({"trace": "yes"}, ValueError, "Policy.trace must be one of 'child', 'link', 'none', got 'yes'"),
     ],
 )
 def test_a_bad_policy_is_refused(policy: dict[str, Any], error: type[Exception], says: str) -> None:
@@ -131,6 +147,47 @@ def test_a_bad_policy_is_refused(policy: dict[str, Any], error: type[Exception],
     with pytest.raises(error) as caught:
         task(**policy)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Retry(attempts=0), "Retry.attempts must be at least 1, got 0; 1 means no retry"),
+        (lambda: Retry(wait_initial=-1), "Retry.wait_initial must be at least 0 seconds"),
+        (lambda: Retry(wait_max=float("inf")), "Retry.wait_max"),
+        (lambda: Retry(on="ValueError"), "Retry.on must be exception classes"),
+        (lambda: Retry(give_up_on=(KeyboardInterrupt,)), "Retry.give_up_on must be exception classes"),
+        (lambda: Limit("", 3), "Limit.name must be a non-empty string"),
+        (lambda: Limit("smtp", 0), "Limit.size must be at least 1, got 0"),
+        (lambda: Limit("smtp", 1, max_waiting=-1), "Limit.max_waiting must be at least 0"),
+        (lambda: Settings(policies={"a": Policy(limit=Limit("x", 1)), "b": Policy(limit=Limit("x", 1))}), "share one"),
+        (lambda: Settings(on_failure="ignore"), "Settings.on_failure"),
+        (lambda: Settings(max_waiting=-1), "Settings.max_waiting"),
+        (lambda: Settings(thread_limit=0), "Settings.thread_limit"),
+        (lambda: Settings(drain_timeout=0), "Settings.drain_timeout"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(make: Callable[[], Any], says: str) -> None:
+    """Where it is written, not when the task runs."""
+    with pytest.raises((TypeError, ValueError)) as caught:
+        make()
+    assert says in str(caught.value)
+
+
+def test_the_waits_of_a_retry_grow_with_full_jitter() -> None:
+    """Each is between 0 and an upper end that doubles, up to the longest; none overflows."""
+    retry = Retry(attempts=9, wait_initial=1, wait_max=5)
+    for attempt, most in [(1, 1), (2, 2), (3, 4), (4, 5), (5000, 5)]:
+        drawn = [retry.delay_s(attempt) for _ in range(300)]
+        assert 0 <= min(drawn) < 0.2 * most
+        assert 0.8 * most < max(drawn) <= most
+
+
+def test_a_retry_wants_what_it_names() -> None:
+    """`give_up_on` wins over `on`."""
+    retry = Retry(on=(OSError, KeyError), give_up_on=FileNotFoundError)
+    wanted = [retry.wants(error) for error in (OSError(), KeyError(), FileNotFoundError(), ValueError())]
+    assert wanted == [True, True, False, False]
 
 
 def test_what_takes_no_attribute_cannot_be_decorated() -> None:

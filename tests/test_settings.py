@@ -23,7 +23,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     ("values", "error", "says"),
     [
         ({"metric_path": "/m"}, TypeError, "did you mean 'metrics_path'"),
-        ({"on_failure": "contain"}, TypeError, "'on_failure' is no setting"),
+        ({"journal": "tasks.db"}, TypeError, "'journal' is no setting"),
         ({"metrics_path": "metrics"}, ValueError, "begins with a slash, or None, got 'metrics'"),
         ({"metrics_path": "/"}, ValueError, "metrics_path"),
         ({"registry": None}, TypeError, "CollectorRegistry"),

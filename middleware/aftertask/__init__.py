@@ -37,7 +37,7 @@ from .events import (
     get_run,
 )
 from .middleware import AftertaskMiddleware
-from .policies import Policy, options, task
+from .policies import Limit, Policy, Retry, options, task
 from .settings import Settings
 
 __version__ = "0.1.0"
@@ -54,6 +54,7 @@ __all__ = [
     "Failed",
     "Failure",
     "HazardFound",
+    "Limit",
     "Lost",
     "NameClash",
     "Offloaded",
@@ -61,6 +62,7 @@ __all__ = [
     "RegistryClash",
     "Rejected",
     "Request",
+    "Retry",
     "Retrying",
     "Scheduled",
     "Settings",

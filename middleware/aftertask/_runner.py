@@ -31,7 +31,7 @@ from .events import (
     _current,
     _live,
 )
-from .policies import PolicyBook, code_name, is_async, registration, unwrap
+from .policies import STUCK_AFTER, PolicyBook, code_name, executor_of, is_async, registration, unwrap
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -45,6 +45,9 @@ _DOES_NOTHING = {
     AsyncGeneratorType: ("generator", "an async generator does nothing when it is called: loop over it in a coroutine"),
     CoroutineType: ("unawaited_coroutine", "it returned a coroutine that nobody awaits: make it `async def`"),
 }
+
+#: With one of these a run is more than a call.
+_GOVERNS = ("timeout", "retry", "limit", "expires", "on_error")
 
 #: Functions made on the fly must not be kept for ever.
 _PLANS = 2000
@@ -162,16 +165,35 @@ class Engine:
         entry, code = registration(inner), code_name(inner)
         task = entry.name if entry is not None else code
         policy = self.policies.policy(task, call, entry.policy if entry is not None else None)
+        executor = "inline" if whole else executor_of(func, policy)
         return Plan(
             task=policy.name or task,
             registered=entry is not None or self.policies.names(task),
             code=code,
-            executor="inline" if whole or is_async(func) else "thread",
+            executor=executor,
+            own_thread=executor == "thread" and policy.executor == "thread",
             whole=whole,
             observe=policy.observe is not False,
             owner=policy.owner,
             expected=policy.classes,
             trace=policy.trace,
+            timeout=policy.timeout,
+            retry=None if whole else policy.retry,
+            limit=policy.limit,
+            priority=policy.priority or 0,
+            on_failure=policy.on_failure or self.settings.on_failure,
+            expires=policy.expires,
+            run_on_error=policy.run_on_error is True,
+            idempotent=policy.idempotent is True,
+            on_error=policy.on_error,
+            alert=policy.alert is not False,
+            severity=policy.severity,
+            alert_after=policy.alert_after or 1,
+            slow_after=policy.slow_after,
+            stuck_after=policy.stuck_after or (2 * policy.timeout if policy.timeout else STUCK_AFTER),
+            governed=executor == "process"
+            or policy.executor == "thread"
+            or any(getattr(policy, field) is not None for field in _GOVERNS),
         )
 
     def schedule(self, request: Request, target: Any, parent: TaskRun | None = None) -> TaskRun | None:

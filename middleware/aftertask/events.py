@@ -57,6 +57,15 @@ class SpanContext(Protocol):
     def trace_flags(self) -> int: ...
 
 
+class RetryPolicy(Protocol):
+    """When and how often a failed attempt is followed by another, as `Retry` says it."""
+
+    @property
+    def attempts(self) -> int: ...
+    def wants(self, error: Exception) -> bool: ...
+    def delay_s(self, attempt: int) -> float: ...
+
+
 @dataclass(slots=True, eq=False)
 class Plan:
     """
@@ -66,23 +75,55 @@ class Plan:
         task: The task's name.
         registered: Whether `@task` or `Settings.policies` named it: then its metrics exist from the start.
         code: The function as `module.qualname`, for `code.function.name`.
-        executor: `inline` on the event loop, or `thread`.
+        executor: `inline` on the event loop, `thread` or `process`.
+        own_thread: Whether that thread is one of aftertask's, not of those that sync endpoints use.
         whole: A user's container or a subclass that calls its function itself: one run, what it calls are children.
         observe: False: as if the task were not there.
         owner: Who looks after it; None where nobody said.
         expected: Exception classes that make a run failed but not bad.
         trace: `child`, `link` or `none`; None as `Settings.trace` says.
+        timeout: Seconds for each attempt; None without a limit.
+        retry: When and how often a failed attempt is followed by another; None for never.
+        limit: How many runs at once, as `Policy.limit`; None without a limit.
+        priority: Smaller goes first.
+        on_failure: `stop`, `continue` or `contain`.
+        expires: Seconds from being scheduled within which the run must start; None for ever.
+        run_on_error: Whether it runs also where the handler that added it raised.
+        idempotent: Whether running it twice at once does no harm.
+        on_error: Called with the run and the exception when it has failed for good; None where nobody asked.
+        alert: False: no alert tells of this task.
+        severity: Of its alerts; None where nobody said.
+        alert_after: Bad runs before the first alert.
+        slow_after: Seconds after which a running attempt is slow; None for never.
+        stuck_after: Seconds after which a running attempt is stuck.
+        governed: Whether a policy asks for more than to call the function and see what happens.
     """
 
     task: str
     registered: bool
     code: str
     executor: str
+    own_thread: bool
     whole: bool
     observe: bool
     owner: str | None
     expected: tuple[type[Exception], ...]
     trace: str | None
+    timeout: float | None
+    retry: RetryPolicy | None
+    limit: object
+    priority: int
+    on_failure: str
+    expires: float | None
+    run_on_error: bool
+    idempotent: bool
+    on_error: Callable[[TaskRun, Exception], object] | None
+    alert: bool
+    severity: str | None
+    alert_after: int
+    slow_after: float | None
+    stuck_after: float
+    governed: bool
 
 
 class Request:

@@ -15,7 +15,7 @@ from opentelemetry.trace import TracerProvider
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from ._redact import default_redact
-from .policies import TRACES, Policy, Trace
+from .policies import ON_FAILURE, TRACES, Limit, OnFailure, Policy, Trace
 
 PREFIX = "AFTERTASK_"
 CONTEXTS = ("request", "endpoint")
@@ -41,6 +41,8 @@ class Settings:
         trace: A task's span is a `"child"` of the request's, a root with a `"link"` to it, or there is `"none"`.
         context: What a sync endpoint's tasks see of the context variables it set: structlog's bound keys only
             (`"request"`), or all of them (`"endpoint"`).
+        on_failure: What a task's failure does to the rest of its batch, where its policy says nothing: `"stop"`,
+            `"continue"` or `"contain"` (see `Policy`).
         policies: Task name or pattern (`mail.*`, as `fnmatch`) to `Policy`: for functions that one cannot decorate, and
             for operators; over what `@task` says.
         redact: Gets the text of an exception before any signal does, and gives back what may be shown.
@@ -49,6 +51,11 @@ class Settings:
         success_log_rate: At most so many `task.succeeded` log lines a second; None: every one.
         run_ids_header: The name of a response header that lists the ids of the runs that the response carries; None:
             no such header.
+        max_waiting: Runs accepted for a limit beyond those that may run at once, where the `Limit` says nothing; one
+            more is refused with `QueueFull`. None: any number.
+        thread_limit: Threads for the tasks with `executor="thread"`, at least 1.
+        drain_timeout: Seconds that runs are given to end at shutdown: they are tasks of their own then, and outlive the
+            server's cancellation. None: the server decides; what holds it up is told either way.
         exclude: Paths of which nothing is observed: `/health`, `/internal/*`, `/items/{id}`.
 
     Raises:
@@ -60,11 +67,15 @@ class Settings:
     tracer_provider: TracerProvider | None = None
     trace: Trace = "child"
     context: Literal["request", "endpoint"] = "request"
+    on_failure: OnFailure = "stop"
     policies: Mapping[str, Policy] = field(default_factory=dict)
     redact: Callable[[str], str] = default_redact
     request_id: Callable[[MutableMapping[str, Any]], str | None] = request_id_from_state
     success_log_rate: float | None = 100.0
     run_ids_header: str | None = None
+    max_waiting: int | None = None
+    thread_limit: int = 40
+    drain_timeout: float | None = None
     exclude: tuple[str, ...] = ()
 
     def find_request_id(self, scope: MutableMapping[str, Any]) -> str | None:
@@ -87,6 +98,12 @@ class Settings:
             raise TypeError(f"Settings.tracer_provider must be a TracerProvider or None, got {self.tracer_provider!r}")
         _one_of("trace", self.trace, TRACES)
         _one_of("context", self.context, CONTEXTS)
+        _one_of("on_failure", self.on_failure, ON_FAILURE)
+        _count("max_waiting", self.max_waiting, 0)
+        _count("thread_limit", 0 if self.thread_limit is None else self.thread_limit, 1)
+        drain = self.drain_timeout
+        if drain is not None and (isinstance(drain, bool) or not isinstance(drain, (int, float)) or not drain > 0):
+            raise ValueError(f"Settings.drain_timeout must be more than 0 seconds, or None, got {drain!r}")
         for name in ("redact", "request_id"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"Settings.{name} must be a function, got {getattr(self, name)!r}")
@@ -165,6 +182,15 @@ def _optional_number(text: str) -> float | None:
         raise ValueError("must be a number, or none") from None
 
 
+def _optional_count(text: str) -> int | None:
+    if _nothing(text):
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("must be a whole number, or none") from None
+
+
 def _list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
@@ -172,6 +198,10 @@ def _list(text: str) -> tuple[str, ...]:
 _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "metrics_path": _optional_text,
     "trace": str.strip,
+    "on_failure": str.strip,
+    "max_waiting": _optional_count,
+    "thread_limit": _optional_count,
+    "drain_timeout": _optional_number,
     "context": str.strip,
     "success_log_rate": _optional_number,
     "run_ids_header": _optional_text,
@@ -194,6 +224,11 @@ def _path(name: str, value: object) -> None:
         raise ValueError(f"Settings.{name} must be a path that begins with a slash, or None, got {value!r}")
 
 
+def _count(name: str, value: object, least: int) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise ValueError(f"Settings.{name} must be a whole number, at least {least}, got {value!r}")
+
+
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"Settings.{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
@@ -207,6 +242,10 @@ def _policies(policies: object) -> Mapping[str, Policy]:
             raise TypeError(f"Settings.policies: a key must be a task's name or a pattern, got {name!r}")
         if not isinstance(policy, Policy):
             raise TypeError(f"Settings.policies[{name!r}] must be a Policy, got {policy!r}")
+    limits: dict[str, Limit] = {}
+    for policy in policies.values():
+        if isinstance(policy.limit, Limit) and limits.setdefault(policy.limit.name, policy.limit) is not policy.limit:
+            raise ValueError(f"Settings.policies: two limits are called {policy.limit.name!r}; share one Limit object")
     return MappingProxyType(dict(policies))
 
 
