@@ -25,11 +25,13 @@ LAYERS = [
     {"signals"},
     {"_exchange"},
     {"_runner"},
+    {"_governed", "_batch"},
     {"settings"},
+    {"executors", "_gates"},
     {"_intercept", "_dispatch", "_context", "_route", "_redact", "_log"},
     {"events"},
     {"policies", "_failure"},
-    {"errors", "_clock"},
+    {"errors", "_clock", "_timer"},
 ]
 
 

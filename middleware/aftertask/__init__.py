@@ -7,7 +7,7 @@ See every background task a FastAPI or Starlette app runs after it has answered,
 from __future__ import annotations
 
 from ._observe import observe_functions
-from .errors import AftertaskError, NameClash, RegistryClash
+from .errors import AftertaskError, NameClash, NotSerializable, QueueFull, RegistryClash, TaskTimeout
 from .events import (
     Abandoned,
     AbandonedEnded,
@@ -20,6 +20,7 @@ from .events import (
     HazardFound,
     Lost,
     Offloaded,
+    Progress,
     Rejected,
     Request,
     Retrying,
@@ -35,6 +36,7 @@ from .events import (
     TimedOut,
     current_run,
     get_run,
+    progress,
 )
 from .middleware import AftertaskMiddleware
 from .policies import Limit, Policy, Retry, options, task
@@ -57,8 +59,11 @@ __all__ = [
     "Limit",
     "Lost",
     "NameClash",
+    "NotSerializable",
     "Offloaded",
     "Policy",
+    "Progress",
+    "QueueFull",
     "RegistryClash",
     "Rejected",
     "Request",
@@ -74,10 +79,12 @@ __all__ = [
     "Succeeded",
     "TaskEvent",
     "TaskRun",
+    "TaskTimeout",
     "TimedOut",
     "current_run",
     "get_run",
     "observe_functions",
     "options",
+    "progress",
     "task",
 ]

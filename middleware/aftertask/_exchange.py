@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from contextvars import copy_context
 from types import FrameType
 from typing import Any, TypeVar, cast
@@ -16,9 +16,11 @@ from starlette.requests import ClientDisconnect
 from starlette.websockets import WebSocketDisconnect
 
 from . import _clock, _intercept
+from ._batch import Batch
 from ._context import bound_keys
 from ._route import http_route
 from ._runner import Engine
+from .errors import NotSerializable, QueueFull
 from .events import Request, TaskRun, _current
 
 T = TypeVar("T")
@@ -58,6 +60,7 @@ class Exchange(Request):
     _verdict: str | None = None
 
     _waiting: dict[int, list[TaskRun]] = _NOTHING
+    _refused: Collection[int] = ()
 
     def __init__(self, engine: Engine, scope: Scope) -> None:
         self._engine = engine
@@ -143,6 +146,9 @@ class Exchange(Request):
             elif threading.get_ident() != self._thread:
                 run.bound = bound_keys()
             self._keep(run)
+        except (QueueFull, NotSerializable):
+            container.tasks.pop()  # the caller is told, and the task is as if it had not been added
+            raise
         except Exception as error:
             self._engine.broken(_PART, "add_task", error)
 
@@ -181,7 +187,7 @@ class Exchange(Request):
         """Run a response's background: a framework container's elements one after another, anything else as one run."""
         # No local here may be called `scope`: the hooks would take this frame for an ASGI app's.
         _intercept.install()
-        batch, outer = id(value), _current.get()
+        batch, outer = Batch(id(value)), _current.get()
         self._guarded("hand-over", self._hand_over, value, served)
         try:
             loop = _intercept.loop_of(value)
@@ -191,46 +197,78 @@ class Exchange(Request):
                 tracer = _intercept.native_tracer(served)
                 muted = tracer is None or (self._engine.spanned is not None and self._engine.spanned(tracer))
                 await self._each(value, loop, batch, muted)
+            if batch.open:
+                await batch.finish(_size(value), None)
+        except BaseException as error:
+            if batch.open:
+                await batch.finish(_size(value), error)
+            raise
         finally:
             # What a run and its signals set in the context stays until the batch is over: between two runs nobody
             # looks, and setting a context variable costs a quarter of a microsecond.
             _current.set(outer)  # not reset(token): a coroutine may be closed from another context
             for batch_ended in self._engine.batch_ended:
-                self._guarded("end of the batch", batch_ended, self, batch)
+                self._guarded("end of the batch", batch_ended, self, batch.id)
 
     # --- the batch
 
-    def _each(self, value: Any, loop: _intercept.Loop, batch: int, muted: bool) -> Awaitable[None]:
+    def _each(self, value: Any, loop: _intercept.Loop, batch: Batch, muted: bool) -> Awaitable[None]:
         if muted and _intercept.is_shipped(loop):
             return self._run_each(value, batch)
         return loop(_intercept.View(value, functools.partial(self._element, batch=batch, muted=muted)))
 
-    async def _run_each(self, container: Any, batch: int) -> None:
+    async def _run_each(self, container: Any, batch: Batch) -> None:
         for element in container.tasks:  # it may grow meanwhile
             await (
                 self._one(element, batch) if type(element) is BackgroundTask else self._element(element, batch, True)
             )
 
-    def _element(self, element: Any, batch: int, muted: bool) -> Awaitable[None]:
+    def _element(self, element: Any, batch: Batch, muted: bool) -> Awaitable[None]:
         loop = _intercept.loop_of(element)
         return self._one(element, batch) if loop is None else self._each(element, loop, batch, muted)
 
-    def _one(self, target: Any, batch: int) -> Awaitable[Any]:
+    def _one(self, target: Any, batch: Batch) -> Awaitable[Any]:
         """Run the run that was scheduled for this task, or one that is scheduled now."""
         key = id(target)
         try:
             if key in self._waiting:
-                return self._engine.run(self._take(key))
-            run = self._engine.schedule(self, target)
+                run: TaskRun | None = self._take(key)
+            elif key in self._refused:
+                return _nothing()
+            else:
+                run = self._engine.schedule(self, target)
+                if run is not None:
+                    run.batch = batch.id
+                    if self._complete_s is not None:
+                        run.queued_s = _clock.monotonic()
+        except (QueueFull, NotSerializable) as error:
+            self._engine.refused(error)
+            return _nothing()
         except Exception as error:
             self._engine.broken(_PART, "hand-over", error)
             run = None
         if run is None:
             return _intercept.unhooked(target)
-        run.batch = batch
-        if self._complete_s is not None:
-            run.queued_s = _clock.monotonic()
-        return self._engine.run(run)
+        return self._engine.run(run) if run.plan.plain else self._govern(run, batch)
+
+    async def _govern(self, run: TaskRun, batch: Batch) -> None:
+        """A run under a policy: what its failure does to the batch is its own."""
+        on_failure, keep = run.plan.on_failure, batch.keep()
+        contained = on_failure == "contain"
+        if not run.plan.governed:
+            try:
+                await self._engine.run(run)
+            except Exception as raised:
+                if not contained:
+                    keep(raised)
+            return
+        spawn = None if on_failure == "stop" else batch.spawn
+        error = await self._engine.governor.run(run, spawn, _forget if contained else keep)
+        if error is None or contained:
+            return
+        if on_failure == "stop":
+            raise error
+        keep(error)
 
     def _take(self, key: int) -> TaskRun:
         waiting = self._waiting[key]
@@ -261,7 +299,12 @@ class Exchange(Request):
         for target in _intercept.leaves(background):
             known = self._waiting.get(id(target), ())
             count = claimed[id(target)] = claimed.get(id(target), 0) + 1
-            run = known[count - 1] if count <= len(known) else self._engine.schedule(self, target)
+            try:
+                run = known[count - 1] if count <= len(known) else self._engine.schedule(self, target)
+            except (QueueFull, NotSerializable) as error:
+                self._engine.refused(error)
+                self._refused = {*self._refused, id(target)}
+                continue
             if run is not None:
                 run.batch = batch
                 if count > len(known):
@@ -327,6 +370,18 @@ class Exchange(Request):
             isinstance(error, OSError) and self._started
         )
         return "client_gone" if gone else "handler_error"
+
+
+def _size(background: Any) -> int:
+    return sum(1 for _ in _intercept.leaves(background))
+
+
+async def _nothing() -> None:
+    pass
+
+
+def _forget(error: Exception) -> None:
+    pass
 
 
 def _header(name: str, value: str) -> tuple[bytes, bytes]:

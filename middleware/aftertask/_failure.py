@@ -36,7 +36,7 @@ def error_message(error: BaseException, redact: Redact) -> str:
         text = str(error)
     except Exception as broken:
         text = f"[its message cannot be read: {type(broken).__name__}]"
-    text = _redacted(text, redact)
+    text = redacted(text, redact)
     return text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE - 1]}…"
 
 
@@ -53,7 +53,7 @@ def stack(error: BaseException, redact: Redact) -> str:
         text = "".join(told.format())
     except Exception as broken:  # a __str__ or source line that cannot be read
         text = f"[its stack cannot be read: {type(broken).__name__}]"
-    text = _redacted(text, redact)
+    text = redacted(text, redact)
     if len(text) <= LONGEST_STACK:
         return text
     half = LONGEST_STACK // 2
@@ -66,13 +66,17 @@ def fingerprint(error: BaseException) -> str:
 
     The function is the innermost frame that is neither a library's nor Python's own; else the innermost of all.
     """
-    frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    # A time limit's error is raised by us: where the task was then, its cause tells.
+    cause = error.__cause__
+    trace = error.__traceback__ or (None if cause is None else cause.__traceback__)
+    frames = [frame.f_code for frame, _ in traceback.walk_tb(trace)]
     own = [code for code in frames if not _is_library(code)]
     codes = own or frames
     return hashlib.sha256(f"{error_type(error)}\n{_place(codes[-1]) if codes else ''}".encode()).hexdigest()[:16]
 
 
-def _redacted(text: str, redact: Redact) -> str:
+def redacted(text: str, redact: Redact) -> str:
+    """What may be shown of a text; never raises, and never gives back what could not be redacted."""
     try:
         return str(redact(text))
     except Exception:

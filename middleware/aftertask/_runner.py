@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Awaitable, Callable, Iterable
 from types import AsyncGeneratorType, CoroutineType, FunctionType, GeneratorType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -11,27 +12,38 @@ from starlette.background import BackgroundTask
 from . import _clock, _intercept
 from ._context import applied
 from ._dispatch import Dispatch
+from ._failure import error_type, redacted
+from ._gates import Gate
+from ._governed import Governor
 from ._log import emit
+from .errors import AftertaskError, NotSerializable, QueueFull
 from .events import (
+    Abandoned,
+    AbandonedEnded,
     Admission,
     Cancelled,
     Dropped,
+    Expired,
     Failed,
     Failure,
     HazardFound,
     Lost,
     Plan,
+    Rejected,
     Request,
+    Retrying,
     Scheduled,
     Signal,
     Skipped,
     Started,
     Succeeded,
     TaskRun,
+    TimedOut,
     _current,
     _live,
 )
-from .policies import STUCK_AFTER, PolicyBook, code_name, executor_of, is_async, registration, unwrap
+from .executors.process import check as check_serializable
+from .policies import STUCK_AFTER, Limit, PolicyBook, code_name, executor_of, is_async, registration, unwrap
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -45,6 +57,9 @@ _DOES_NOTHING = {
     AsyncGeneratorType: ("generator", "an async generator does nothing when it is called: loop over it in a coroutine"),
     CoroutineType: ("unawaited_coroutine", "it returned a coroutine that nobody awaits: make it `async def`"),
 }
+
+#: The gates of limits that several tasks share, of whatever app.
+_shared_gates: weakref.WeakKeyDictionary[Limit, Gate] = weakref.WeakKeyDictionary()
 
 #: With one of these a run is more than a call.
 _GOVERNS = ("timeout", "retry", "limit", "expires", "on_error")
@@ -71,6 +86,8 @@ class Engine:
         self.spanned = next((s.feeds for s in self.dispatch.signals if hasattr(s, "feeds")), None)
         self.batch_ended: list[Callable[[Request, int], None]] = self._offered("batch_ended")
         self.admissions: list[Admission] = self._offered("admit")
+        self.gates: dict[str, Gate] = {}
+        self.governor = Governor(self, settings.thread_limit)
         self._plans: dict[object, Plan] = {}
         self._functions: dict[FunctionType, Plan] = {}
         self._scheduled = self.dispatch.to(Scheduled)
@@ -81,6 +98,12 @@ class Engine:
         self._dropped = self.dispatch.to(Dropped)
         self._skipped = self.dispatch.to(Skipped)
         self._lost = self.dispatch.to(Lost)
+        self._retrying = self.dispatch.to(Retrying)
+        self._timed_out = self.dispatch.to(TimedOut)
+        self._expired = self.dispatch.to(Expired)
+        self._rejected = self.dispatch.to(Rejected)
+        self._abandoned = self.dispatch.to(Abandoned)
+        self._abandoned_ended = self.dispatch.to(AbandonedEnded)
         self._hazard = self.dispatch.to(HazardFound)
 
     def broken(self, component: str, on: str, error: Exception) -> None:
@@ -166,12 +189,15 @@ class Engine:
         task = entry.name if entry is not None else code
         policy = self.policies.policy(task, call, entry.policy if entry is not None else None)
         executor = "inline" if whole else executor_of(func, policy)
+        own_thread = executor == "thread" and policy.executor == "thread"
+        on_failure = policy.on_failure or self.settings.on_failure
+        governed = own_thread or executor == "process" or any(getattr(policy, field) is not None for field in _GOVERNS)
         return Plan(
             task=policy.name or task,
             registered=entry is not None or self.policies.names(task),
             code=code,
             executor=executor,
-            own_thread=executor == "thread" and policy.executor == "thread",
+            own_thread=own_thread,
             whole=whole,
             observe=policy.observe is not False,
             owner=policy.owner,
@@ -179,9 +205,10 @@ class Engine:
             trace=policy.trace,
             timeout=policy.timeout,
             retry=None if whole else policy.retry,
-            limit=policy.limit,
+            gate=None if policy.limit is None else self._gate(policy.limit, policy.name or task),
+            max_waiting=self._max_waiting(policy.limit),
             priority=policy.priority or 0,
-            on_failure=policy.on_failure or self.settings.on_failure,
+            on_failure=on_failure,
             expires=policy.expires,
             run_on_error=policy.run_on_error is True,
             idempotent=policy.idempotent is True,
@@ -191,13 +218,34 @@ class Engine:
             alert_after=policy.alert_after or 1,
             slow_after=policy.slow_after,
             stuck_after=policy.stuck_after or (2 * policy.timeout if policy.timeout else STUCK_AFTER),
-            governed=executor == "process"
-            or policy.executor == "thread"
-            or any(getattr(policy, field) is not None for field in _GOVERNS),
+            governed=governed,
+            plain=not governed and on_failure == "stop",
         )
 
+    def _gate(self, limit: int | Limit, task: str) -> Gate:
+        """The gate of a limit: a number's belongs to this app's task, a `Limit`'s to all that share it."""
+        if isinstance(limit, Limit):
+            gate = _shared_gates.get(limit)
+            if gate is None:
+                gate = _shared_gates[limit] = Gate(limit.name, limit.size)
+        else:
+            gate = self.gates.get(task) or Gate(task, limit)
+            if gate.size != limit:  # options(limit=…) says another number: theirs is a gate of its own
+                return self.gates.setdefault(f"{task}:{limit}", Gate(f"{task}:{limit}", limit))
+        return self.gates.setdefault(gate.name, gate)
+
+    def _max_waiting(self, limit: int | Limit | None) -> int | None:
+        own = limit.max_waiting if isinstance(limit, Limit) else None
+        return self.settings.max_waiting if own is None else own
+
     def schedule(self, request: Request, target: Any, parent: TaskRun | None = None) -> TaskRun | None:
-        """A run comes into being; None where the task is not to be observed."""
+        """
+        A run comes into being; None where the task is not to be observed.
+
+        Raises:
+            QueueFull: Its limit accepts no more; it has been told `rejected`.
+            NotSerializable: It cannot be sent to a process; the same.
+        """
         plan = self.plan(target, inside=parent is not None)
         if not plan.observe:
             return None
@@ -207,7 +255,24 @@ class Engine:
         _live[run] = None
         if self._scheduled is not None:
             self._scheduled(Scheduled(run, run.timestamp))
+        if plan.governed and parent is None:
+            self._accept(run)
         return run
+
+    def _accept(self, run: TaskRun) -> None:
+        plan = run.plan
+        if plan.executor == "process":
+            try:
+                check_serializable(run.target, run.task)
+            except NotSerializable:
+                self._reject(run, "not_serializable")
+                raise
+        if plan.gate is not None:
+            place = plan.gate.accept(plan.priority, plan.max_waiting)
+            if place is None:
+                self._reject(run, "queue_full")
+                raise QueueFull(f"{run.task}: its limit accepts no more runs for now, {plan.max_waiting} may wait")
+            run.places = (place,)
 
     async def run(self, run: TaskRun, call: Callable[[], Awaitable[Any]] | None = None) -> Any:
         """
@@ -217,82 +282,147 @@ class Engine:
             run: The run; its target is called as the framework would.
             call: What to call in its place.
         """
-        outer = self._begin(run)
+        outer = self.begin(run)
         try:
             result = await (_intercept.call(run.target, self.spanned) if call is None else call())
         except Exception as error:
-            self._fail(run, error)
+            self.fail(run, error)
             raise
         except BaseException:
-            self._cut_off(run)
+            self.cut_off(run)
             raise
         else:
-            self._succeed(run, result)
+            self.succeed(run, result)
             return result
         finally:
-            self._leave(run, outer)
+            self.leave(run, outer)
 
     def run_sync(self, run: TaskRun, call: Callable[[], T]) -> T:
         """The same for a function that user code calls without awaiting it, maybe in a thread."""
-        outer = self._begin(run)
+        outer = self.begin(run)
         try:
             result = call()
         except Exception as error:
-            self._fail(run, error)
+            self.fail(run, error)
             raise
         except BaseException:
-            self._cut_off(run)
+            self.cut_off(run)
             raise
         else:
-            self._succeed(run, result)
+            self.succeed(run, result)
             return result
         finally:
-            self._leave(run, outer)
+            self.leave(run, outer)
 
-    def _begin(self, run: TaskRun) -> Outer:
+    def begin(self, run: TaskRun) -> Outer:
+        """An attempt starts; returns what `leave` puts back."""
         outer = _current.get()
         _current.set(run)
-        run.attempt = 1
+        again = run.attempt
+        if again and run.first_s is None:
+            run.first_s = run.started_s
+        run.attempt = again + 1
         started = run.started_s = _clock.monotonic()
         variables = run.context or run.bound
         restore = None if variables is None else applied(variables)
         if self._started is not None:
             queued = run.queued_s
-            wait = None if run.parent is not None else 0.0 if queued is None else max(0.0, started - queued)
-            self._started(Started(run, _clock.timestamp(), 1, wait))
+            wait = None if run.parent is not None or again else 0.0 if queued is None else max(0.0, started - queued)
+            self._started(Started(run, _clock.timestamp(), run.attempt, wait))
         return outer, restore
 
-    def _succeed(self, run: TaskRun, result: object) -> None:
+    def succeed(self, run: TaskRun, result: object) -> None:
+        """The attempt returned."""
         if result is not None and type(result) in _DOES_NOTHING:
             self._tell_hazard(run, *_DOES_NOTHING[type(result)])
         run.outcome = "succeeded"
         if self._succeeded is not None:
-            self._succeeded(Succeeded(run, _clock.timestamp(), 1, _lasted(run)))
+            self._succeeded(Succeeded(run, _clock.timestamp(), run.attempt, _lasted(run)))
 
-    def _fail(self, run: TaskRun, error: Exception) -> None:
-        run.outcome = "failed"
-        _stopped(run)
-        if self._failed is not None:
-            lasted = _lasted(run)
+    def retrying(self, run: TaskRun, error: Exception, delay: float) -> None:
+        """The attempt raised, and another will follow after `delay` seconds."""
+        if self._retrying is not None:
             failure = Failure(error, self.settings.redact)
-            expected = isinstance(error, run.plan.expected)
-            self._failed(Failed(run, _clock.timestamp(), 1, lasted, error, failure, expected))
+            self._retrying(Retrying(run, _clock.timestamp(), run.attempt, _lasted(run), error, failure, delay))
 
-    def _cut_off(self, run: TaskRun) -> None:
+    def fail(self, run: TaskRun, error: Exception, *, timed_out: bool = False) -> None:
+        """The last attempt raised."""
+        run.outcome = "timed_out" if timed_out else "failed"
+        if run.plan.on_failure == "stop":
+            _stopped(run)
+        tell = self._timed_out if timed_out else self._failed
+        if tell is None:
+            return
+        now, lasted, failure = _clock.timestamp(), _lasted(run), Failure(error, self.settings.redact)
+        if timed_out:
+            tell(TimedOut(run, now, run.attempt, lasted, run.plan.timeout or 0.0, failure))
+        else:
+            tell(Failed(run, now, run.attempt, lasted, error, failure, isinstance(error, run.plan.expected)))
+
+    def cut_off(self, run: TaskRun) -> None:
+        """The attempt was cancelled, or raised what is no Exception."""
         run.outcome = "cancelled"
         _stopped(run)
         if self._cancelled is not None:
-            self._cancelled(Cancelled(run, _clock.timestamp(), 1, _lasted(run), "cancelled", None))
+            self._cancelled(Cancelled(run, _clock.timestamp(), run.attempt, _lasted(run), "cancelled", None))
+
+    def cut_off_waiting(self, run: TaskRun) -> None:
+        """It was cancelled while it waited for its next attempt."""
+        run.outcome = "cancelled"
+        _stopped(run)
+        if self._cancelled is not None:
+            self._cancelled(Cancelled(run, _clock.timestamp(), run.attempt, None, "cancelled", None))
+        self._end(run)
+
+    def expire(self, run: TaskRun) -> None:
+        """Its deadline passed before it could start."""
+        run.outcome = "expired"
+        if self._expired is not None:
+            self._expired(Expired(run, _clock.timestamp(), "deadline"))
+        self._end(run)
+
+    def _reject(self, run: TaskRun, reason: str) -> None:
+        run.outcome = "rejected"
+        if self._rejected is not None:
+            self._rejected(Rejected(run, _clock.timestamp(), reason))
+        self._end(run)
 
     @staticmethod
-    def _leave(run: TaskRun, outer: Outer) -> None:
+    def refused(error: AftertaskError) -> None:
+        """A task that came with its response was not accepted; nobody but the log can be told why."""
+        emit("error", "task.refused", error_type=error_type(error), error_message=str(error))
+
+    def abandon(self, run: TaskRun, stack: str | None) -> None:
+        """Nobody waits for its thread any more, which goes on."""
+        if self._abandoned is not None:
+            text = None if stack is None else redacted(stack, self.settings.redact)
+            self._abandoned(Abandoned(run, _clock.timestamp(), _lasted(run), run.plan.timeout or 0.0, text))
+
+    def end_abandoned(self, run: TaskRun, lasted: float) -> None:
+        """That thread has come to its end."""
+        if self._abandoned_ended is not None:
+            self._abandoned_ended(AbandonedEnded(run, _clock.timestamp(), lasted, run.plan.timeout or 0.0))
+
+    def leave(self, run: TaskRun, outer: Outer, *, for_good: bool = True) -> None:
+        """The attempt is over, and what it had set is put back."""
         before, restore = outer
         if restore is not None:
             restore()
         if not run.batch:
             _current.set(before)
+        if for_good:
+            _live.pop(run, None)
+            run.target = None
+            if run.places:
+                self._end(run)
+
+    @staticmethod
+    def _end(run: TaskRun) -> None:
         _live.pop(run, None)
         run.target = None
+        for place in run.places:
+            place.give_back()
+        run.places = ()
 
     def _tell_hazard(self, run: TaskRun, kind: str, advice: str) -> None:
         if self._hazard is not None:
@@ -301,9 +431,8 @@ class Engine:
     def never_ran(self, run: TaskRun, reason: str, stopped_by: TaskRun | None) -> None:
         """A run ends that was never started: because of an earlier one of its batch, or for `reason`."""
         now = _clock.timestamp()
-        _live.pop(run, None)
-        run.target = None
-        if stopped_by is not None and stopped_by.outcome == "failed":
+        self._end(run)
+        if stopped_by is not None and stopped_by.outcome in ("failed", "timed_out"):
             run.outcome = "skipped"
             if self._skipped is not None:
                 self._skipped(Skipped(run, now, "sibling_failed", stopped_by))

@@ -66,6 +66,21 @@ class RetryPolicy(Protocol):
     def delay_s(self, attempt: int) -> float: ...
 
 
+class Place(Protocol):
+    """What an attempt needs before it may start: a slot of a limit, a thread."""
+
+    async def enter(self) -> None: ...
+    def come_out(self) -> None: ...
+    def give_back(self) -> None: ...
+    def again(self) -> Place: ...
+
+
+class Gate(Protocol):
+    """Gives out places; None where that would be one too many."""
+
+    def accept(self, priority: int, max_waiting: int | None = None) -> Place | None: ...
+
+
 @dataclass(slots=True, eq=False)
 class Plan:
     """
@@ -84,7 +99,8 @@ class Plan:
         trace: `child`, `link` or `none`; None as `Settings.trace` says.
         timeout: Seconds for each attempt; None without a limit.
         retry: When and how often a failed attempt is followed by another; None for never.
-        limit: How many runs at once, as `Policy.limit`; None without a limit.
+        gate: Where its runs wait for each other; None without a limit.
+        max_waiting: How many the gate accepts beyond those that may be in at once; None for any number.
         priority: Smaller goes first.
         on_failure: `stop`, `continue` or `contain`.
         expires: Seconds from being scheduled within which the run must start; None for ever.
@@ -97,6 +113,7 @@ class Plan:
         slow_after: Seconds after which a running attempt is slow; None for never.
         stuck_after: Seconds after which a running attempt is stuck.
         governed: Whether a policy asks for more than to call the function and see what happens.
+        plain: Whether it is not governed, and its failure does as Starlette does.
     """
 
     task: str
@@ -111,7 +128,8 @@ class Plan:
     trace: str | None
     timeout: float | None
     retry: RetryPolicy | None
-    limit: object
+    gate: Gate | None
+    max_waiting: int | None
     priority: int
     on_failure: str
     expires: float | None
@@ -124,6 +142,17 @@ class Plan:
     slow_after: float | None
     stuck_after: float
     governed: bool
+    plain: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a task says it is: `done` of `total`, None where it does not know, and a note of its own."""
+
+    done: float
+    total: float | None
+    note: str | None
+    timestamp: float
 
 
 class Request:
@@ -159,11 +188,18 @@ class TaskRun:
         request: The request it came from.
         batch: Which batch runs it, for signals that keep something until the batch has ended; 0 where user code is the
             caller.
+        origin: What brought it about: `request`, or `run_on_error`.
         parent: The run that ran this one, where user code and not the framework is the caller; else None.
         attempt: The call of the function that is under way or was the last, counted from 1; 0 before the first.
         outcome: How it ended; None while it has not.
         timestamp: When it was scheduled, in seconds since the Unix epoch.
-        scheduled_s, queued_s, started_s: Monotonic seconds of its steps; None while a step has not been reached.
+        scheduled_s, queued_s, started_s: Monotonic seconds of its steps, the last of the current attempt; None while a
+            step has not been reached.
+        first_s: When the first attempt started, where there was another; else None.
+        backing_off: Whether it waits for its next attempt.
+        places: What it has taken, or will take, to run.
+        abandoned: The sync attempt that went past its time limit and goes on; else None.
+        progress: What the task itself said of how far it is, by `progress()`; None while it has not.
         span_context: The current attempt's span; None without tracing.
         bound: structlog's bound keys, copied from the sync endpoint that added the task; else None.
         context: The endpoint's whole context, with `Settings(context="endpoint")`; else None.
@@ -171,6 +207,12 @@ class TaskRun:
 
     # What a run gets later in its life is a default of the class: half the cost of setting it each time (make bench).
     attempt: int = 0
+    origin: str = "request"
+    first_s: float | None = None
+    backing_off: bool = False
+    places: tuple[Place, ...] = ()
+    abandoned: object = None
+    progress: Progress | None = None
     parent: TaskRun | None = None
     batch: int = 0
     queued_s: float | None = None
@@ -232,17 +274,22 @@ class TaskRun:
     @property
     def max_attempts(self) -> int:
         """How often it may be called in all."""
-        return 1
+        retry = self.plan.retry
+        return 1 if retry is None else retry.attempts
 
     @property
     def priority(self) -> int:
         """Smaller is earlier."""
-        return 0
+        return self.plan.priority
 
     @property
-    def origin(self) -> str:
-        """What brought it about: `request`."""
-        return "request"
+    def state(self) -> str:
+        """`scheduled`, `queued`, `running` or `backoff`, and at last its outcome."""
+        if self.outcome is not None:
+            return self.outcome
+        if self.backing_off:
+            return "backoff"
+        return "running" if self.started_s is not None else "scheduled" if self.queued_s is None else "queued"
 
     def __repr__(self) -> str:
         return f"<TaskRun {self.task} {self.id} {self.outcome or 'in flight'}>"
@@ -596,6 +643,24 @@ def current_run() -> TaskRun | None:
     """The run that this code is part of, in a sync task's thread too; None outside of any."""
     run = _current.get()
     return run if run is not None and run.outcome is None else None
+
+
+def progress(done: float, total: float | None = None, note: str | None = None) -> None:
+    """
+    Say, from inside a task (a sync one too), how far it is: shown in `current_run().progress`, in the report at
+    shutdown and in the log.
+
+    Outside of a run, and in a worker process, it does nothing.
+
+    Args:
+        done: How much is done, in whatever the task counts.
+        total: Out of how much; None where that is not known.
+        note: A few words of the task's own, shown as they are (cut to 200 characters): no secrets.
+    """
+    run = current_run()
+    if run is not None:
+        text = None if note is None else str(note)[:200]
+        run.progress = Progress(done, total, text, _clock.timestamp())
 
 
 def get_run(id: str) -> TaskRun | None:

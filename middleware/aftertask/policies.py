@@ -80,7 +80,7 @@ class Retry:
         return random.uniform(0.0, min(self.wait_max, self.wait_initial * 2.0 ** min(attempt - 1, 60)))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Limit:
     """
     At most so many runs at once, of one task or of several that share this object.
@@ -422,6 +422,15 @@ def unwrap(func: Any) -> tuple[Any, Policy | None]:
             func = func.func
         else:
             return func, policy
+
+
+def without_options(func: Any) -> Any:
+    """The function that `options` was given, in its `functools.partial`s; itself where that was not used."""
+    if isinstance(func, _Call):
+        return without_options(func.func)
+    if isinstance(func, functools.partial):
+        return functools.partial(without_options(func.func), *func.args, **func.keywords)
+    return func
 
 
 def code_name(func: Any) -> str:

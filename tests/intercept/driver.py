@@ -37,6 +37,9 @@ async def boom(x: str = "boom") -> None:
     raise ValueError(x)
 
 
+_ON_THE_WAY = ("Scheduled", "Started", "Retrying", "Slow", "Stuck", "Abandoned", "AbandonedEnded", "HazardFound")
+
+
 class Result:
     """What an app sent, and what came out of it."""
 
@@ -146,11 +149,12 @@ class Env:
 
     def __init__(self) -> None:
         self.seen = Recorder()
+        self.settings: dict[str, Any] = {}
         LOG.clear()
 
     def mw(self, app: Any, seen: Any = None) -> AftertaskMiddleware:
         """The middleware around an ASGI app."""
-        settings = Settings(metrics_path=None, registry=CollectorRegistry())
+        settings = Settings(**{"metrics_path": None, "registry": CollectorRegistry(), **self.settings})
         return AftertaskMiddleware(app, settings=settings, signals=[seen or self.seen])
 
     def middleware(self) -> Middleware:
@@ -185,7 +189,7 @@ class Env:
         for event in self.seen.events:
             told.setdefault(event.run, []).append(type(event).__name__)
         for run, events in told.items():
-            ends = [name for name in events if name not in ("Scheduled", "Started", "HazardFound")]
+            ends = [name for name in events if name not in _ON_THE_WAY]
             assert events[0] == "Scheduled", (run, events)
             assert len(ends) == 1, (run, events)
             assert events.index(ends[0]) >= events.index("Started") if "Started" in events else True, (run, events)

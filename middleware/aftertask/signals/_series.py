@@ -29,7 +29,7 @@ def sampled(run: TaskRun) -> SpanContext | None:
 
 def queue_wait(run: TaskRun) -> float | None:
     """Seconds in the queue; None where the run never started, or was in none since user code called it."""
-    started, queued = run.started_s, run.queued_s
+    started, queued = run.first_s or run.started_s, run.queued_s
     if started is None or run.parent is not None:
         return None
     return 0.0 if queued is None or queued > started else started - queued
@@ -193,9 +193,7 @@ class Series:
             live = list(self.live)
         states: dict[str, list[TaskRun]] = {state: [] for state in STATES}
         for run in live:
-            states[
-                "running" if run.started_s is not None else "scheduled" if run.queued_s is None else "queued"
-            ].append(run)
+            states.get(run.state, states["running"]).append(run)  # one that is just ending has not been counted yet
         return states
 
     def waits(self, running: Sequence[TaskRun]) -> Counts:

@@ -1,0 +1,294 @@
+"""A time limit: an async attempt is cancelled, a sync one is abandoned, and each is told as what it is."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import pytest
+from starlette.background import BackgroundTask, BackgroundTasks
+
+from aftertask import (
+    Abandoned,
+    AbandonedEnded,
+    Cancelled,
+    Failed,
+    Retry,
+    Retrying,
+    Skipped,
+    Started,
+    Succeeded,
+    TaskTimeout,
+    TimedOut,
+    task,
+)
+from aftertask.testing import VirtualClock
+from intercept.driver import LOG, Env, Result, answering, drive, sf
+
+pytestmark = pytest.mark.anyio
+
+
+class Running:
+    """A request under way beside the test."""
+
+    def __init__(self) -> None:
+        self.result: Result | None = None
+
+    async def of(self, app: Any) -> None:
+        """Serve it."""
+        self.result = await drive(app)
+
+
+async def test_an_async_attempt_is_cancelled_at_its_limit(env: Env, clock: VirtualClock) -> None:
+    """Told as timed out with its limit, raised as TaskTimeout, and the next one is skipped."""
+
+    @task(timeout=20)
+    async def endless() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            LOG.append("cleanup")
+
+    request = Running()
+    async with anyio.create_task_group() as group:
+        group.start_soon(request.of, env.app(answering(BackgroundTasks([BackgroundTask(endless), BackgroundTask(sf)]))))
+        await clock.until_waiting()
+        clock.advance(20)
+    (told,) = env.seen.of(TimedOut)
+    assert (told.attempt, told.duration_s, told.limit_s, told.bad) == (1, 20, 20, True)
+    assert told.failure.type == "aftertask.TaskTimeout"
+    assert told.failure.message.endswith("endless took longer than its time limit of 20 s")
+    assert request.result is not None
+    assert isinstance(request.result.exc, TaskTimeout)
+    assert isinstance(request.result.exc, TimeoutError)
+    assert [event.reason for event in env.seen.of(Skipped)] == ["sibling_failed"]
+    assert LOG == ["cleanup"]
+
+
+async def test_cleanup_may_await_on_asyncio(env: Env, clock: VirtualClock, anyio_backend_name: str) -> None:
+    """There the attempt is cancelled once, as by asyncio.timeout; on trio a cancelled scope stays cancelled."""
+
+    @task(timeout=1)
+    async def tidy() -> None:
+        try:
+            await anyio.sleep_forever()
+        finally:
+            LOG.append("first")
+            await anyio.lowlevel.checkpoint()
+            LOG.append("second")
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(Running().of, env.app(answering(BackgroundTask(tidy))))
+        await clock.until_waiting()
+        clock.advance(1)
+    assert (["first", "second"] if anyio_backend_name == "asyncio" else ["first"]) == LOG
+    assert len(env.seen.of(TimedOut)) == 1
+
+
+async def test_a_timeout_tells_where_the_task_was(env: Env, clock: VirtualClock, anyio_backend_name: str) -> None:
+    """On asyncio the stack of the cancelled attempt is the error's cause."""
+
+    @task(timeout=1)
+    async def waits_here() -> None:
+        await anyio.sleep_forever()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(Running().of, env.app(answering(BackgroundTask(waits_here))))
+        await clock.until_waiting()
+        clock.advance(1)
+    (told,) = env.seen.of(TimedOut)
+    assert ("waits_here" in told.failure.stack.replace(told.failure.message, "")) == (anyio_backend_name == "asyncio")
+
+
+async def test_a_timeout_error_of_the_tasks_own_has_failed(env: Env, clock: VirtualClock) -> None:
+    """Only our deadline makes a run timed out."""
+
+    @task(timeout=20)
+    async def own() -> None:
+        raise TimeoutError("a socket's")
+
+    await drive(env.app(answering(BackgroundTask(own))))
+    assert env.seen.of(TimedOut) == []
+    assert env.seen.of(Failed)[0].failure.type == "TimeoutError"
+    assert clock.waiting == 0
+
+
+async def test_what_ends_normally_after_its_deadline_has_succeeded(env: Env, clock: VirtualClock) -> None:
+    """A task that takes its cancellation and returns all the same."""
+
+    @task(timeout=1)
+    async def stubborn() -> None:
+        try:
+            await anyio.sleep_forever()
+        except anyio.get_cancelled_exc_class():
+            LOG.append("went on")
+
+    request = Running()
+    async with anyio.create_task_group() as group:
+        group.start_soon(request.of, env.app(answering(BackgroundTask(stubborn))))
+        await clock.until_waiting()
+        clock.advance(1)
+    assert [type(event) for event in env.seen.of(Succeeded)] == [Succeeded]
+    assert LOG == ["went on"]
+    assert request.result is not None
+    assert request.result.exc is None
+
+
+async def test_a_cancellation_from_outside_is_none_of_ours(env: Env, clock: VirtualClock) -> None:
+    """A server that cancels: cancelled, though a limit was set; also where both happen at once."""
+    started = anyio.Event()
+
+    @task(timeout=1)
+    async def endless() -> None:
+        started.set()
+        await anyio.sleep_forever()
+
+    for both in (False, True):
+        started = anyio.Event()
+        async with anyio.create_task_group() as group:
+            group.start_soon(drive, env.app(answering(BackgroundTask(endless))))
+            await started.wait()
+            group.cancel_scope.cancel()
+            if both:
+                clock.advance(1)
+    assert [event.reason for event in env.seen.of(Cancelled)] == ["cancelled", "cancelled"]
+    assert env.seen.of(TimedOut) == []
+    assert clock.waiting == 0
+
+
+class Blocking:
+    """A sync task that goes on until the test lets it end."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.may_end = threading.Event()
+        self.calls = 0
+
+    def __call__(self) -> None:
+        """Block."""
+        self.calls += 1
+        self.begun.set()
+        assert self.may_end.wait(10)
+
+
+async def abandon(env: Env, clock: VirtualClock, function: Any, blocking: Blocking) -> Running:
+    """Serve a request with this task, and pass its limit once it runs."""
+    request = Running()
+    async with anyio.create_task_group() as group:
+        group.start_soon(request.of, env.app(answering(BackgroundTask(function))))
+        await anyio.to_thread.run_sync(blocking.begun.wait, 10)
+        clock.advance(5)
+    return request
+
+
+async def test_a_sync_attempt_is_abandoned_at_its_limit(env: Env, clock: VirtualClock) -> None:
+    """The request is over at once; the thread goes on, is told with its stack, and told again when it ends."""
+    blocking = Blocking()
+
+    @task(timeout=5)
+    def slow() -> None:
+        blocking()
+
+    request = await abandon(env, clock, slow, blocking)
+    assert request.result is not None
+    assert isinstance(request.result.exc, TaskTimeout)
+    (left,) = env.seen.of(Abandoned)
+    assert (left.running_s, left.limit_s) == (5, 5)
+    assert left.stack is not None
+    assert "may_end.wait(10)" in left.stack
+    assert env.seen.of(AbandonedEnded) == []
+    clock.advance(7)
+    blocking.may_end.set()
+    (ended,) = await env.seen.until(AbandonedEnded)
+    assert (ended.running_s, ended.limit_s, ended.run) == (12, 5, left.run)
+    order = [type(event) for event in env.seen.events]
+    assert order.index(Abandoned) < order.index(TimedOut) < order.index(AbandonedEnded)
+
+
+async def test_a_left_thread_keeps_its_slots(env: Env, clock: VirtualClock) -> None:
+    """Its limit's and its thread's: until the thread ends nobody else gets them."""
+    blocking = Blocking()
+
+    @task(timeout=5, limit=1)
+    def slow() -> None:
+        blocking()
+
+    before = anyio.to_thread.current_default_thread_limiter().borrowed_tokens
+    await abandon(env, clock, slow, blocking)
+    gate = env.seen.runs()[0].plan.gate
+    assert gate is not None
+    limiter = anyio.to_thread.current_default_thread_limiter()
+    assert (gate.in_use, limiter.borrowed_tokens) == (1, before + 1)
+    blocking.may_end.set()
+    await env.seen.until(AbandonedEnded)
+    assert (gate.in_use, limiter.borrowed_tokens) == (0, before)
+
+
+async def test_a_left_attempt_is_not_tried_again(env: Env, clock: VirtualClock) -> None:
+    """A second call beside the first would do the work twice."""
+    blocking = Blocking()
+
+    @task(timeout=5, retry=Retry(attempts=3))
+    def slow() -> None:
+        blocking()
+
+    await abandon(env, clock, slow, blocking)
+    blocking.may_end.set()
+    await env.seen.until(AbandonedEnded)
+    assert env.seen.of(Retrying) == []
+    assert len(env.seen.of(TimedOut)) == len(env.seen.of(Started)) == 1
+
+
+async def test_an_idempotent_one_is(env: Env, clock: VirtualClock) -> None:
+    """Its second attempt runs beside the thread of the first."""
+    blocking = Blocking()
+
+    @task(timeout=5, retry=Retry(attempts=2, wait_initial=0), idempotent=True, limit=2)
+    def slow() -> None:
+        if blocking.begun.is_set():
+            LOG.append("second")
+        else:
+            blocking()
+
+    request = Running()
+    async with anyio.create_task_group() as group:
+        group.start_soon(request.of, env.app(answering(BackgroundTask(slow))))
+        await anyio.to_thread.run_sync(blocking.begun.wait, 10)
+        clock.advance(5)
+        await clock.until_waiting()
+        clock.advance(0)
+    assert LOG == ["second"]
+    gate: Any = env.seen.runs()[0].plan.gate
+    assert gate.in_use == 1
+    blocking.may_end.set()
+    await env.seen.until(AbandonedEnded)
+    assert gate.in_use == 0
+    assert len(env.seen.of(Succeeded)) == 1
+    assert [event.attempt for event in env.seen.of(Started)] == [1, 2]
+
+
+async def test_a_cancel_scope_around_a_thread_does_nothing() -> None:
+    """What people write by hand (`fail_after`): the thread is waited for all the same. Ours above is not."""
+    begun, may_end = threading.Event(), threading.Event()
+
+    def blocks() -> None:
+        begun.set()
+        assert may_end.wait(10)
+
+    async def end_it() -> None:
+        await anyio.to_thread.run_sync(begun.wait, 10)
+        scope.cancel()
+        await anyio.lowlevel.checkpoint()
+        LOG.append("past its limit")
+        may_end.set()
+
+    LOG.clear()
+    async with anyio.create_task_group() as group:
+        group.start_soon(end_it)
+        with anyio.CancelScope() as scope:
+            await anyio.to_thread.run_sync(blocks)
+        LOG.append("over")
+    assert LOG == ["past its limit", "over"]
