@@ -1,0 +1,5 @@
+"""`python -m aftertask.cli`: the same as the `aftertask` command."""
+
+from . import main
+
+main()

@@ -1,0 +1,28 @@
+"""The command's root; each sub-command has a file of its own and is added here by one line."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as installed
+
+import typer
+
+app = typer.Typer(
+    name="aftertask",
+    help="What goes with aftertask beside the app: run it on a laptop, in CI, on a server.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"aftertask {installed('aftertask')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="The version."),
+) -> None:
+    """What goes with aftertask beside the app: run it on a laptop, in CI, on a server."""
