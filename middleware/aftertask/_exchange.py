@@ -21,7 +21,7 @@ from ._context import bound_keys
 from ._route import http_route
 from ._runner import Engine
 from .errors import NotSerializable, QueueFull
-from .events import Request, TaskRun, _current
+from .events import Request, TaskRun, _current, current_run
 
 T = TypeVar("T")
 
@@ -34,6 +34,23 @@ _BODIES = frozenset({"http.response.body", "websocket.http.response.body", "http
 
 #: What an error of our own is logged and counted under.
 _PART = "aftertask.interception"
+
+_WEBSOCKET = (
+    "websocket",
+    "FastAPI never runs the tasks that are injected into a WebSocket endpoint: await the function there, or start it "
+    "in a task group of the app's own",
+)
+_MUTATED = (
+    "mutated_tasks",
+    "it adds a task to the batch that it runs in, which works only because Starlette happens to loop over the same "
+    "list: call the function in this task, or add both in the endpoint",
+)
+_EARLY = (
+    "started_early",
+    "it started before the response was complete, so the client waits for it, and its failure can cut the response "
+    "off: a middleware holds the response back (several BaseHTTPMiddleware do, on Starlette before 1.7): update "
+    "Starlette, or have that middleware pass each message on",
+)
 
 # What every request waits for until it has runs; never written to.
 _NOTHING: dict[int, list[TaskRun]] = {}
@@ -61,6 +78,8 @@ class Exchange(Request):
 
     _waiting: dict[int, list[TaskRun]] = _NOTHING
     _refused: Collection[int] = ()
+    _serving = False
+    _early: TaskRun | None = None
 
     def __init__(self, engine: Engine, scope: Scope) -> None:
         self._engine = engine
@@ -113,6 +132,9 @@ class Exchange(Request):
         self._complete()
 
     def _complete(self) -> None:
+        if self._early is not None:
+            self._engine.tell_hazard(self._early, *_EARLY)
+            self._early = None
         now = self._complete_s = _clock.monotonic()
         for waiting in self._waiting.values():
             for run in waiting:
@@ -146,11 +168,20 @@ class Exchange(Request):
             elif threading.get_ident() != self._thread:
                 run.bound = bound_keys()
             self._keep(run)
+            if self.http_method is None or self._serving:
+                self._tell_trap(run)
         except (QueueFull, NotSerializable):
             container.tasks.pop()  # the caller is told, and the task is as if it had not been added
             raise
         except Exception as error:
             self._engine.broken(_PART, "add_task", error)
+
+    def _tell_trap(self, run: TaskRun) -> None:
+        if self.http_method is None:
+            self._engine.tell_hazard(run, *_WEBSOCKET)
+        culprit = current_run()
+        if culprit is not None and culprit.request is self:
+            self._engine.tell_hazard(culprit, *_MUTATED)
 
     def answered(self) -> None:
         """A response is served while injected tasks wait: if that is for an exception, they will not run for it."""
@@ -189,6 +220,8 @@ class Exchange(Request):
         _intercept.install()
         batch, outer = Batch(id(value)), _current.get()
         self._guarded("hand-over", self._hand_over, value, served)
+        for serving in self._engine.serving:
+            self._guarded("start of the batch", serving)
         try:
             loop = _intercept.loop_of(value)
             if loop is None:
@@ -281,8 +314,12 @@ class Exchange(Request):
             _intercept.shared = True  # no background was put on a response since the request began, and here is one
         self._note(served)
         self._reserve(background)
+        self._serving = True
         if self._complete_s is None:  # a response that carried nothing we knew of, or went out around us
             self._complete()
+            self._early = next((runs[0] for runs in self._waiting.values() if runs), None)
+            if self._early is not None:  # is its last byte still to come? Not where its client is gone
+                self._waiting.setdefault(0, [])  # the body is looked at as long as this is not empty
 
     def _reserve(self, background: Any) -> None:
         """Schedule what a background holds and is not scheduled yet; a task listed twice is two runs."""

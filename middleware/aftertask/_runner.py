@@ -8,6 +8,7 @@ from types import AsyncGeneratorType, CoroutineType, FunctionType, GeneratorType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from starlette.background import BackgroundTask
+from starlette.responses import Response
 
 from . import _clock, _intercept
 from ._context import applied
@@ -84,6 +85,7 @@ class Engine:
         self.gives_context = settings.context == "endpoint"
         self.stopping = False
         self.spanned = next((s.feeds for s in self.dispatch.signals if hasattr(s, "feeds")), None)
+        self.serving: list[Callable[[], None]] = self._offered("serving")
         self.batch_ended: list[Callable[[Request, int], None]] = self._offered("batch_ended")
         self.admissions: list[Admission] = self._offered("admit")
         self.gates: dict[str, Gate] = {}
@@ -333,8 +335,8 @@ class Engine:
 
     def succeed(self, run: TaskRun, result: object) -> None:
         """The attempt returned."""
-        if result is not None and type(result) in _DOES_NOTHING:
-            self._tell_hazard(run, *_DOES_NOTHING[type(result)])
+        if result is not None:
+            self._look_at(run, result)
         run.outcome = "succeeded"
         if self._succeeded is not None:
             self._succeeded(Succeeded(run, _clock.timestamp(), run.attempt, _lasted(run)))
@@ -424,9 +426,24 @@ class Engine:
             place.give_back()
         run.places = ()
 
-    def _tell_hazard(self, run: TaskRun, kind: str, advice: str) -> None:
+    def _look_at(self, run: TaskRun, result: object) -> None:
+        found = _DOES_NOTHING.get(type(result))
+        if found is not None:
+            self.tell_hazard(run, *found)
+        elif isinstance(result, Response) and not isinstance(run.target, Response):
+            self.tell_hazard(
+                run,
+                "response_returned",
+                "it returned a response, which goes nowhere: an endpoint was given as a task; "
+                "give it the function that does the work",
+            )
+
+    def tell_hazard(
+        self, run: TaskRun, kind: str, advice: str, *, argument: str | None = None, stack: str | None = None
+    ) -> None:
+        """Something was found that makes background tasks fail; from any thread."""
         if self._hazard is not None:
-            self._hazard(HazardFound(run, _clock.timestamp(), kind, None, advice))
+            self._hazard(HazardFound(run, _clock.timestamp(), kind, argument, advice, stack))
 
     def never_ran(self, run: TaskRun, reason: str, stopped_by: TaskRun | None) -> None:
         """A run ends that was never started: because of an earlier one of its batch, or for `reason`."""

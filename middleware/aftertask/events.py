@@ -301,7 +301,10 @@ class Failure:
 
     Attributes:
         error: The exception itself. Its text has *not* been redacted.
+        hint: What it comes from, in a sentence, where that is known; else None.
     """
+
+    hint: str | None = None
 
     def __init__(self, error: BaseException, redact: Callable[[str], str]) -> None:
         self.error = error
@@ -570,17 +573,43 @@ class AbandonedEnded(_Told):
 @dataclass(slots=True)
 class HazardFound(_Told):
     """
-    Something about this task makes background tasks fail.
+    Something about this task makes background tasks fail. May be told from a thread that watches the event loop.
 
     Attributes:
-        kind: `generator`, `unawaited_coroutine`, …
+        kind: `closed_upload`, `blocked_loop`, …; `docs/hazards.md` has them all.
         argument: The argument's name; None where it is not about one.
-        advice: What to do, in a sentence.
+        advice: What is wrong and what to do, in a sentence.
+        stack: Where the task was, as Python prints a stack, redacted; None where that says nothing.
     """
 
     kind: str
     argument: str | None
     advice: str
+    stack: str | None = None
+
+
+@dataclass(slots=True)
+class LoopBlocked:
+    """
+    The event loop did not answer for longer than `Settings.block_threshold`. No run's event: often none is to blame.
+
+    Attributes:
+        run: The run that was on it for most of that time; None where it was no background task.
+        timestamp: When it was told, in seconds since the Unix epoch.
+        blocked_s: Seconds without an answer, so far if `over` is False.
+        where: The line of the app that it was at: `file:line in function`.
+        stack: As Python prints a stack, from the task's own first frame on; redacted.
+        suppressed: How many more of this task were left out since the last one that was told.
+        over: Whether the loop answers again.
+    """
+
+    run: TaskRun | None
+    timestamp: float
+    blocked_s: float
+    where: str
+    stack: str
+    suppressed: int
+    over: bool
 
 
 TaskEvent: TypeAlias = (
@@ -620,12 +649,30 @@ class Signal(Protocol):
     mapping of event classes to functions. An event that no signal wants is not built. More are optional:
 
     - `open()` and `close()` are called when the app starts and when it has stopped.
+    - `serving()` is called on the event loop when a batch starts.
+    - `loop` is a `LoopListener`, told how the event loop does; one that several signals share is told once.
     - `batch_ended(request, batch)` is called in the context of a batch's runs when all of them are over: until then
       what a signal set in the context may stay.
     - `admit(runs)` is an `Admission`.
     """
 
     def __call__(self, event: TaskEvent, /) -> None: ...
+
+
+class LoopListener(Protocol):
+    """Is told how the event loop does, from threads of its own; does no I/O but to write a log line."""
+
+    def lag(self, seconds: float, /) -> None:
+        """How late the loop was, some times a second."""
+        ...
+
+    def blocked_for(self, run: TaskRun | None, seconds: float, /) -> None:
+        """So many more seconds blocked, by this run; None: by no background task."""
+        ...
+
+    def blocked(self, report: LoopBlocked, /) -> None:
+        """The loop was blocked, at most once a task and minute."""
+        ...
 
 
 @runtime_checkable
