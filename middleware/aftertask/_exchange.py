@@ -218,6 +218,8 @@ class Exchange(Request):
         """Run a response's background: a framework container's elements one after another, anything else as one run."""
         # No local here may be called `scope`: the hooks would take this frame for an ASGI app's.
         _intercept.install()
+        if self._engine.unseen:
+            self._guarded("threads", self._engine.see_threads)
         batch, outer = Batch(id(value)), _current.get()
         self._guarded("hand-over", self._hand_over, value, served)
         for serving in self._engine.serving:

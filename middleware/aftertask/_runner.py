@@ -44,7 +44,18 @@ from .events import (
     _live,
 )
 from .executors.process import check as check_serializable
-from .policies import STUCK_AFTER, Limit, PolicyBook, code_name, executor_of, is_async, registration, unwrap
+from .executors.thread import SharedThreads
+from .policies import (
+    STUCK_AFTER,
+    Limit,
+    PolicyBook,
+    code_name,
+    executor_of,
+    is_async,
+    registered_tasks,
+    registration,
+    unwrap,
+)
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -90,6 +101,9 @@ class Engine:
         self.admissions: list[Admission] = self._offered("admit")
         self.gates: dict[str, Gate] = {}
         self.governor = Governor(self, settings.thread_limit)
+        self._watch: list[Callable[..., None]] = self._offered("watch")
+        self._know_timeout: list[Callable[[str, float], None]] = self._offered("know_timeout")
+        self.unseen = bool(self._watch)
         self._plans: dict[object, Plan] = {}
         self._functions: dict[FunctionType, Plan] = {}
         self._scheduled = self.dispatch.to(Scheduled)
@@ -107,6 +121,21 @@ class Engine:
         self._abandoned = self.dispatch.to(Abandoned)
         self._abandoned_ended = self.dispatch.to(AbandonedEnded)
         self._hazard = self.dispatch.to(HazardFound)
+        self._know_registered()
+
+    def _know_registered(self) -> None:
+        """What is known before the first run: limits and time limits of registered tasks."""
+        policies = {entry.name: entry.policy for entry in registered_tasks()}
+        for task in {*policies, *self.policies.named}:
+            policy = self.policies.policy(task, None, policies.get(task))
+            if policy.limit is not None:
+                self._gate(policy.limit, task)
+            if policy.timeout is not None:
+                self._know(task, policy.timeout)
+
+    def _know(self, task: str, timeout: float) -> None:
+        for know in self._know_timeout:
+            know(task, timeout)
 
     def broken(self, component: str, on: str, error: Exception) -> None:
         """Tell that a part of ours raised, and count it; nothing that we do may break a task."""
@@ -126,9 +155,17 @@ class Engine:
                 count(component)
 
     def open(self) -> None:
-        """The app starts."""
+        """The app starts; on its event loop."""
         self.stopping = False
+        self.see_threads()
         self._each_signal("open")
+
+    def see_threads(self) -> None:
+        """Have the numbers tell this event loop's threads."""
+        self.unseen = False
+        self._shared_threads = SharedThreads()
+        for watch in self._watch:
+            watch(self._shared_threads, threads=True)
 
     def close(self) -> None:
         """The app has stopped serving."""
@@ -193,6 +230,12 @@ class Engine:
         executor = "inline" if whole else executor_of(func, policy)
         own_thread = executor == "thread" and policy.executor == "thread"
         on_failure = policy.on_failure or self.settings.on_failure
+        if own_thread:
+            for watch in self._watch:
+                watch(self.governor.threads, threads=True)
+        if policy.timeout is not None and call is None:
+            for know in self._know_timeout:
+                know(policy.name or task, policy.timeout)
         governed = own_thread or executor == "process" or any(getattr(policy, field) is not None for field in _GOVERNS)
         return Plan(
             task=policy.name or task,
@@ -232,9 +275,13 @@ class Engine:
                 gate = _shared_gates[limit] = Gate(limit.name, limit.size)
         else:
             gate = self.gates.get(task) or Gate(task, limit)
-            if gate.size != limit:  # options(limit=…) says another number: theirs is a gate of its own
-                return self.gates.setdefault(f"{task}:{limit}", Gate(f"{task}:{limit}", limit))
-        return self.gates.setdefault(gate.name, gate)
+            if gate.size != limit:  # options(limit=…) says another number: that is a gate of its own
+                gate = self.gates.get(f"{task}:{limit}") or Gate(f"{task}:{limit}", limit)
+        if gate.name not in self.gates:
+            self.gates[gate.name] = gate
+            for watch in self._watch:
+                watch(gate, threads=False)
+        return gate
 
     def _max_waiting(self, limit: int | Limit | None) -> int | None:
         own = limit.max_waiting if isinstance(limit, Limit) else None

@@ -116,6 +116,30 @@ class OwnLoop:
                 pass  # it has ended meanwhile
 
 
+class SharedThreads:
+    """The threads of this event loop that sync endpoints and other tasks share, for the numbers."""
+
+    name = "default"
+
+    def __init__(self) -> None:
+        self._limiter = anyio.to_thread.current_default_thread_limiter()
+
+    @property
+    def size(self) -> float:
+        """How many there may be."""
+        return self._limiter.total_tokens
+
+    @property
+    def in_use(self) -> float:
+        """How many are busy."""
+        return self._limiter.borrowed_tokens
+
+    @property
+    def waiting(self) -> float:
+        """How many calls wait for one."""
+        return self._limiter.statistics().tasks_waiting
+
+
 class SharedPlace:
     """A thread of those that sync endpoints use, anyio's 40, held until the call in it has really ended."""
 

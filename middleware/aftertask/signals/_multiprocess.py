@@ -23,7 +23,7 @@ from ..policies import registered_tasks
 from . import families as f
 from ._series import STATES, Series, ages, queue_wait, whole_life
 from .families import Family
-from .metrics import OTHER, Bounds, build_info
+from .metrics import OTHER, Bounds, Watched, build_info
 
 #: How often gauges that grow by themselves are written, in seconds.
 SAMPLE_EVERY = 5.0
@@ -76,6 +76,7 @@ class SharedBook:
         self.families[f.SELF_ERRORS].labels(f.INTERCEPTION)
         self.bounds = Bounds(self._overflow)
         self.families[f.BUILD_INFO].labels(*build_info()).set(1)
+        self.watched = Watched()
         self._sampler: threading.Thread | None = None
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._start_over)
@@ -138,6 +139,12 @@ class SharedBook:
             self.register(entry.name, entry.policy.owner or "", entry.executor)
         for series in list(self.by_task.values()):
             series.sample()
+        for task, seconds in list(self.watched.timeouts.items()):
+            if task in self.by_task:
+                self.families[f.TASK_TIMEOUT].labels(task).set(seconds)
+        for family, values in self.watched.read().items():
+            for label, value in values.items():
+                self.families[family].labels(label).set(value)
 
 
 def _make(family: Family, registry: CollectorRegistry) -> Any:
@@ -156,7 +163,7 @@ class SharedSeries:
         self._error_type: Callable[[str, str], str] = book.bounds.error_type
         # What is in flight is counted as in one process, and written as gauges.
         self._here = Series(labels, lambda task, kind: kind)
-        self._queued = self._running = 0
+        self._queued = self._running = self._backoff = 0
         of = book.families
         self._scheduled, self._bad, self._retries = (
             of[family].labels(*labels) for family in (f.SCHEDULED, f.BAD, f.RETRIES)
@@ -168,6 +175,7 @@ class SharedSeries:
         self._wait, self._end_to_end = of[f.WAIT].labels(*labels), of[f.END_TO_END].labels(*labels)
         self._ok, self._error = (of[f.ATTEMPT].labels(*labels, result) for result in ("ok", "error"))
         self._inflight = {state: of[f.INFLIGHT].labels(*labels, state) for state in STATES}
+        self._abandoned = of[f.ABANDONED].labels(labels[0])
         self._ages = of[f.OLDEST_QUEUED].labels, of[f.OLDEST_RUNNING].labels
         self._last_success, self._last_failure = of[f.LAST_SUCCESS].labels, of[f.LAST_FAILURE].labels
 
@@ -213,10 +221,14 @@ class SharedSeries:
         """Something was found."""
         self._hazards.labels(self._labels[0], kind).inc()
 
+    def abandon(self, change: int) -> None:
+        """So many threads more go on that nobody waits for."""
+        self._abandoned.inc(change)
+
     def sample(self) -> None:
         """Write the gauges that change by themselves."""
         states = self._here.states()
-        self._queued, self._running = len(states["queued"]), len(states["running"])
+        self._queued, self._running, self._backoff = (len(states[at]) for at in ("queued", "running", "backoff"))
         self._write_inflight()
         for labels, age in zip(self._ages, ages(states), strict=True):
             labels(*self._labels).set(age or 0.0)
@@ -235,6 +247,8 @@ class SharedSeries:
         live = len(self._here.live)
         running = min(self._running, live)
         queued = min(self._queued, live - running)
+        backoff = min(self._backoff, live - running - queued)
         self._inflight["running"].set(running)
         self._inflight["queued"].set(queued)
-        self._inflight["scheduled"].set(live - running - queued)
+        self._inflight["backoff"].set(backoff)
+        self._inflight["scheduled"].set(live - running - queued - backoff)

@@ -94,6 +94,7 @@ class Series:
 
     __slots__ = (
         "_error_type",
+        "abandoned",
         "bad",
         "end_to_end",
         "error",
@@ -116,7 +117,7 @@ class Series:
         self.labels = labels
         self._error_type = error_type
         self.lock = Lock()  # several loops, worker threads, free-threaded builds
-        self.scheduled = self.bad = self.retries = 0
+        self.scheduled = self.bad = self.retries = self.abandoned = 0
         self.finished: dict[str, int] = dict.fromkeys(OUTCOMES, 0)
         self.not_run: dict[tuple[str, str], int] = dict.fromkeys(f.NOT_RUN_REASONS, 0)
         self.hazards: dict[str, int] = {}
@@ -187,6 +188,11 @@ class Series:
         with self.lock:
             self.hazards[kind] = self.hazards.get(kind, 0) + 1
 
+    def abandon(self, change: int) -> None:
+        """So many threads more go on that nobody waits for."""
+        with self.lock:
+            self.abandoned += change
+
     def states(self) -> dict[str, list[TaskRun]]:
         """The runs that have not ended, by their state."""
         with self.lock:
@@ -238,7 +244,7 @@ def tell(all_series: Sequence[Series]) -> Iterator[Metric]:
 
 
 _COUNTERS = (f.SCHEDULED, f.FINISHED, f.NOT_RUN, f.BAD, f.RETRIES, f.ERRORS, f.HAZARDS)
-_GAUGES = (f.INFLIGHT, f.OLDEST_QUEUED, f.OLDEST_RUNNING, f.LAST_SUCCESS, f.LAST_FAILURE)
+_GAUGES = (f.INFLIGHT, f.ABANDONED, f.OLDEST_QUEUED, f.OLDEST_RUNNING, f.LAST_SUCCESS, f.LAST_FAILURE)
 _HISTOGRAMS = (f.WAIT, f.ATTEMPT, f.END_TO_END)
 
 
@@ -261,6 +267,7 @@ def _tell_gauges(series: Series, states: dict[str, list[TaskRun]], gauges: dict[
     labels = series.labels
     for state, runs in states.items():
         gauges[f.INFLIGHT].add_metric((*labels, state), len(runs))
+    gauges[f.ABANDONED].add_metric(labels[:1], series.abandoned)
     queued, running = ages(states)
     known = (
         (f.OLDEST_QUEUED, queued),

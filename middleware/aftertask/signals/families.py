@@ -47,6 +47,8 @@ NOT_RUN_REASONS = (
     ("skipped", "sibling_failed"),
     *(("dropped", reason) for reason in ("http_exception", "validation", "handler_error")),
     *(("dropped", reason) for reason in ("own_background", "client_gone", "other")),
+    *(("rejected", reason) for reason in ("queue_full", "not_serializable")),
+    ("expired", "deadline"),
     ("lost", "shutdown"),
 )
 
@@ -80,9 +82,31 @@ OLDEST_RUNNING = Family(
 LAST_SUCCESS = Family("last_success_timestamp_seconds", "gauge", "When a run last succeeded.", _TASK, mode="max")
 LAST_FAILURE = Family("last_failure_timestamp_seconds", "gauge", "When a run last failed.", _TASK, mode="max")
 HAZARDS = Family("hazards", "counter", "Findings of what makes background tasks fail.", ("task", "kind"))
+ABANDONED = Family(
+    "abandoned_threads", "gauge", "Threads that went past their task's time limit and go on.", ("task",), mode="livesum"
+)
+TASK_TIMEOUT = Family("task_timeout_seconds", "gauge", "A task's time limit for each attempt.", ("task",), mode="max")
+CONCURRENCY_LIMIT = Family(
+    "concurrency_limit", "gauge", "Runs that a limit lets run at once.", ("limiter",), mode="livesum"
+)
+CONCURRENCY_IN_USE = Family(
+    "concurrency_in_use", "gauge", "Slots of a limit that are taken.", ("limiter",), mode="livesum"
+)
+CONCURRENCY_WAITING = Family(
+    "concurrency_waiting", "gauge", "Runs that wait for a slot of a limit.", ("limiter",), mode="livesum"
+)
+THREADPOOL_LIMIT = Family("threadpool_limit", "gauge", "Threads that a pool may use.", ("pool",), mode="livesum")
+THREADPOOL_BUSY = Family("threadpool_busy", "gauge", "Threads of a pool in use.", ("pool",), mode="livesum")
+THREADPOOL_WAITING = Family(
+    "threadpool_waiting", "gauge", "Calls that wait for a thread of a pool.", ("pool",), mode="livesum"
+)
 SELF_ERRORS = Family("self_errors", "counter", "Errors inside aftertask, all contained.", ("component",))
 LABEL_OVERFLOW = Family("label_overflow", "counter", "Label values folded into __other__.", ("label",))
 BUILD_INFO = Family("build_info", "gauge", "Versions in use.", ("version", "python", "starlette"), mode="max")
 TASK_INFO = Family("task_info", "gauge", "What is known of a task.", (*_TASK, "owner", "executor"), mode="max")
+
+#: Read from whoever keeps them, when Prometheus asks: limit, in use, waiting.
+CONCURRENCY = (CONCURRENCY_LIMIT, CONCURRENCY_IN_USE, CONCURRENCY_WAITING)
+THREADPOOL = (THREADPOOL_LIMIT, THREADPOOL_BUSY, THREADPOOL_WAITING)
 
 FAMILIES = tuple(value for value in list(globals().values()) if isinstance(value, Family))

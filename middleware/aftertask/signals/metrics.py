@@ -20,6 +20,8 @@ from prometheus_client.registry import Collector
 from .._log import emit
 from ..errors import RegistryClash
 from ..events import (
+    Abandoned,
+    AbandonedEnded,
     Cancelled,
     Dropped,
     Ended,
@@ -56,6 +58,7 @@ class SeriesLike(Protocol):
     def retry(self, event: Retrying) -> None: ...
     def end(self, event: Ended) -> None: ...
     def hazard(self, kind: str) -> None: ...
+    def abandon(self, change: int) -> None: ...
 
 
 class Bounds:
@@ -98,6 +101,43 @@ class Bounds:
             emit("warning", "label.overflow", label=label, folded_into=OTHER, advice=advice)
 
 
+class Pool(Protocol):
+    """What has a limit, uses some of it, and lets others wait: a concurrency limit, a pool of threads."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def size(self) -> float: ...
+    @property
+    def in_use(self) -> float: ...
+    @property
+    def waiting(self) -> float: ...
+
+
+class Watched:
+    """What is read when Prometheus asks. Whoever is no more is forgotten; of one name there may be several."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pools: weakref.WeakKeyDictionary[Pool, tuple[f.Family, ...]] = weakref.WeakKeyDictionary()
+        self.timeouts: dict[str, float] = {}
+
+    def add(self, pool: Pool, families: tuple[f.Family, ...]) -> None:
+        """Read this one from now on."""
+        with self._lock:
+            self._pools[pool] = families
+
+    def read(self) -> dict[f.Family, dict[str, float]]:
+        """Each family's value by label."""
+        told: dict[f.Family, dict[str, float]] = {family: {} for family in (*f.CONCURRENCY, *f.THREADPOOL)}
+        with self._lock:
+            pools = list(self._pools.items())
+        for pool, families in pools:
+            for family, value in zip(families, (pool.size, pool.in_use, pool.waiting), strict=True):
+                told[family][pool.name] = told[family].get(pool.name, 0) + value
+        return told
+
+
 class PlainBook(Collector):
     """One process's numbers, kept as plain counts and told when the registry is collected."""
 
@@ -105,6 +145,7 @@ class PlainBook(Collector):
         self._lock = threading.Lock()
         self.by_task: dict[str, Series] = {}
         self._infos: dict[str, tuple[str, str, str, str]] = {}
+        self.watched = Watched()
         self._self_errors: dict[str, int] = {f.INTERCEPTION: 0}
         self._overflows: dict[str, int] = {}
         self._bounds = Bounds(self._overflow)
@@ -164,6 +205,10 @@ class PlainBook(Collector):
         yield from tell(all_series)
         yield _gauge(f.TASK_INFO, infos)
         yield _gauge(f.BUILD_INFO, [build_info()])
+        known = {series.labels[0] for series in all_series}
+        yield _values(f.TASK_TIMEOUT, {task: limit for task, limit in self.watched.timeouts.items() if task in known})
+        for family, values in self.watched.read().items():
+            yield _values(family, values)
         yield _counter(f.SELF_ERRORS, self_errors)
         yield _counter(f.LABEL_OVERFLOW, {"task": 0, "error_type": 0, **overflows})
 
@@ -172,6 +217,13 @@ def _gauge(family: f.Family, label_sets: Iterable[tuple[str, ...]]) -> Metric:
     metric = GaugeMetricFamily(family.full_name, family.help, labels=family.labels)
     for labels in label_sets:
         metric.add_metric(labels, 1)
+    return metric
+
+
+def _values(family: f.Family, values: dict[str, float]) -> Metric:
+    metric = GaugeMetricFamily(family.full_name, family.help, labels=family.labels)
+    for label, value in values.items():
+        metric.add_metric((label,), value)
     return metric
 
 
@@ -257,6 +309,8 @@ class Metrics:
             Succeeded: self._on_succeeded,
             Retrying: self._on_retrying,
             HazardFound: self._on_hazard,
+            Abandoned: self._on_abandoned,
+            AbandonedEnded: self._on_abandoned_ended,
             **dict.fromkeys((Failed, TimedOut, Cancelled, Skipped, Dropped), self._on_ended),
             **dict.fromkeys((Rejected, Expired, Lost, Offloaded), self._on_ended),
         }
@@ -271,6 +325,14 @@ class Metrics:
         """Something of aftertask's raised, and was contained."""
         self._book.count_self_error(component)
 
+    def watch(self, pool: Pool, *, threads: bool) -> None:
+        """Tell a concurrency limit, or a pool of threads, as it is at each scrape."""
+        self._book.watched.add(pool, f.THREADPOOL if threads else f.CONCURRENCY)
+
+    def know_timeout(self, task: str, seconds: float) -> None:
+        """A task has this time limit."""
+        self._book.watched.timeouts[task] = seconds
+
     def _on_scheduled(self, event: Scheduled) -> None:
         run = event.run
         (self._known.get(run.task) or self._of(run)).schedule(run)
@@ -284,6 +346,12 @@ class Metrics:
 
     def _on_ended(self, event: Ended) -> None:
         self._of(event.run).end(event)
+
+    def _on_abandoned(self, event: Abandoned) -> None:
+        self._of(event.run).abandon(1)
+
+    def _on_abandoned_ended(self, event: AbandonedEnded) -> None:
+        self._of(event.run).abandon(-1)
 
     def _on_hazard(self, event: HazardFound) -> None:
         self._of(event.run).hazard(event.kind)

@@ -15,6 +15,7 @@ from opentelemetry.trace import (
     Link,
     ProxyTracerProvider,
     Span,
+    SpanContext,
     SpanKind,
     Status,
     StatusCode,
@@ -26,11 +27,13 @@ from .. import _clock
 from ..events import (
     Cancelled,
     Dropped,
+    Expired,
     Failed,
     Failure,
     HazardFound,
     Lost,
     Plan,
+    Rejected,
     Request,
     Retrying,
     Skipped,
@@ -82,6 +85,7 @@ class Tracing:
         self._starter: Starter | None = None
         self._drops_unsampled = self._shares_attributes = False
         self._open: dict[TaskRun, tuple[Span, dict[str, Any]]] = {}
+        self._first: dict[TaskRun, SpanContext] = {}
         self._outer: dict[TaskRun | tuple[Request, int], Context] = {}
         self._same: dict[tuple[Plan, str | None, str | None], tuple[str, dict[str, Any]]] = {}
         wanted = os.environ.get("OTEL_SEMCONV_EXCEPTION_SIGNAL_OPT_IN", "").split(",")
@@ -95,6 +99,8 @@ class Tracing:
             TimedOut: self._on_failed_attempt,
             Cancelled: self._on_cancelled,
             Skipped: self._on_never_ran,
+            Rejected: self._on_never_ran,
+            Expired: self._on_never_ran,
             Dropped: self._on_never_ran,
             Lost: self._on_never_ran,
             HazardFound: self._on_hazard,
@@ -141,9 +147,16 @@ class Tracing:
             attributes["aftertask.queue_wait"] = event.queue_wait_s
         if run.parent is not None:
             attributes["aftertask.parent_run.id"] = run.parent.id
-        if mode == "link" and run.parent is None:
-            links = [] if parent is None else [Link(parent)]
-            span = tracer.start_span(name, Context(), SpanKind.INTERNAL, attributes, links)
+        if run.origin != "request":
+            attributes["aftertask.origin"] = run.origin
+        if (mode == "link" and run.parent is None) or event.attempt > 1:
+            root = mode == "link" and run.parent is None
+            links = [Link(parent)] if root and parent is not None else []
+            first = self._first.get(run)
+            if first is not None:
+                links.append(Link(first))
+            around = Context() if root else origin.context
+            span = tracer.start_span(name, around, SpanKind.INTERNAL, attributes, links)
         elif parent is None:
             span = tracer.start_span(name, origin.context, SpanKind.INTERNAL, attributes)
         else:
@@ -181,6 +194,8 @@ class Tracing:
 
     def _on_succeeded(self, event: Succeeded) -> None:
         held = self._leave(event.run)
+        if event.attempt > 1:
+            self._first.pop(event.run, None)
         if held is not None:
             span, attributes = held
             if self._shares_attributes and span.is_recording():
@@ -191,9 +206,13 @@ class Tracing:
 
     def _on_failed_attempt(self, event: Failed | TimedOut | Retrying) -> None:
         held = self._leave(event.run)
+        if not isinstance(event, Retrying):
+            self._first.pop(event.run, None)
         if held is None:
             return
         span, failure = held[0], event.failure
+        if isinstance(event, Retrying):
+            self._first.setdefault(event.run, span.get_span_context())
         span.set_attribute("error.type", failure.type)
         if not isinstance(event, Retrying):
             span.set_attribute("aftertask.outcome", event.outcome)
@@ -206,13 +225,14 @@ class Tracing:
 
     def _on_cancelled(self, event: Cancelled) -> None:
         held = self._leave(event.run)
+        self._first.pop(event.run, None)
         if held is None:
             self._origin(event.run)
         else:
             held[0].set_attribute("aftertask.outcome", "cancelled")
             held[0].end()
 
-    def _on_never_ran(self, event: Skipped | Dropped | Lost) -> None:
+    def _on_never_ran(self, event: Skipped | Dropped | Rejected | Expired | Lost) -> None:
         self._origin(event.run)  # no span, but the log line shall tell the request's
 
     def _on_hazard(self, event: HazardFound) -> None:
