@@ -237,6 +237,7 @@ def test_link_makes_a_trace_of_its_own(traced: Traced) -> None:
     assert linked.parent is None
     assert linked.context.trace_id != request.context.trace_id
     assert [link.context.span_id for link in linked.links] == [request.context.span_id]
+    assert (linked.attributes or {})["aftertask.outcome"] == "succeeded"
     assert under.parent is not None
     assert under.parent.span_id == request.context.span_id
 

@@ -150,12 +150,18 @@ class Env:
     def __init__(self) -> None:
         self.seen = Recorder()
         self.settings: dict[str, Any] = {}
+        self.signals: Any = None
         LOG.clear()
 
     def mw(self, app: Any, seen: Any = None) -> AftertaskMiddleware:
         """The middleware around an ASGI app."""
         settings = Settings(**{"metrics_path": None, "registry": CollectorRegistry(), **self.settings})
-        return AftertaskMiddleware(app, settings=settings, signals=[seen or self.seen])
+        return AftertaskMiddleware(app, settings=settings, signals=self.signals or [seen or self.seen])
+
+    def app_with_signals(self, signals: Any, *endpoints: Any) -> Starlette:
+        """An app whose middleware tells these signals."""
+        self.signals = signals
+        return self.app(*endpoints)
 
     def middleware(self) -> Middleware:
         """The middleware as Starlette takes it."""

@@ -84,7 +84,7 @@ class Tracing:
         self._tracer: Tracer | None = None
         self._starter: Starter | None = None
         self._drops_unsampled = self._shares_attributes = False
-        self._open: dict[TaskRun, tuple[Span, dict[str, Any]]] = {}
+        self._open: dict[TaskRun, tuple[Span, dict[str, Any] | None]] = {}
         self._first: dict[TaskRun, SpanContext] = {}
         self._outer: dict[TaskRun | tuple[Request, int], Context] = {}
         self._same: dict[tuple[Plan, str | None, str | None], tuple[str, dict[str, Any]]] = {}
@@ -147,6 +147,7 @@ class Tracing:
             attributes["aftertask.queue_wait"] = event.queue_wait_s
         if run.parent is not None:
             attributes["aftertask.parent_run.id"] = run.parent.id
+        shared: dict[str, Any] | None = None
         if run.origin != "request":
             attributes["aftertask.origin"] = run.origin
         if (mode == "link" and run.parent is None) or event.attempt > 1:
@@ -161,12 +162,13 @@ class Tracing:
             span = tracer.start_span(name, origin.context, SpanKind.INTERNAL, attributes)
         else:
             span = cast(Starter, self._starter)(name, origin.context, parent, attributes)
+            shared = attributes if self._shares_attributes else None
         run.span_context = span.get_span_context()
         key = (run.request, run.batch) if run.batch else run
         outer = self._outer.get(key)
         if outer is None:
             outer = self._outer[key] = otel.get_current()
-        self._open[run] = span, attributes
+        self._open[run] = span, shared
         otel.attach(Context({**outer, _SPAN_KEY: span}))
 
     def _origin(self, run: TaskRun) -> _Origin:
@@ -198,7 +200,7 @@ class Tracing:
             self._first.pop(event.run, None)
         if held is not None:
             span, attributes = held
-            if self._shares_attributes and span.is_recording():
+            if attributes is not None and span.is_recording():
                 attributes["aftertask.outcome"] = "succeeded"
             else:
                 span.set_attribute("aftertask.outcome", "succeeded")
@@ -240,7 +242,7 @@ class Tracing:
         if held is not None:
             held[0].add_event("aftertask.hazard", {"kind": event.kind, "advice": event.advice})
 
-    def _leave(self, run: TaskRun) -> tuple[Span, dict[str, Any]] | None:
+    def _leave(self, run: TaskRun) -> tuple[Span, dict[str, Any] | None] | None:
         if not run.batch:
             self._put_back(run)
         return self._open.pop(run, None)
