@@ -229,6 +229,8 @@ class Exchange(Request):
             if loop is None:
                 await self._one(value, batch)
             else:
+                if self.prioritised:
+                    self._guarded("priority", self._sort, value)
                 tracer = _intercept.native_tracer(served)
                 muted = tracer is None or (self._engine.spanned is not None and self._engine.spanned(tracer))
                 await self._each(value, loop, batch, muted)
@@ -257,6 +259,16 @@ class Exchange(Request):
             await (
                 self._one(element, batch) if type(element) is BackgroundTask else self._element(element, batch, True)
             )
+
+    def _sort(self, container: Any) -> int:
+        """Put a container's tasks into the order of their priorities, in place: it may still grow. Its own, too."""
+        own = {id(each): self._priority(each) for each in container.tasks}
+        if isinstance(container.tasks, list):
+            container.tasks.sort(key=lambda each: own[id(each)])
+        return min(own.values(), default=0)
+
+    def _priority(self, element: Any) -> int:
+        return self._engine.plan(element).priority if _intercept.loop_of(element) is None else self._sort(element)
 
     def _element(self, element: Any, batch: Batch, muted: bool) -> Awaitable[None]:
         loop = _intercept.loop_of(element)

@@ -264,7 +264,7 @@ class Engine:
             slow_after=policy.slow_after,
             stuck_after=policy.stuck_after or (2 * policy.timeout if policy.timeout else STUCK_AFTER),
             governed=governed,
-            plain=not governed and on_failure == "stop",
+            plain=not (governed or policy.priority) and on_failure == "stop",
         )
 
     def _gate(self, limit: int | Limit, task: str) -> Gate:
@@ -304,12 +304,14 @@ class Engine:
         _live[run] = None
         if self._scheduled is not None:
             self._scheduled(Scheduled(run, run.timestamp))
-        if plan.governed and parent is None:
+        if not plan.plain and parent is None:
             self._accept(run)
         return run
 
     def _accept(self, run: TaskRun) -> None:
         plan = run.plan
+        if plan.priority:
+            run.request.prioritised = True
         if plan.executor == "process":
             try:
                 check_serializable(run.target, run.task)

@@ -113,7 +113,7 @@ class Plan:
         slow_after: Seconds after which a running attempt is slow; None for never.
         stuck_after: Seconds after which a running attempt is stuck.
         governed: Whether a policy asks for more than to call the function and see what happens.
-        plain: Whether it is not governed, and its failure does as Starlette does.
+        plain: Whether it has no policy that changes what Starlette does.
     """
 
     task: str
@@ -166,6 +166,7 @@ class Request:
         context: The context variables as they were when the request reached the middleware; None once it is over.
         span_context: The span that was current then, for `Tracing` and `Logs`; None where there was none.
         stopped_by: The run whose failure or cancellation ended its batch; None while none has.
+        prioritised: Whether one of its runs has a priority of its own.
     """
 
     # Most requests never get a run, so what is not known from the start is a default of the class.
@@ -176,6 +177,7 @@ class Request:
     http_method: str | None = None
     context: Context | None = None
     stopped_by: TaskRun | None = None
+    prioritised: bool = False
 
 
 class TaskRun:

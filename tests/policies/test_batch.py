@@ -1,0 +1,348 @@
+"""What the runs of one response do to each other: failures, priorities, deadlines, and who is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+import pytest
+from fastapi import BackgroundTasks as Injected
+from fastapi import Depends
+from fastapi.background import BackgroundTasks as FastAPITasks
+from starlette.background import BackgroundTask, BackgroundTasks
+
+from aftertask import (
+    Cancelled,
+    Expired,
+    Failed,
+    Lost,
+    Policy,
+    Retry,
+    Skipped,
+    Started,
+    Succeeded,
+    TaskRun,
+    current_run,
+    options,
+    progress,
+    task,
+)
+from aftertask.testing import VirtualClock
+from intercept.driver import LOG, Env, answering, boom, drive, sf
+from intercept.test_life import app_with, outcomes
+
+pytestmark = pytest.mark.anyio
+
+
+def failing(name: str, error: BaseException) -> Any:
+    """A task that raises this."""
+
+    async def call() -> None:
+        LOG.append(name)
+        raise error
+
+    call.__qualname__ = call.__name__ = name
+    return call
+
+
+def tasks_of(*functions: Any, kind: Any = BackgroundTasks) -> Any:
+    """A container of these."""
+    return kind([BackgroundTask(func) for func in functions])
+
+
+# --- on_failure
+
+
+@pytest.mark.parametrize("kind", [BackgroundTasks, FastAPITasks])
+async def test_continue_runs_the_siblings_and_then_raises(env: Env, kind: Any) -> None:
+    """One failure comes out as itself, when the others have run."""
+    env.settings["on_failure"] = "continue"
+    error = ValueError("one")
+    r = await drive(env.app(answering(tasks_of(failing("one", error), sf, kind=kind))))
+    assert r.exc is error
+    assert LOG == ["one", "sf"]
+    assert outcomes(env) == [("one", "failed"), ("sf", "succeeded")]
+
+
+async def test_continue_raises_several_as_a_group(env: Env, clock: VirtualClock) -> None:
+    """In the batch's order, though the first one failed last, after its retries."""
+    env.settings["on_failure"] = "continue"
+    first, second = ValueError("first"), KeyError("second")
+    retried = options(failing("first", first), retry=Retry(attempts=2))
+    results: list[Any] = []
+
+    async def request() -> None:
+        results.append(await drive(env.app(answering(tasks_of(retried, sf, failing("second", second))))))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(request)
+        await env.seen.until(Failed)
+        clock.advance(60)
+    assert outcomes(env) == [("sf", "succeeded"), ("second", "failed"), ("first", "failed")]
+    error = results[0].exc
+    assert isinstance(error, ExceptionGroup)
+    assert str(error) == "2 of 3 background tasks failed (2 sub-exceptions)"
+    assert error.exceptions == (first, second)
+
+
+async def test_contain_lets_nothing_out(env: Env) -> None:
+    """The siblings run, the server hears nothing, and the run has failed all the same."""
+    env.settings["on_failure"] = "contain"
+    r = await drive(env.app(answering(tasks_of(boom, boom, sf))))
+    assert r.exc is None
+    assert LOG == ["boom", "boom", "sf"]
+    assert [event.bad for event in env.seen.of(Failed)] == [True, True]
+
+
+@pytest.mark.parametrize("muted", [True, False])
+async def test_a_single_task_is_a_batch_of_one(env: Env, muted: bool) -> None:
+    """Contained too, where a response carries it without a container."""
+    r = await drive(env.app(answering(BackgroundTask(options(boom, on_failure="contain" if muted else "continue")))))
+    assert (r.exc is None) == muted
+
+
+async def test_each_runs_own_setting_decides(env: Env) -> None:
+    """contain, continue, stop: the third ends the batch, and what was kept back comes out with it."""
+    kept, ends = KeyError("kept"), ValueError("ends")
+    batch = tasks_of(
+        options(boom, on_failure="contain"),
+        options(failing("kept", kept), on_failure="continue"),
+        sf,
+        failing("ends", ends),
+        sf,
+    )
+    r = await drive(env.app(answering(batch)))
+    assert isinstance(r.exc, ExceptionGroup)
+    assert r.exc.exceptions == (kept, ends)
+    assert LOG == ["boom", "kept", "sf", "ends"]
+    (skipped,) = env.seen.of(Skipped)
+    assert skipped.caused_by is not None
+    assert skipped.caused_by.task.endswith("ends")
+
+
+async def test_a_retry_under_way_outlives_a_sibling_that_stops(env: Env, clock: VirtualClock) -> None:
+    """Its own setting is `continue`; the later sibling is skipped, the failure comes out when all is over."""
+    error = ValueError("ends")
+    retried = options(failing("retried", KeyError()), retry=Retry(attempts=2), on_failure="contain")
+    results: list[Any] = []
+
+    async def request() -> None:
+        results.append(await drive(env.app(answering(tasks_of(retried, failing("ends", error), sf)))))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(request)
+        await clock.until_waiting()
+        clock.advance(60)
+    assert LOG == ["retried", "ends", "retried"]
+    assert results[0].exc is error
+    assert outcomes(env) == [("ends", "failed"), ("retried", "failed"), ("sf", "skipped sibling_failed")]
+
+
+class Stop(BaseException):
+    """What is no Exception."""
+
+
+@pytest.mark.parametrize("on_failure", ["stop", "continue", "contain"])
+async def test_what_is_no_exception_ends_the_batch(env: Env, clock: VirtualClock, on_failure: str) -> None:
+    """Raised alone; a sibling in its back-off is cancelled, one not started as well."""
+    env.settings["on_failure"] = on_failure
+    retried = options(failing("retried", KeyError()), retry=Retry(attempts=2), on_failure="continue")
+    with pytest.raises(Stop):
+        await drive(env.app(answering(tasks_of(retried, failing("stops", Stop()), sf))))
+    assert [event.run.task.rpartition(".")[2] for event in env.seen.of(Cancelled)] == ["stops", "retried", "sf"]
+    assert clock.waiting == 0
+
+
+async def test_at_shutdown_what_has_not_started_is_lost(env: Env) -> None:
+    """Whatever the setting: a cancelled batch of an app that stops."""
+    env.settings["on_failure"] = "contain"
+    begun = anyio.Event()
+
+    async def endless() -> None:
+        begun.set()
+        await anyio.sleep_forever()
+
+    app = env.app(answering(tasks_of(endless, sf)))
+    async with anyio.create_task_group() as group:
+        group.start_soon(drive, app)
+        await begun.wait()
+        engine: Any = env.seen.runs()[0].request
+        engine._engine.stopping = True
+        group.cancel_scope.cancel()
+    assert len(env.seen.of(Cancelled)) == len(env.seen.of(Lost)) == 1
+
+
+async def test_an_exception_group_escapes_except_value_error_in_a_dependency(env: Env) -> None:
+    """What the table in the docs says: `except ValueError` there sees one failure, and misses a group of two."""
+    env.settings["on_failure"] = "continue"
+    caught: list[str] = []
+
+    async def dependency() -> Any:
+        try:
+            yield
+        except ValueError:
+            caught.append("ValueError")
+            raise
+        except ExceptionGroup:
+            caught.append("ExceptionGroup")
+            raise
+
+    async def endpoint(number: int, tasks: Injected, given: None = Depends(dependency)) -> str:
+        for _ in range(number):
+            tasks.add_task(boom)
+        return "ok"
+
+    app = app_with(env, endpoint)
+    app.get("/{number}")(endpoint)
+    for number in (1, 2):
+        await drive(app, f"/{number}")
+    assert caught == ["ValueError", "ExceptionGroup"]
+
+
+# --- priority
+
+
+@pytest.mark.parametrize("kind", [BackgroundTasks, FastAPITasks])
+async def test_smaller_goes_first_and_equals_keep_their_order(env: Env, kind: Any) -> None:
+    """Within a batch, nested containers by their smallest."""
+    functions = {name: (lambda name=name: LOG.append(name)) for name in "abcdef"}
+
+    def prioritised(name: str, priority: int) -> BackgroundTask:
+        return BackgroundTask(options(functions[name], priority=priority))
+
+    nested = BackgroundTasks([prioritised("e", 9), prioritised("f", -5)])
+    batch = kind([BackgroundTask(functions["a"]), prioritised("b", 5), prioritised("c", -1), nested])
+    batch.add_task(functions["d"])
+    await drive(env.app(answering(batch)))
+    assert LOG == ["f", "e", "c", "a", "d", "b"]
+
+
+async def test_without_priorities_the_list_is_left_alone(env: Env) -> None:
+    """The same object in the same order, and late additions run last."""
+    batch = tasks_of(sf, boom)
+
+    async def late() -> None:
+        batch.add_task(sf, "late")
+
+    batch.tasks.insert(0, BackgroundTask(options(late, priority=-1)))
+    before = list(batch.tasks)
+    env.settings["on_failure"] = "contain"
+    await drive(env.app(answering(batch)))
+    assert batch.tasks[:3] == before
+    assert LOG == ["sf", "boom", "late"]
+
+
+# --- expires
+
+
+async def test_a_run_that_cannot_start_in_time_is_not_started(env: Env, clock: VirtualClock) -> None:
+    """Behind a slow sibling: told expired, not bad, and the next one runs."""
+
+    async def slow() -> None:
+        clock.advance(10)
+
+    await drive(env.app(answering(tasks_of(slow, options(boom, expires=10), options(sf, expires=11)))))
+    (expired,) = env.seen.of(Expired)
+    assert (expired.reason, expired.bad) == ("deadline", False)
+    assert LOG == ["sf"]
+    assert outcomes(env) == [("slow", "succeeded"), ("boom", "expired"), ("sf", "succeeded")]
+
+
+async def test_a_run_expires_while_it_waits_for_its_limit(env: Env, clock: VirtualClock) -> None:
+    """At its deadline, not when its turn comes; its place in the queue is given up."""
+    go = anyio.Event()
+
+    @task(limit=1, expires=5)
+    async def waits() -> None:
+        await go.wait()
+
+    app = env.app(answering(BackgroundTask(waits)))
+    async with anyio.create_task_group() as group:
+        group.start_soon(drive, app)
+        await env.seen.until(Started)
+        group.start_soon(drive, app)
+        await clock.until_waiting()
+        clock.advance(5)
+        await env.seen.until(Expired)
+        gate: Any = env.seen.runs()[0].plan.gate
+        assert (gate.in_use, gate.waiting) == (1, 0)
+        go.set()
+    assert len(env.seen.of(Succeeded)) == 1
+
+
+# --- on_error, expected, progress
+
+
+async def test_on_error_is_called_once_the_run_has_failed(env: Env) -> None:
+    """With the run and the exception, after the last attempt, sync or async; its own failure is contained."""
+    told: list[tuple[TaskRun, Exception]] = []
+
+    async def callback(run: TaskRun, error: Exception) -> None:
+        assert current_run() is None or current_run() is run
+        told.append((run, error))
+        raise RuntimeError("the callback's own")
+
+    def sync_callback(run: TaskRun, error: Exception) -> None:
+        told.append((run, error))
+
+    error = ValueError("x")
+    retried = options(
+        failing("fails", error), retry=Retry(attempts=2, wait_initial=0), on_error=callback, on_failure="contain"
+    )
+    r = await drive(env.app(answering(tasks_of(retried, options(failing("too", error), on_error=sync_callback), sf))))
+    assert r.exc is error
+    runs = env.seen.runs()
+    assert sorted(run.task.rpartition(".")[2] for run, _ in told) == ["fails", "too"]
+    assert all(given is error for _, given in told)
+    assert len(runs) == 3
+
+
+async def test_an_expected_error_has_failed_and_is_not_bad(env: Env) -> None:
+    """Under a policy as without one."""
+    func = options(failing("told", KeyError()), expected=LookupError, timeout=9, on_failure="contain")
+    await drive(env.app(answering(BackgroundTask(func))))
+    (failed,) = env.seen.of(Failed)
+    assert (failed.expected, failed.bad) == (True, False)
+
+
+async def test_progress_is_seen_from_outside(env: Env) -> None:
+    """Of a sync task too; outside of any run it does nothing."""
+    progress(1, 2)
+    seen: list[Any] = []
+
+    def works() -> None:
+        progress(3, 10, "thumbnails")
+        run = current_run()
+        assert run is not None
+        seen.append(run.progress)
+
+    await drive(env.app(answering(BackgroundTask(works))))
+    assert [(each.done, each.total, each.note) for each in seen] == [(3, 10, "thumbnails")]
+
+
+# --- precedence
+
+
+async def test_precedence_field_by_field(env: Env) -> None:
+    """options() over an exact name over patterns in their order over @task over the settings' default."""
+
+    @task(name="mail.send", timeout=1, priority=1, owner="decorator", on_failure="contain")
+    async def send() -> None: ...
+
+    env.settings |= {
+        "on_failure": "continue",
+        "policies": {
+            "mail.*": Policy(timeout=2, priority=2, expires=2),
+            "*": Policy(timeout=3, expires=3, stuck_after=3),
+            "mail.send": Policy(timeout=4),
+        },
+    }
+    for func, timeout in ((send, 4), (options(send, timeout=5), 5)):
+        await drive(env.app(answering(BackgroundTask(func))))
+        plan = env.seen.runs()[-1].plan
+        assert plan.timeout == timeout
+        assert (plan.priority, plan.expires, plan.stuck_after) == (2, 2, 3)
+        assert (plan.owner, plan.on_failure) == ("decorator", "contain")
+    await drive(env.app(answering(BackgroundTask(sf))))
+    assert env.seen.runs()[-1].plan.on_failure == "continue"
+    assert env.seen.runs()[-1].plan.timeout == 3
