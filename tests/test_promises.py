@@ -29,6 +29,7 @@ LAYERS = [
     {"_governed", "_batch"},
     {"settings"},
     {"executors", "_gates"},
+    {"alerts"},
     {"_intercept", "_dispatch", "_context", "_route", "_redact", "_log"},
     {"events"},
     {"policies", "_failure"},
@@ -62,7 +63,7 @@ def test_imports_point_down() -> None:
         for name, ours in imports(path):
             if ours:
                 assert layer(path.stem) <= layer(name), f"{path.name} imports {name}"
-    for part in ("signals", "testing", "cli"):
+    for part in ("signals", "testing", "cli", "alerts"):
         for path in (PACKAGE / part).glob("*.py"):
             for node in ast.parse(path.read_text()).body:
                 if isinstance(node, ast.ImportFrom) and node.level == 2:
@@ -73,13 +74,14 @@ def test_imports_point_down() -> None:
 def test_a_vendor_is_imported_where_it_belongs() -> None:
     """OpenTelemetry in tracing, structlog in logging, prometheus-client in metrics; Settings names their types."""
     allowed = {
-        "opentelemetry": {"signals/tracing.py", "signals/_spans.py", "settings.py"},
+        "opentelemetry": {"signals/tracing.py", "signals/_spans.py", "settings.py", "alerts/_delivery.py"},
         "structlog": {"signals/logs.py", "_log.py"},
         "prometheus_client": {
             *("signals/metrics.py", "signals/_series.py", "signals/_multiprocess.py"),
             *("settings.py", "_scrape.py"),
         },
         "fastapi": set(),
+        "apprise": {"alerts/apprise.py"},
     }
     for path in PACKAGE.rglob("*.py"):
         for name, ours in imports(path):

@@ -6,7 +6,7 @@ import difflib
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal
@@ -15,6 +15,9 @@ from opentelemetry.trace import TracerProvider
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from ._redact import default_redact
+from .alerts import Route
+from .alerts._channel import Deliver, routes, urls_in
+from .alerts._signal import check_base_url, check_trace_url
 from .policies import ON_FAILURE, TRACES, Limit, OnFailure, Policy, Trace
 
 PREFIX = "AFTERTASK_"
@@ -57,6 +60,10 @@ class Settings:
         drain_timeout: Seconds that runs are given to end at shutdown: they are tasks of their own then, and outlive the
             server's cancellation. None: the server decides; what holds it up is told either way.
         exclude: Paths of which nothing is observed: `/health`, `/internal/*`, `/items/{id}`.
+        alerts: Who is told of failures: `Webhook`, `Apprise`, functions, URLs, or a `Route` around one of these; kept
+            as routes.
+        trace_url: A template of the link to a trace in alerts: `https://tempo.example.org/trace/{trace_id}`.
+        runbook_url: Where the pages of `dashboards/runbooks/` are, for the link in alerts.
 
     Raises:
         TypeError, ValueError: A value is not one of those allowed; the message names it.
@@ -77,6 +84,9 @@ class Settings:
     thread_limit: int = 40
     drain_timeout: float | None = None
     exclude: tuple[str, ...] = ()
+    alerts: Sequence[Deliver | Route | str] = ()
+    trace_url: str | None = None
+    runbook_url: str | None = None
 
     def find_request_id(self, scope: MutableMapping[str, Any]) -> str | None:
         """The request's id, as a string."""
@@ -115,6 +125,9 @@ class Settings:
             raise ValueError(f"Settings.run_ids_header must be a header's name or None, got {header!r}")
         object.__setattr__(self, "policies", _policies(self.policies))
         object.__setattr__(self, "exclude", _exclude(self.exclude))
+        object.__setattr__(self, "alerts", tuple(routes(self.alerts)))
+        check_trace_url("Settings.trace_url", self.trace_url)
+        check_base_url("Settings.runbook_url", self.runbook_url)
 
     @classmethod
     def from_env(cls, **overrides: Any) -> Settings:
@@ -206,6 +219,9 @@ _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "success_log_rate": _optional_number,
     "run_ids_header": _optional_text,
     "exclude": _list,
+    "alerts": urls_in,
+    "trace_url": _optional_text,
+    "runbook_url": _optional_text,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..alerts import Alerts
 from ..events import Signal
 from .logs import Logs, RunFilter
 from .metrics import Metrics
@@ -19,10 +20,25 @@ def usual(settings: Settings) -> list[Signal]:
     """
     The signals that `signals=None` means, to add one's own to: `signals=[*usual(settings), mine]`.
 
-    Tracing comes first, so that the others know an attempt's span.
+    Tracing comes first, so that the others know an attempt's span; `Alerts` is there where `Settings.alerts` names a
+    channel.
     """
-    return [
+    metrics = Metrics(
+        settings.registry, tasks=[name for name in settings.policies if not any(c in name for c in "*?[")]
+    )
+    signals: list[Signal] = [
         Tracing(settings.tracer_provider, trace=settings.trace),
-        Metrics(settings.registry, tasks=[name for name in settings.policies if not any(c in name for c in "*?[")]),
+        metrics,
         Logs(success_log_rate=settings.success_log_rate),
     ]
+    if settings.alerts:
+        signals.append(
+            Alerts(
+                settings.alerts,
+                trace_url=settings.trace_url,
+                runbook_url=settings.runbook_url,
+                redact=settings.redact,
+                numbers=metrics,
+            )
+        )
+    return signals

@@ -113,6 +113,19 @@ class SharedBook:
         """Something of ours raised."""
         self.families[f.SELF_ERRORS].labels(component).inc()
 
+    def count_alerts(self, channel: str, status: str, count: int) -> None:
+        """So many bad runs have been told to a channel, or not."""
+        self.families[f.ALERTS].labels(channel, status).inc(count)
+        self.families[f.ALERT_DELIVERY].labels(channel)
+
+    def observe_alert_delivery(self, channel: str, seconds: float) -> None:
+        """A delivery took so long."""
+        self.families[f.ALERT_DELIVERY].labels(channel).observe(seconds)
+
+    def set_alert_queue(self, channel: str, length: int) -> None:
+        """So many kinds of failure wait for a channel."""
+        self.families[f.ALERT_QUEUE].labels(channel).set(length)
+
     def _overflow(self, label: str) -> None:
         self.families[f.LABEL_OVERFLOW].labels(label).inc()
 

@@ -10,6 +10,8 @@ PREFIX = "aftertask_"
 # Waits sit near zero but a backlog reaches minutes; attempts are told up to 15 minutes, whole lives up to six hours.
 WAIT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 ATTEMPT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
+# From a function in the same process to a channel that answers just before it is given up.
+DELIVERY_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
 END_TO_END_BUCKETS = (0.05, 0.25, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 21600.0)
 
 
@@ -99,6 +101,19 @@ THREADPOOL_LIMIT = Family("threadpool_limit", "gauge", "Threads that a pool may 
 THREADPOOL_BUSY = Family("threadpool_busy", "gauge", "Threads of a pool in use.", ("pool",), mode="livesum")
 THREADPOOL_WAITING = Family(
     "threadpool_waiting", "gauge", "Calls that wait for a thread of a pool.", ("pool",), mode="livesum"
+)
+ALERTS = Family(
+    "alerts", "counter", "Bad runs that a channel was to be told of, by what became of it.", ("channel", "status")
+)
+ALERT_DELIVERY = Family(
+    "alert_delivery_seconds",
+    "histogram",
+    "Time in the attempt that delivered an alert.",
+    ("channel",),
+    DELIVERY_BUCKETS,
+)
+ALERT_QUEUE = Family(
+    "alert_queue_length", "gauge", "Kinds of failure that wait to be told.", ("channel",), mode="livesum"
 )
 SELF_ERRORS = Family("self_errors", "counter", "Errors inside aftertask, all contained.", ("component",))
 LABEL_OVERFLOW = Family("label_overflow", "counter", "Label values folded into __other__.", ("label",))

@@ -9,12 +9,12 @@ import re
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
 
 import starlette
 from prometheus_client import REGISTRY, CollectorRegistry, Metric
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from .._log import emit
@@ -41,13 +41,15 @@ from ..events import (
 )
 from ..policies import registered_tasks
 from . import families as f
-from ._series import Series, tell
+from ._series import Counts, Series, tell
 
 #: How many tasks that nobody registered have a label of their own; the others are `__other__`.
 UNREGISTERED_TASKS = 100
 ERROR_TYPES_OF_A_TASK = 20
 ERROR_TYPES = 50
 OTHER = "__other__"
+
+N = TypeVar("N", int, float)
 
 
 class SeriesLike(Protocol):
@@ -148,6 +150,9 @@ class PlainBook(Collector):
         self.watched = Watched()
         self._self_errors: dict[str, int] = {f.INTERCEPTION: 0}
         self._overflows: dict[str, int] = {}
+        self._alerts: dict[tuple[str, ...], int] = {}
+        self._deliveries: dict[str, Counts] = {}
+        self._alert_queues: dict[str, int] = {}
         self._bounds = Bounds(self._overflow)
         try:
             registry.register(self)
@@ -188,6 +193,21 @@ class PlainBook(Collector):
         with self._lock:
             self._self_errors[component] = self._self_errors.get(component, 0) + 1
 
+    def count_alerts(self, channel: str, status: str, count: int) -> None:
+        """So many bad runs have been told to a channel, or not."""
+        with self._lock:
+            self._alerts[channel, status] = self._alerts.get((channel, status), 0) + count
+            self._deliveries.setdefault(channel, Counts(f.ALERT_DELIVERY))
+
+    def observe_alert_delivery(self, channel: str, seconds: float) -> None:
+        """A delivery took so long."""
+        with self._lock:
+            self._deliveries[channel].observe(seconds, None, 0.0)
+
+    def set_alert_queue(self, channel: str, length: int) -> None:
+        """So many kinds of failure wait for a channel."""
+        self._alert_queues[channel] = length
+
     def _overflow(self, label: str) -> None:
         self._overflows[label] = self._overflows.get(label, 0) + 1
 
@@ -202,35 +222,44 @@ class PlainBook(Collector):
         with self._lock:
             all_series, infos = list(self.by_task.values()), list(self._infos.values())
             self_errors, overflows = dict(self._self_errors), dict(self._overflows)
+            queues = dict(self._alert_queues)
+            alerts = dict(self._alerts)
+            deliveries = HistogramMetricFamily(
+                f.ALERT_DELIVERY.full_name, f.ALERT_DELIVERY.help, labels=f.ALERT_DELIVERY.labels
+            )
+            for channel, counts in self._deliveries.items():
+                counts.tell(deliveries, (channel,))
         yield from tell(all_series)
-        yield _gauge(f.TASK_INFO, infos)
-        yield _gauge(f.BUILD_INFO, [build_info()])
+        yield _gauge(f.TASK_INFO, dict.fromkeys(infos, 1))
+        yield _gauge(f.BUILD_INFO, {build_info(): 1})
         known = {series.labels[0] for series in all_series}
-        yield _values(f.TASK_TIMEOUT, {task: limit for task, limit in self.watched.timeouts.items() if task in known})
+        timeouts = {task: limit for task, limit in self.watched.timeouts.items() if task in known}
+        yield _gauge(f.TASK_TIMEOUT, _single(timeouts))
         for family, values in self.watched.read().items():
-            yield _values(family, values)
-        yield _counter(f.SELF_ERRORS, self_errors)
-        yield _counter(f.LABEL_OVERFLOW, {"task": 0, "error_type": 0, **overflows})
+            yield _gauge(family, _single(values))
+        yield _counter(f.ALERTS, alerts)
+        yield deliveries
+        yield _gauge(f.ALERT_QUEUE, _single(queues))
+        yield _counter(f.SELF_ERRORS, _single(self_errors))
+        yield _counter(f.LABEL_OVERFLOW, _single({"task": 0, "error_type": 0, **overflows}))
 
 
-def _gauge(family: f.Family, label_sets: Iterable[tuple[str, ...]]) -> Metric:
+def _gauge(family: f.Family, values: Mapping[tuple[str, ...], float]) -> Metric:
     metric = GaugeMetricFamily(family.full_name, family.help, labels=family.labels)
-    for labels in label_sets:
-        metric.add_metric(labels, 1)
+    for labels, value in values.items():
+        metric.add_metric(labels, value)
     return metric
 
 
-def _values(family: f.Family, values: dict[str, float]) -> Metric:
-    metric = GaugeMetricFamily(family.full_name, family.help, labels=family.labels)
-    for label, value in values.items():
-        metric.add_metric((label,), value)
-    return metric
+def _single(values: Mapping[str, N]) -> dict[tuple[str, ...], N]:
+    """Values by one label, as those by several."""
+    return {(label,): value for label, value in values.items()}
 
 
-def _counter(family: f.Family, counts: dict[str, int]) -> Metric:
+def _counter(family: f.Family, counts: Mapping[tuple[str, ...], int]) -> Metric:
     metric = CounterMetricFamily(family.full_name, family.help, labels=family.labels)
-    for label, count in counts.items():
-        metric.add_metric((label,), count)
+    for labels, count in counts.items():
+        metric.add_metric(labels, count)
     return metric
 
 
@@ -332,6 +361,18 @@ class Metrics:
     def know_timeout(self, task: str, seconds: float) -> None:
         """A task has this time limit."""
         self._book.watched.timeouts[task] = seconds
+
+    def count_alerts(self, channel: str, status: str, count: int) -> None:
+        """So many bad runs have been told to a channel, or not; 0 makes the series."""
+        self._book.count_alerts(channel, status, count)
+
+    def observe_alert_delivery(self, channel: str, seconds: float) -> None:
+        """The attempt that delivered an alert took so long."""
+        self._book.observe_alert_delivery(channel, seconds)
+
+    def set_alert_queue(self, channel: str, length: int) -> None:
+        """So many kinds of failure wait for a channel."""
+        self._book.set_alert_queue(channel, length)
 
     def _on_scheduled(self, event: Scheduled) -> None:
         run = event.run

@@ -139,6 +139,8 @@ class VirtualClock:
             self._timers = [timer for timer in self._timers if timer not in due]
         for timer in due:
             timer.soon(timer.function)
+        for watcher in list(_clock.watchers):
+            watcher.turned()
 
     def wait_until_waiting(self, count: int = 1, timeout: float = 10.0) -> None:
         """
