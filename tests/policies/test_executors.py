@@ -1,0 +1,266 @@
+"""Where a task's function is called: our own threads, a loop of its own, a process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import pytest
+from fastapi import BackgroundTasks as Injected
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry
+from starlette.background import BackgroundTask
+from starlette.routing import Route
+
+from aftertask import (
+    Abandoned,
+    AbandonedEnded,
+    AftertaskMiddleware,
+    Failed,
+    NotSerializable,
+    Rejected,
+    Retry,
+    Settings,
+    Started,
+    Succeeded,
+    TimedOut,
+    current_run,
+    options,
+)
+from aftertask.signals import Metrics
+from aftertask.testing import Recorder, VirtualClock
+from intercept.driver import LOG, Env, answering, drive
+
+pytestmark = pytest.mark.anyio
+
+
+def sync_endpoint(request: Any) -> Any:
+    """A trivial one, in one of anyio's threads."""
+    return JSONResponse("at once")
+
+
+@pytest.mark.parametrize("executor", ["auto", "thread"])
+async def test_tasks_in_our_threads_leave_those_of_endpoints_alone(env: Env, executor: Any) -> None:
+    """45 slow sync tasks: with `auto` a sync endpoint waits for a thread, with `thread` it answers at once."""
+    go, registry = threading.Event(), CollectorRegistry()
+
+    def slow() -> None:
+        assert go.wait(10)
+
+    env.settings["registry"] = registry
+    app = env.app_with_signals(
+        [Metrics(registry), env.seen],
+        answering(BackgroundTask(options(slow, executor=executor))),
+        Route("/sync", sync_endpoint),
+    )
+    limiter = anyio.to_thread.current_default_thread_limiter()
+    statuses: list[Any] = []
+
+    async def ask() -> None:
+        statuses.append((await drive(app, "/sync")).status)
+
+    def waiting(pool: str) -> float | None:
+        return registry.get_sample_value("aftertask_threadpool_waiting", {"pool": pool})
+
+    async with anyio.create_task_group() as group:
+        try:
+            for _ in range(45):
+                group.start_soon(drive, app)
+            with anyio.fail_after(10):
+                while waiting("default" if executor == "auto" else "aftertask") != 5:  # no event
+                    await anyio.lowlevel.checkpoint()
+            if executor == "thread":
+                await ask()
+                assert statuses == [200]
+                assert limiter.borrowed_tokens == 0
+                assert registry.get_sample_value("aftertask_threadpool_busy", {"pool": "aftertask"}) == 40
+            else:
+                group.start_soon(ask)
+                with anyio.fail_after(10):
+                    while waiting("default") != 6:  # the endpoint stands in the queue, too
+                        await anyio.lowlevel.checkpoint()
+                assert statuses == []
+        finally:
+            go.set()
+    assert statuses == [200]
+    assert len(env.seen.of(Succeeded)) == 45
+    assert registry.get_sample_value("aftertask_threadpool_busy", {"pool": "aftertask"}) in (0, None)
+
+
+async def test_thread_limit_is_how_many(env: Env) -> None:
+    """Two threads: the third run starts when one of them has ended."""
+    env.settings["thread_limit"] = 2
+    go = threading.Event()
+
+    def slow() -> None:
+        assert go.wait(10)
+
+    app = env.app(answering(BackgroundTask(options(slow, executor="thread"))))
+    async with anyio.create_task_group() as group:
+        for _ in range(3):
+            group.start_soon(drive, app)
+        await env.seen.until(Started, 2)
+        threads: Any = env.seen.runs()[0].request
+        gate = threads._engine.governor.threads
+        with anyio.fail_after(10):
+            while gate.waiting != 1:  # there is no event of a run that waits
+                await anyio.lowlevel.checkpoint()
+        assert len(env.seen.of(Started)) == 2
+        go.set()
+    assert len(env.seen.of(Succeeded)) == 3
+    assert (gate.in_use, gate.waiting) == (0, 0)
+
+
+async def test_an_async_function_in_a_thread_has_a_loop_of_its_own(env: Env, anyio_backend_name: str) -> None:
+    """Of the same kind; it may block, and knows its run."""
+    main, seen = threading.get_ident(), []
+
+    async def blocks(x: int, *, y: int) -> None:
+        await anyio.lowlevel.checkpoint()
+        run = current_run()
+        loop = asyncio.get_running_loop() if anyio_backend_name == "asyncio" else None
+        seen.append((threading.get_ident() != main, run is not None and run.attempt, x, y, loop))
+
+    await drive(env.app(answering(BackgroundTask(options(blocks, executor="thread"), 1, y=2))))
+    ((elsewhere, attempt, x, y, loop),) = seen
+    assert (elsewhere, attempt, x, y) == (True, 1, 1, 2)
+    if anyio_backend_name == "asyncio":
+        assert loop is not asyncio.get_running_loop()
+    assert env.seen.runs()[0].plan.executor == "thread"
+    assert len(env.seen.of(Succeeded)) == 1
+
+
+async def test_what_it_raises_comes_out(env: Env) -> None:
+    """From a thread, sync and async."""
+    error = ValueError("x")
+
+    def sync() -> None:
+        raise error
+
+    async def coroutine() -> None:
+        raise error
+
+    for func in (sync, coroutine):
+        r = await drive(env.app(answering(BackgroundTask(options(func, executor="thread")))))
+        assert r.exc is error
+    assert [event.error for event in env.seen.of(Failed)] == [error, error]
+
+
+async def test_an_async_one_that_overruns_is_cancelled_in_its_loop(env: Env, clock: VirtualClock) -> None:
+    """It is left behind, and ends soon after: it comes to an await."""
+    begun = threading.Event()
+
+    async def endless() -> None:
+        begun.set()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            LOG.append("cancelled there")
+
+    func = options(endless, executor="thread", timeout=5, on_failure="contain")
+    async with anyio.create_task_group() as group:
+        group.start_soon(drive, env.app(answering(BackgroundTask(func))))
+        await anyio.to_thread.run_sync(begun.wait, 10)
+        clock.advance(5)
+        await env.seen.until(TimedOut)
+        await env.seen.until(AbandonedEnded)
+    assert LOG == ["cancelled there"]
+    assert len(env.seen.of(Abandoned)) == 1
+
+
+# --- processes
+
+
+def in_a_process(path: str, *, times: int = 1) -> None:
+    """Writes where it ran."""
+    with open(path, "a") as file:
+        file.write(f"{os.getpid()}\n" * times)
+
+
+async def async_in_a_process(path: str) -> None:
+    """The same, async."""
+    await anyio.lowlevel.checkpoint()
+    in_a_process(path)
+
+
+def fails_in_a_process() -> None:
+    """Raises there."""
+    raise LookupError("there")
+
+
+def never_ends(path: str) -> None:
+    """Says that it has begun, and goes on."""
+    in_a_process(path)
+    threading.Event().wait()
+
+
+async def test_a_function_in_a_process(env: Env, tmp_path: Any) -> None:
+    """Sync or async, with its arguments; what it raises comes back."""
+    file = tmp_path / "pids"
+    for func in (in_a_process, async_in_a_process):
+        await drive(env.app(answering(BackgroundTask(options(func, executor="process"), str(file)))))
+    await drive(env.app(answering(BackgroundTask(options(in_a_process, executor="process"), str(file), times=2))))
+    pids = {int(line) for line in file.read_text().split()}
+    assert len(file.read_text().split()) == 4
+    assert os.getpid() not in pids
+    r = await drive(env.app(answering(BackgroundTask(options(fails_in_a_process, executor="process")))))
+    assert isinstance(r.exc, LookupError)
+    assert [run.plan.executor for run in env.seen.runs()] == ["process"] * 4
+
+
+async def test_a_process_that_overruns_is_killed(env: Env, clock: VirtualClock, tmp_path: Any) -> None:
+    """So nothing is left behind, and it may be tried again."""
+    file = tmp_path / "pids"
+    file.touch()
+    func = options(never_ends, executor="process", timeout=5, retry=Retry(attempts=2, wait_initial=0))
+    async with anyio.create_task_group() as group:
+        group.start_soon(drive, env.app(answering(BackgroundTask(func, str(file)))))
+        for attempt in (1, 2):
+            with anyio.fail_after(15):
+                while len(file.read_text().split()) < attempt:  # noqa: ASYNC110  # the other process says so
+                    await anyio.sleep(0.01)
+            clock.advance(5)
+            if attempt == 1:
+                await clock.until_waiting()
+                clock.advance(0)
+    assert [event.attempt for event in env.seen.of(TimedOut)] == [2]
+    assert env.seen.of(Abandoned) == []
+    for pid in file.read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
+async def test_what_cannot_be_pickled_is_refused_when_it_is_added() -> None:
+    """By the argument's name, never its value; the handler may answer."""
+    recorder = Recorder()
+    app = FastAPI()
+
+    @app.get("/")
+    async def endpoint(tasks: Injected) -> Any:
+        try:
+            tasks.add_task(options(in_a_process, executor="process"), "path", times=threading.Lock())
+        except NotSerializable as error:
+            return JSONResponse(str(error), 500)
+        return "accepted"
+
+    chosen = Settings(metrics_path=None, registry=CollectorRegistry())
+    app.add_middleware(AftertaskMiddleware, settings=chosen, signals=[recorder])
+    r = await drive(app)
+    assert b"argument 'times' (lock) cannot be pickled" in r.body
+    assert [event.reason for event in recorder.of(Rejected)] == ["not_serializable"]
+
+
+async def test_a_local_function_is_refused_at_hand_over(env: Env) -> None:
+    """Told, logged, and not run."""
+
+    def local() -> None: ...
+
+    r = await drive(env.app(answering(BackgroundTask(options(local, executor="process")))))
+    assert r.exc is None
+    assert [event.reason for event in env.seen.of(Rejected)] == ["not_serializable"]
