@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+import weakref
+from collections.abc import Awaitable, Callable, Collection, Iterator, MutableMapping
 from contextvars import copy_context
 from types import FrameType
 from typing import Any, TypeVar, cast
@@ -31,6 +32,9 @@ Send = Callable[[Message], Awaitable[None]]
 
 _STARTS = frozenset({"http.response.start", "websocket.http.response.start"})
 _BODIES = frozenset({"http.response.body", "websocket.http.response.body", "http.response.pathsend"})
+
+#: Why a run is dropped where its handler, or what came before it, raised.
+_HANDLER_RAISED = frozenset({"http_exception", "validation", "handler_error"})
 
 #: What an error of our own is logged and counted under.
 _PART = "aftertask.interception"
@@ -78,6 +82,7 @@ class Exchange(Request):
 
     _waiting: dict[int, list[TaskRun]] = _NOTHING
     _refused: Collection[int] = ()
+    _owed: weakref.ref[_Owed] | None = None
     _serving = False
     _early: TaskRun | None = None
 
@@ -246,6 +251,8 @@ class Exchange(Request):
             _current.set(outer)  # not reset(token): a coroutine may be closed from another context
             for batch_ended in self._engine.batch_ended:
                 self._guarded("end of the batch", batch_ended, self, batch.id)
+        if self._owed is not None:  # it was the background of the error response
+            await self.compensate()
 
     # --- the batch
 
@@ -395,7 +402,9 @@ class Exchange(Request):
         if self._waiting or error is not None:
             self._guarded("end of the request", self._settle, error)
         # The scope holds us: what may hold the scope must go.
-        self._served = self._container = self._reserved = self.scope = self.context = None
+        self._served = self._container = self._reserved = self.scope = None
+        if self._owed is None:
+            self.context = None
 
     def _settle(self, error: BaseException | None) -> None:
         if error is not None and self.stopped_by is None:
@@ -406,9 +415,44 @@ class Exchange(Request):
                     self._reserve(background)
         reason = self._reason(error) if error is not None else self._verdict or "other"
         stopped_by, waiting, self._waiting = self.stopped_by, self._waiting, _NOTHING
+        owed: list[TaskRun] = []
         for run in (run for runs in waiting.values() for run in runs):
             same = stopped_by is not None and stopped_by.batch == run.batch
-            self._engine.never_ran(run, reason, stopped_by if same else None)
+            if run.plan.run_on_error and not same and reason in _HANDLER_RAISED:
+                owed.append(run)
+            else:
+                self._engine.never_ran(run, reason, stopped_by if same else None)
+        if owed and self.scope is not None:
+            # The scope keeps them, not we: who holds a run holds us, and they must be told when the request is gone.
+            kept = self.scope[f"{_intercept.KEY}.owed"] = _Owed(self._engine, owed, reason)
+            self._owed = weakref.ref(kept)
+
+    # --- what is to run although its handler raised
+
+    @property
+    def owed(self) -> _Owed | None:
+        """The runs that wait for the error response; None where none does."""
+        return None if self._owed is None else self._owed()
+
+    @property
+    def waits_for_the_answer(self) -> bool:
+        """Whether the error response is still to come, from around us: `ServerErrorMiddleware` answers with 500."""
+        return self.owed is not None and not self._started
+
+    async def compensate(self) -> None:
+        """Run what is owed, now that the error response is out; nothing comes out of it but what is no Exception."""
+        owed, self._owed = self.owed, None
+        now = _clock.monotonic()
+        for run in () if owed is None else owed:
+            run.origin, run.batch, run.queued_s = "run_on_error", 0, now
+            try:
+                if run.plan.governed:
+                    await self._engine.governor.run(run, None, _forget)
+                else:
+                    await self._engine.run(run)
+            except Exception:
+                pass  # it has been told, and the server has an error to hear of already
+        self.context = None
 
     def _reason(self, error: BaseException) -> str:
         if not isinstance(error, Exception):
@@ -421,6 +465,24 @@ class Exchange(Request):
             isinstance(error, OSError) and self._started
         )
         return "client_gone" if gone else "handler_error"
+
+
+class _Owed:
+    """Runs that wait for the error response; told dropped if that never comes."""
+
+    def __init__(self, engine: Engine, runs: list[TaskRun], reason: str) -> None:
+        self._engine, self._reason = engine, reason
+        self._runs = sorted(runs, key=lambda run: run.priority, reverse=True)
+        _intercept.owing += 1
+
+    def __iter__(self) -> Iterator[TaskRun]:
+        while self._runs:
+            yield self._runs.pop()
+
+    def __del__(self) -> None:
+        _intercept.owing -= 1
+        for run in self:
+            self._engine.never_ran(run, self._reason, None)
 
 
 def _size(background: Any) -> int:

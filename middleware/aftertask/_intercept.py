@@ -66,12 +66,24 @@ class Exchange(Protocol):
         """A response is served while injected tasks wait."""
         ...
 
+    @property
+    def owed(self) -> object:
+        """What is to run after the error response; None where nothing is."""
+        ...
+
+    def compensate(self) -> Awaitable[None]:
+        """Run it."""
+        ...
+
 
 #: The containers that FastAPI injected into the requests now in flight, by identity.
 injected: dict[int, Exchange] = {}
 
 #: How many backgrounds were ever put on a response: while it stands still, no response can carry one.
 attached = 0
+
+#: How many requests wait for their error response, to run something after it.
+owing = 0
 
 #: Whether a response was ever served that had its background from before the request: then every start is looked at.
 shared = False
@@ -264,9 +276,7 @@ class _Background:
             name = f"type object {owner.__name__!r}" if response is None else f"{owner.__name__!r} object"
             raise AttributeError(f"{name} has no attribute 'background'") from None
         if value is None:
-            if injected:
-                _answered(sys._getframe(1), response)
-            return None
+            return _answered(sys._getframe(1), response) if injected or owing else None
         scope = scope_of(sys._getframe(1), response)
         exchange = None if scope is None else scope.get(KEY)
         return value if exchange is None else Runner(value, functools.partial(exchange.serve, served=scope))
@@ -284,11 +294,14 @@ class _Background:
             raise AttributeError("background") from None
 
 
-def _answered(frame: FrameType, response: Any) -> None:
+def _answered(frame: FrameType, response: Any) -> Any:
+    """A response without a background is served: what runs after it all the same, or None."""
     scope = scope_of(frame, response)
-    exchange = None if scope is None else scope.get(KEY)
-    if exchange is not None:
-        exchange.answered()
+    exchange: Exchange | None = None if scope is None else scope.get(KEY)
+    if exchange is None:
+        return None
+    exchange.answered()
+    return None if exchange.owed is None else Runner(None, lambda nothing: exchange.compensate())
 
 
 def _asgi_scope(frame: FrameType | None) -> Scope | None:

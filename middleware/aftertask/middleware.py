@@ -76,10 +76,14 @@ class AftertaskMiddleware:
             await self.app(scope, receive, exchange.sender(send))
         except BaseException as error:
             exchange.close(error)
+            if exchange.owed is not None and not (exchange.waits_for_the_answer and "app" in scope):
+                await exchange.compensate()
             raise
         else:
             if exchange.touched:
                 exchange.close(None)
+                if exchange.owed is not None:
+                    await exchange.compensate()
             else:
                 exchange.scope = exchange.context = None
         finally:

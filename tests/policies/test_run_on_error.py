@@ -1,0 +1,208 @@
+"""A compensating task of a handler that then raises: run after the error response, where FastAPI drops it."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import anyio
+import pytest
+from fastapi import BackgroundTasks as Injected
+from fastapi import Depends, FastAPI, HTTPException, Query
+from fastapi.responses import JSONResponse
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from starlette.background import BackgroundTask
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+
+from aftertask import Failed, Policy, Retry, Started, Succeeded, task
+from aftertask.signals import Tracing
+from aftertask.testing import VirtualClock
+from intercept import driver
+from intercept.driver import LOG, Env, boom, drive, sf
+from intercept.test_life import app_with, outcomes
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def refund(env: Env) -> Any:
+    """A task that runs on errors; what had been sent by then is in the log."""
+
+    @task(run_on_error=True)
+    async def refund(order: int = 1) -> None:
+        LOG.append(f"refund {order}")
+
+    return refund
+
+
+def raising(error: Exception, *functions: Any) -> Any:
+    """A handler that adds tasks, then raises."""
+
+    async def endpoint(tasks: Injected) -> None:
+        for function in functions:
+            tasks.add_task(function)
+        raise error
+
+    return endpoint
+
+
+async def served(app: Any) -> list[str]:
+    """The messages of a request among what its tasks did, in order."""
+    order: list[str] = []
+    LOG.clear()
+
+    class Told(list[Any]):
+        """Where the driver puts each message."""
+
+        def append(self, message: Any) -> None:
+            order.extend(LOG)
+            LOG.clear()
+            order.append(message["type"].rpartition(".")[2])
+            super().append(message)
+
+    result = driver.Result()
+    result.messages = Told()
+    real = driver.Result
+    driver.Result = lambda: result  # type: ignore[misc,assignment]  # for this one request
+    try:
+        await drive(app)
+    finally:
+        driver.Result = real  # type: ignore[misc]  # back again
+    return [*order, *LOG]
+
+
+@pytest.mark.parametrize("error", [HTTPException(409), ValueError("x")], ids=["http_exception", "handler_error"])
+async def test_it_runs_after_the_error_response(env: Env, refund: Any, error: Exception) -> None:
+    """Whole and out, whoever answers; what was added beside it is dropped as ever."""
+    app = app_with(env, raising(error, sf, refund))
+    assert await served(app) == ["start", "body", "refund 1"]
+    reason = "http_exception" if isinstance(error, HTTPException) else "handler_error"
+    assert sorted(outcomes(env)) == [("refund", "succeeded"), ("sf", f"dropped {reason}")]
+    (run,) = [event.run for event in env.seen.of(Succeeded)]
+    assert run.origin == "run_on_error"
+    assert run.http_route == "/"
+    assert env.seen.of(Started)[0].queue_wait_s is not None
+
+
+async def test_a_validation_error_counts_as_one(env: Env, refund: Any) -> None:
+    """A dependency added it, then a parameter was wrong."""
+
+    async def dependency(tasks: Injected) -> None:
+        tasks.add_task(refund)
+
+    async def endpoint(number: int = Query(), given: None = Depends(dependency)) -> None: ...
+
+    r = await drive(app_with(env, endpoint))
+    assert r.status == 422
+    assert LOG == ["refund 1"]
+
+
+async def test_the_apps_own_error_page_comes_first(env: Env, refund: Any) -> None:
+    """With a background of its own, which runs before."""
+
+    async def page(request: Any, error: Exception) -> JSONResponse:
+        return JSONResponse("sorry", 500, background=BackgroundTask(sf))
+
+    app = app_with(env, raising(ValueError("x"), refund), exception_handlers={Exception: page})
+    assert await served(app) == ["start", "body", "sf", "refund 1"]
+
+
+async def test_under_other_middlewares(env: Env, refund: Any) -> None:
+    """Between us and the endpoint, and around us."""
+
+    async def through(request: Any, call_next: Any) -> Any:
+        return await call_next(request)
+
+    for place in ("inside", "outside"):
+        app = app_with(env, raising(ValueError("x"), refund))
+        if place == "outside":
+            app.add_middleware(BaseHTTPMiddleware, dispatch=through)
+        else:
+            app.user_middleware.append(Middleware(BaseHTTPMiddleware, dispatch=through))
+        assert await served(app) == ["start", "body", "refund 1"], place
+
+
+async def test_wrapped_around_an_app(env: Env, refund: Any) -> None:
+    """There the app inside has answered; a bare ASGI app has not, and will not."""
+    app = FastAPI()
+    app.get("/")(raising(ValueError("x"), refund))
+    assert await served(env.mw(app)) == ["start", "body", "refund 1"]
+
+
+async def test_nothing_comes_out_of_it(env: Env, clock: VirtualClock) -> None:
+    """The server hears the handler's error alone; its policy holds: it is tried again."""
+    env.settings["policies"] = {boom.__module__ + ".boom": Policy(run_on_error=True, retry=Retry(attempts=2))}
+    error = ValueError("the handler's")
+    results: list[Any] = []
+
+    async def request() -> None:
+        results.append(await drive(app_with(env, raising(error, boom, boom))))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(request)
+        for _ in range(2):
+            await clock.until_waiting()
+            clock.advance(60)
+    assert results[0].exc is error
+    assert LOG == ["boom"] * 4
+    assert len(env.seen.of(Failed)) == 2
+
+
+async def test_without_an_error_it_is_a_task_like_any_other(env: Env, refund: Any) -> None:
+    """Run once."""
+
+    async def endpoint(tasks: Injected) -> str:
+        tasks.add_task(refund)
+        return "ok"
+
+    await drive(app_with(env, endpoint))
+    assert LOG == ["refund 1"]
+    assert env.seen.runs()[0].origin == "request"
+
+
+async def test_where_no_error_response_comes_it_is_dropped(env: Env, refund: Any) -> None:
+    """A middleware around us swallowed the exception: told when the request has gone."""
+
+    class Swallow:
+        """Answers by itself."""
+
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            """Serve a request."""
+            try:
+                await self.app(scope, receive, send)
+            except ValueError:
+                await send({"type": "http.response.start", "status": 500, "headers": []})
+                await send({"type": "http.response.body", "body": b""})
+
+    async def endpoint(tasks: Injected) -> None:
+        tasks.add_task(refund)
+        raise ValueError  # made anew: one that is kept would keep the request, by its traceback
+
+    app = app_with(env, endpoint)
+    app.add_middleware(Swallow)
+    r = await drive(app)
+    assert r.status == 500
+    del r
+    gc.collect()
+    assert outcomes(env) == [("refund", "dropped handler_error")]
+
+
+async def test_its_span_belongs_to_the_request(env: Env, refund: Any) -> None:
+    """A child of the request's span, saying what brought it about."""
+    provider, exporter = TracerProvider(), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    env.signals = [Tracing(provider), env.seen]
+    for error in (HTTPException(409), ValueError("x")):
+        with provider.get_tracer("test").start_as_current_span("request") as request:
+            await drive(app_with(env, raising(error, refund)))
+        span = next(span for span in exporter.get_finished_spans() if span.name != "request")
+        assert span.parent is not None
+        assert span.parent.span_id == request.get_span_context().span_id
+        assert (span.attributes or {})["aftertask.origin"] == "run_on_error"
+        exporter.clear()
