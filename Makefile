@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
 
-.PHONY: test check long demo bench upstream versions format clean
+.PHONY: test check long demo bench upstream versions dashboards format clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,9 @@ upstream: $(STAMP) ## Starlette's and FastAPI's own suites, bare and with the mi
 
 versions: $(STAMP) ## our suite on older FastAPI, Starlette and newer Python
 	$(BIN)/python tests/versions.py
+
+dashboards: $(STAMP) ## write the dashboards and alert rules anew
+	$(BIN)/python dashboards/generate
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

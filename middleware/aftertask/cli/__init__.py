@@ -8,8 +8,9 @@ from importlib.util import find_spec
 
 def main() -> None:
     """Run the command; without its extra, say how to install it and end with code 1."""
-    if find_spec("typer") is None:
-        sys.exit("the aftertask command needs Typer; install it with: pip install 'aftertask[cli]'")
+    for package, module in (("Typer", "typer"), ("PyYAML", "yaml")):
+        if find_spec(module) is None:
+            sys.exit(f"the aftertask command needs {package}; install it with: pip install 'aftertask[cli]'")
     from .app import app
 
     app()

@@ -6,6 +6,8 @@ from importlib.metadata import version as installed
 
 import typer
 
+from . import dashboards, rules
+
 app = typer.Typer(
     name="aftertask",
     help="What goes with aftertask beside the app: run it on a laptop, in CI, on a server.",
@@ -13,6 +15,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(dashboards.app, name="dashboards")
+app.add_typer(rules.app, name="rules")
 
 
 def _version(asked: bool) -> None:

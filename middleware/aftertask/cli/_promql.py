@@ -1,0 +1,64 @@
+"""PromQL over aftertask's own metrics: which names a query asks for, whether they are told, and who is asked."""
+
+from __future__ import annotations
+
+import re
+
+from ..signals import families
+
+#: What parts that are still to come will tell (docs/telemetry.md). A rule or panel on one of these is left out until
+#: its family stands in `families`; any other unknown name is an error.
+PLANNED = frozenset(
+    families.PREFIX + name
+    for name in (
+        *("abandoned_threads", "task_timeout_seconds"),
+        *("concurrency_limit", "concurrency_in_use", "concurrency_waiting"),
+        *("threadpool_limit", "threadpool_busy", "threadpool_waiting"),
+        *("alerts_total", "alert_queue_length", "events_dropped_total"),
+        *(f"alert_delivery_seconds{end}" for end in ("_bucket", "_sum", "_count")),
+        *(f"event_loop_lag_seconds{end}" for end in ("_bucket", "_sum", "_count")),
+        "event_loop_blocked_seconds_total",
+    )
+)
+
+# Not the middle of a recorded name such as job:aftertask_tasks_bad:ratio_rate5m.
+_NAME = re.compile(rf"(?<![\w:]){families.PREFIX}\w+(?![\w:])")
+_SELECTOR = re.compile(rf"(?<![\w:])({families.PREFIX}\w+)(?![\w:])(?:\{{([^}}]*)\}})?")
+
+
+def samples(family: families.Family) -> tuple[str, ...]:
+    """The names under which Prometheus keeps a family."""
+    if family.kind == "counter":
+        return (f"{family.full_name}_total",)
+    if family.kind == "histogram":
+        return tuple(family.full_name + end for end in ("_bucket", "_sum", "_count"))
+    return (family.full_name,)
+
+
+#: Every sample name that is told today, and whose it is.
+TOLD = {name: family for family in families.FAMILIES for name in samples(family)}
+
+
+def names(query: str) -> set[str]:
+    """The sample names of ours that a query asks for."""
+    return set(_NAME.findall(query))
+
+
+def is_told(query: str) -> bool:
+    """
+    Whether aftertask tells all that a query asks for.
+
+    Raises:
+        ValueError: A name is neither told nor planned.
+    """
+    unknown = names(query) - set(TOLD)
+    if wrong := sorted(unknown - PLANNED):
+        raise ValueError(f"no metric is called {', '.join(wrong)}; see aftertask.signals.families: {query}")
+    return not unknown
+
+
+def select(query: str, selector: str) -> str:
+    """The same query with label matchers, such as `job="api"`, added to each metric of ours."""
+    if not selector:
+        return query
+    return _SELECTOR.sub(lambda found: f"{found[1]}{{{', '.join(filter(None, (selector, found[2])))}}}", query)

@@ -1,0 +1,470 @@
+"""The alert and recording rules: what they say, their limits in one place, and how they become Prometheus's YAML."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from string import Template
+from typing import Any, Literal
+
+import yaml
+
+from ..signals import families
+from ._promql import is_told, select
+
+_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+_DURATION = re.compile(r"(?<=\[)(\d+)([smhd])(?=[\]:])")
+
+
+#: Long window, short window, how many times faster than allowed the budget burns, `for`, severity.
+#: Source: Google, "The Site Reliability Workbook", 2018, chapter 5, table 5-8, with the 3d page split in two.
+BURNS: tuple[tuple[str, str, float, float, Literal["critical", "warning"]], ...] = (
+    ("1h", "5m", 14.4, 120, "critical"),
+    ("6h", "30m", 6, 900, "critical"),
+    ("1d", "2h", 3, 3600, "warning"),
+    ("3d", "6h", 1, 10800, "warning"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """
+    The service level, and from where on something is worth a word.
+
+    Args:
+        objective: Share of runs that must not end badly, over 30 days; between 0 and 1.
+        min_bad: Bad runs below which the error budget is not told of; one failure of two runs is no emergency.
+        failing_runs: Bad runs of one task in 30 minutes.
+        failing_share: And the share of its runs that they are.
+        stuck_timeouts: A run is stuck after so many times its task's timeout.
+        stuck_seconds: And after so many seconds, where its task has no timeout.
+        queued_seconds: How long a run may wait to start.
+        wait_seconds: A longer wait than this is a slow start; an edge of the histogram's buckets.
+        wait_share: Share of starts that may be slow.
+        threads_share: Share of a pool's threads that may be busy.
+        lag_seconds: 99 % of the event loop's turns have to be this punctual.
+        blocked_share: Share of its time for which a task may block the event loop.
+        retry_share: Share of attempts that may be followed by another.
+        retries: Retries in 15 minutes below which no storm is told of.
+    """
+
+    objective: float = 0.99
+    min_bad: float = 5
+    failing_runs: float = 3
+    failing_share: float = 0.25
+    stuck_timeouts: float = 2
+    stuck_seconds: float = 1800
+    queued_seconds: float = 300
+    wait_seconds: float = 10
+    wait_share: float = 0.05
+    threads_share: float = 0.9
+    lag_seconds: float = 0.25
+    blocked_share: float = 0.05
+    retry_share: float = 0.5
+    retries: float = 10
+
+    def __post_init__(self) -> None:
+        for name in [field.name for field in fields(self)]:
+            value = getattr(self, name)
+            share = name == "objective" or name.endswith("_share")
+            if not value > 0 or (share and not value < 1):
+                allowed = "between 0 and 1" if share else "above 0"
+                raise ValueError(f"{name} must be {allowed}, got {value:g}")
+        if BURNS[0][2] * (1 - self.objective) >= 1:
+            lowest = 1 - 1 / BURNS[0][2]
+            raise ValueError(
+                f"objective must be above {lowest:.4f}, got {self.objective:g}: below that even an app whose every run "
+                "is bad would not burn its budget fast enough for the first alert"
+            )
+        if self.wait_seconds not in families.WAIT_BUCKETS:
+            edges = ", ".join(f"{edge:g}" for edge in families.WAIT_BUCKETS)
+            raise ValueError(f"wait_seconds must be an edge of the histogram ({edges}), got {self.wait_seconds:g}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """
+    How the rules are written.
+
+    Args:
+        limits: The service level and the thresholds.
+        selector: Label matchers for each metric, such as `job="api"`; empty for everything that is scraped.
+        runbooks: Where the runbooks are read; the alert's name and `.md` are added.
+        dashboards: Where Grafana is.
+        scale: Multiplies every window, wait and age, for tests that have no three days.
+    """
+
+    limits: Limits = Limits()
+    selector: str = ""
+    runbooks: str = "runbooks"
+    dashboards: str = "http://localhost:3000"
+    scale: float = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alert:
+    """
+    One alert.
+
+    Attributes:
+        name: Without `Aftertask`.
+        expr: PromQL; `${name}` is one of the limits, `[10m]` is scaled with the options.
+        wait: The `for` of the rule, in seconds.
+        description: With the numbers; `${name}` as in the query, `${count}` and `${share}` for its value.
+        board: The dashboard that explains it, without `aftertask-`.
+        keeps: The labels that it hands on to that dashboard.
+        labels: More labels of its own.
+        default: Whether it is on without being asked for.
+    """
+
+    name: str
+    expr: str
+    wait: float
+    severity: Literal["critical", "warning", "info"]
+    summary: str
+    description: str
+    board: Literal["overview", "task", "capacity", "engine"]
+    keeps: tuple[str, ...]
+    labels: tuple[tuple[str, str], ...] = ()
+    default: bool = True
+
+
+WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
+
+_CLIENT = 'outcome="dropped",reason=~"http_exception|validation"'
+_BASE = 'outcome!~"cancelled|offloaded|expired"'
+
+
+def counted(by: str, function: str, window: str) -> str:
+    """PromQL: the runs that service levels count, without those that a client can cause to be dropped at will."""
+    return (
+        f"(sum by ({by}) ({function}(aftertask_tasks_finished_total{{{_BASE}}}[{window}]))\n"
+        f"  - sum by ({by}) ({function}(aftertask_tasks_not_run_total{{{_CLIENT}}}[{window}])))"
+    )
+
+
+def _bad(by: str, function: str, window: str) -> str:
+    return f"sum by ({by}) ({function}(aftertask_tasks_bad_total[{window}]))"
+
+
+def _burns() -> Iterator[Alert]:
+    for long, short, factor, wait, severity in BURNS:
+        yield Alert(
+            name="ErrorBudgetBurn",
+            expr=(
+                f"job:aftertask_tasks_bad:ratio_rate{long} > {factor:g} * ${{budget}}\n"
+                f"and on (job)\njob:aftertask_tasks_bad:ratio_rate{short} > {factor:g} * ${{budget}}\n"
+                f"and on (job)\n{_bad('job', 'increase', long)} > ${{min_bad}} - 0.5"
+            ),
+            wait=wait,
+            severity=severity,
+            summary="Background tasks use up their error budget",
+            description=(
+                "{{ $labels.job }}: ${share} of the runs of the last " + long + " ended badly; "
+                f"the service level allows ${{budget_percent}} %, and this is told from {factor:g} times that on."
+            ),
+            board="overview",
+            keeps=("job",),
+            labels=(("window", long),),
+        )
+
+
+_STUCK_WITH_TIMEOUT = """\
+max by (job, instance, task) (aftertask_oldest_running_age_seconds)
+  > on (job, instance, task)
+${stuck_timeouts} * max by (job, instance, task) (aftertask_task_timeout_seconds > 0)"""
+_STUCK_WITHOUT = "max by (job, instance, task) (aftertask_oldest_running_age_seconds) > ${stuck_seconds}"
+_TIMEOUT_KNOWN = "max by (job, instance, task) (aftertask_task_timeout_seconds > 0)"
+# The runner has given such a thread up, so that the run no longer counts as running; the thread goes on.
+_ABANDONED = "max by (job, instance, task) (aftertask_abandoned_threads) > 0"
+
+
+def _stuck() -> str:
+    """A run that outlives its limit, or a thread that outlives its run; only what is told today."""
+    parts = [_STUCK_WITHOUT]
+    if is_told(_TIMEOUT_KNOWN):
+        parts = [_STUCK_WITH_TIMEOUT, f"{_STUCK_WITHOUT}\n  unless on (job, instance, task)\n{_TIMEOUT_KNOWN}"]
+    if is_told(_ABANDONED):
+        parts.append(_ABANDONED)
+    return "\nor\n".join(f"({part})" for part in parts) if len(parts) > 1 else parts[0]
+
+
+def alerts() -> tuple[Alert, ...]:
+    """Every alert whose metrics are told."""
+    return tuple(alert for alert in (*_burns(), *_default(), *_more()) if is_told(alert.expr))
+
+
+def _default() -> tuple[Alert, ...]:
+    failing = (
+        f"{_bad('job, task', 'increase', '30m')} > ${{failing_runs}} - 0.5\n"
+        "and on (job, task)\n"
+        f"{_bad('job, task', 'increase', '30m')}\n"
+        f"  / ({counted('job, task', 'increase', '30m')} > 0) > ${{failing_share}}"
+    )
+    return (
+        Alert(
+            name="TaskFailing",
+            expr=failing,
+            wait=0,
+            severity="warning",
+            summary="A background task keeps failing",
+            description="{{ $labels.task }} of {{ $labels.job }}: about ${count} bad runs in 30m, "
+            "more than ${failing_share_percent} % of its runs.",
+            board="task",
+            keeps=("job", "task"),
+        ),
+        Alert(
+            name="TasksLost",
+            expr='sum by (job, task) (increase(aftertask_tasks_finished_total{outcome="lost"}[15m])) > 0',
+            wait=0,
+            severity="critical",
+            summary="Background tasks were lost",
+            description="{{ $labels.task }} of {{ $labels.job }}: about ${count} runs were accepted "
+            "in the last 15m and will never finish.",
+            board="task",
+            keeps=("job", "task"),
+        ),
+        Alert(
+            name="TasksDropped",
+            expr='sum by (job, task, reason) (increase(aftertask_tasks_not_run_total{outcome="dropped",'
+            'reason!~"http_exception|validation"}[15m])) > 0',
+            wait=0,
+            severity="warning",
+            summary="Background tasks were dropped without having run",
+            description="{{ $labels.task }} of {{ $labels.job }}: about ${count} runs of the last "
+            "15m never ran: {{ $labels.reason }}.",
+            board="task",
+            keeps=("job", "task"),
+        ),
+        Alert(
+            name="TaskStuck",
+            expr=_stuck(),
+            wait=300,
+            severity="warning",
+            summary="A background task does not end",
+            description="{{ $labels.task }} on {{ $labels.instance }} does not end: {{ $value | humanize }} seconds "
+            "of its oldest run, or threads that outlived their runs.",
+            board="task",
+            keeps=("job", "instance", "task"),
+        ),
+        Alert(
+            name="QueueNotDraining",
+            expr='sum by (job, instance) (min_over_time(aftertask_tasks_inflight{state="queued"}[10m])) > 0\n'
+            "and on (job, instance)\n"
+            "sum by (job, instance) (increase(aftertask_queue_wait_seconds_count[10m])) == 0",
+            wait=300,
+            severity="critical",
+            summary="Background tasks wait and none starts",
+            description="{{ $labels.instance }}: {{ $value }} runs have been queued for 10m, and none has started.",
+            board="capacity",
+            keeps=("job", "instance"),
+        ),
+        Alert(
+            name="OldestQueuedTooOld",
+            expr="max by (job, instance, engine) (aftertask_oldest_queued_age_seconds) > ${queued_seconds}",
+            wait=300,
+            severity="critical",
+            summary="A background task has waited too long to start",
+            description="{{ $labels.instance }}: the oldest queued run has waited {{ $value | humanizeDuration }}.",
+            board="capacity",
+            keeps=("job", "instance"),
+        ),
+    )
+
+
+def _more() -> tuple[Alert, ...]:
+    slow = (
+        '1 - sum by (job) (rate(aftertask_queue_wait_seconds_bucket{le=~"${wait_edge}"}[10m]))\n'
+        "  / (sum by (job) (rate(aftertask_queue_wait_seconds_count[10m])) > 0)"
+    )
+    retries = (
+        "sum by (job, task) (rate(aftertask_retries_total[15m]))\n"
+        "  / (sum by (job, task) (rate(aftertask_attempt_duration_seconds_count[15m])) > 0) > ${retry_share}\n"
+        "and on (job, task)\n"
+        "sum by (job, task) (increase(aftertask_retries_total[15m])) > ${retries} - 0.5"
+    )
+    return (
+        Alert(
+            name="QueueWaitHigh",
+            expr=f"({slow}) > ${{wait_share}}\n"
+            "and on (job)\nsum by (job) (increase(aftertask_queue_wait_seconds_count[10m])) > 20",
+            wait=600,
+            severity="warning",
+            summary="Background tasks start late",
+            description="{{ $labels.job }}: ${share} of the runs of the last 10m waited more than "
+            "${wait_seconds} s to start.",
+            board="capacity",
+            keeps=("job",),
+            default=False,
+        ),
+        Alert(
+            name="ThreadPoolSaturated",
+            expr="avg_over_time(aftertask_threadpool_busy[5m]) / (aftertask_threadpool_limit > 0) > ${threads_share}\n"
+            "and\nmax_over_time(aftertask_threadpool_waiting[5m]) > 0",
+            wait=300,
+            severity="critical",
+            summary="The worker threads are used up",
+            description="{{ $labels.instance }}, pool {{ $labels.pool }}: ${share} busy over 5m, and callers wait.",
+            board="capacity",
+            keeps=("job", "instance"),
+            default=False,
+        ),
+        Alert(
+            name="EventLoopLag",
+            expr="histogram_quantile(0.99,\n"
+            "  sum by (job, instance, le) (rate(aftertask_event_loop_lag_seconds_bucket[5m]))) > ${lag_seconds}",
+            wait=300,
+            severity="warning",
+            summary="The event loop is late",
+            description="{{ $labels.instance }}: one turn of the event loop in a hundred was "
+            "{{ $value | humanizeDuration }} late or more, over 5m.",
+            board="capacity",
+            keeps=("job", "instance"),
+            default=False,
+        ),
+        Alert(
+            name="EventLoopBlockedByTask",
+            expr="sum by (job, instance, task) "
+            '(rate(aftertask_event_loop_blocked_seconds_total{task!="__none__"}[5m])) > ${blocked_share}',
+            wait=300,
+            severity="warning",
+            summary="A background task blocks the event loop",
+            description="{{ $labels.task }} on {{ $labels.instance }} blocked the event loop for "
+            "${share} of the last 5m; every request waited.",
+            board="capacity",
+            keeps=("job", "instance", "task"),
+            default=False,
+        ),
+        Alert(
+            name="RetryStorm",
+            expr=retries,
+            wait=600,
+            severity="warning",
+            summary="Most attempts of a background task are retries",
+            description="{{ $labels.task }} of {{ $labels.job }}: ${share} of the attempts of the "
+            "last 15m failed and will be made again.",
+            board="task",
+            keeps=("job", "task"),
+            default=False,
+        ),
+        Alert(
+            name="AlertDeliveryFailing",
+            expr='sum by (job, channel) (increase(aftertask_alerts_total{status="failed"}[15m])) > 0\n'
+            "unless on (job, channel)\n"
+            'sum by (job, channel) (increase(aftertask_alerts_total{status="sent"}[15m])) > 0',
+            wait=300,
+            severity="critical",
+            summary="aftertask cannot deliver its own alerts",
+            description="{{ $labels.job }}, channel {{ $labels.channel }}: about ${count} alerts of the "
+            "last 15m failed, and none was delivered.",
+            board="engine",
+            keeps=("job",),
+            default=False,
+        ),
+        Alert(
+            name="SelfDegraded",
+            expr="sum by (job, component) (increase(aftertask_self_errors_total[15m])) > 0",
+            wait=600,
+            severity="info",
+            summary="aftertask itself hit errors",
+            description="{{ $labels.job }}: about ${count} errors in {{ $labels.component }} in 15m; "
+            "signals may be missing.",
+            board="engine",
+            keeps=("job",),
+            default=False,
+        ),
+        Alert(
+            name="LabelOverflow",
+            expr="sum by (job, label) (increase(aftertask_label_overflow_total[1h])) > 0",
+            wait=0,
+            severity="info",
+            summary="Label values were folded into __other__",
+            description="{{ $labels.job }}: about ${count} values of {{ $labels.label }} in the last 1h "
+            "had no room of their own.",
+            board="engine",
+            keeps=("job",),
+            default=False,
+        ),
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as Prometheus writes them: in the largest unit that holds them evenly, down to milliseconds."""
+    for unit, size in _UNITS.items():
+        if seconds >= size and seconds % size == 0:
+            return f"{seconds / size:.0f}{unit}"
+    return f"{seconds * 1000:.0f}ms" if seconds else "0s"
+
+
+def _numbers(options: Options) -> dict[str, str]:
+    limits = options.limits
+    numbers = {field.name: f"{getattr(limits, field.name):g}" for field in fields(limits)}
+    for name in ("stuck_seconds", "queued_seconds"):
+        numbers[name] = f"{getattr(limits, name) * options.scale:g}"
+    whole, _, rest = f"{limits.wait_seconds:g}".partition(".")
+    return numbers | {
+        "count": '{{ $value | printf "%.0f" }}',
+        "share": "{{ $value | humanizePercentage }}",
+        "budget": f"{1 - limits.objective:g}",
+        "budget_percent": f"{(1 - limits.objective) * 100:g}",
+        "failing_share_percent": f"{limits.failing_share * 100:g}",
+        # The Python client writes le="10.0", Prometheus 3 and others 10.
+        "wait_edge": f"{whole}\\\\.{rest}" if rest else f"{whole}(\\\\.0)?",
+    }
+
+
+def _write(query: str, options: Options) -> str:
+    """A query with its limits, windows and selector filled in."""
+    scaled = _DURATION.sub(lambda found: duration(int(found[1]) * _UNITS[found[2]] * options.scale), query)
+    return select(Template(scaled).substitute(_numbers(options)), options.selector)
+
+
+def _alert(alert: Alert, options: Options) -> dict[str, Any]:
+    name = f"Aftertask{alert.name}"
+    shown = "&".join(f"var-{label}={{{{ $labels.{label} | urlquery }}}}" for label in alert.keeps)
+    return {
+        "alert": name,
+        "expr": _write(alert.expr, options),
+        "for": duration(alert.wait * options.scale),
+        "labels": {"severity": alert.severity, **dict(alert.labels)},
+        "annotations": {
+            "summary": alert.summary,
+            "description": Template(alert.description).safe_substitute(_numbers(options)),
+            "runbook_url": f"{options.runbooks.rstrip('/')}/{name}.md",
+            "dashboard_url": f"{options.dashboards.rstrip('/')}/d/aftertask-{alert.board}?{shown}",
+        },
+    }
+
+
+def groups(options: Options, *, default: bool) -> dict[str, Any]:
+    """One file of rules: those that are on by default with what they record, or those behind the switch."""
+    written = [_alert(alert, options) for alert in alerts() if alert.default == default]
+    if not default:
+        return {"groups": [{"name": "aftertask.more", "rules": written}]}
+    recorded = [
+        {
+            "record": f"job:aftertask_tasks_bad:ratio_rate{window}",
+            "expr": _write(f"{_bad('job', 'rate', window)}\n/\n({counted('job', 'rate', window)} > 0)", options),
+        }
+        for window in WINDOWS
+    ]
+    recording = {"name": "aftertask.recording", "interval": duration(30 * options.scale), "rules": recorded}
+    return {"groups": [recording, {"name": "aftertask.alerts", "rules": written}]}
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML as people write it: a text of several lines as a block."""
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def to_yaml(document: dict[str, Any]) -> str:
+    """A file of rules as text."""
+    head = "# Written by `aftertask rules export`, which sets selector, service level, limits and addresses.\n"
+    return head + yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=1000, allow_unicode=True)

@@ -1,0 +1,73 @@
+"""`aftertask rules`: the alert and recording rules for Prometheus."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import typer
+
+from ._output import refusal, write
+from ._rules import Limits, Options, groups, to_yaml
+from ._shipped import folder
+
+app = typer.Typer(help="Alert and recording rules for Prometheus.", no_args_is_help=True)
+
+#: The files, and whether their alerts are on by default.
+FILES = {"aftertask.rules.yml": True, "aftertask-more.rules.yml": False}
+
+_MATCHERS = re.compile(r'\w+(=|!=|=~|!~)"(?:[^"\\]|\\.)*"(?:\s*,\s*\w+(=|!=|=~|!~)"(?:[^"\\]|\\.)*")*')
+_LIMITS = tuple(field.name for field in fields(Limits) if field.name != "objective")
+
+
+@app.callback()
+def root() -> None:
+    """Alert and recording rules for Prometheus."""
+
+
+@app.command()
+def export(
+    folder_: Annotated[Path, typer.Argument(metavar="DIR", help="Where the files go; made if it is missing.")],
+    every: Annotated[bool, typer.Option("--all", help="Also the alerts that are not on by default.")] = False,
+    selector: Annotated[str, typer.Option(help='Label matchers for each metric, such as job="api".')] = "",
+    slo: Annotated[float, typer.Option(help="Share of runs that must not end badly, over 30 days.")] = 0.99,
+    limit: Annotated[
+        list[str] | None, typer.Option(help=f"NAME=VALUE, for one of: {', '.join(_LIMITS)}. May be repeated.")
+    ] = None,
+    runbook_url: Annotated[
+        str, typer.Option(help="Where your people read the runbooks, which are written beside the rules.")
+    ] = "runbooks",
+    dashboard_url: Annotated[str, typer.Option(help="Where Grafana is.")] = "http://localhost:3000",
+) -> None:
+    """Write the rule files, and the runbooks that their alerts name, into a folder."""
+    if selector and not _MATCHERS.fullmatch(selector):
+        raise refusal(f'--selector must be label matchers without braces, such as job="api", got {selector!r}')
+    for option, url in (("--runbook-url", runbook_url), ("--dashboard-url", dashboard_url)):
+        if url != "runbooks" and urlsplit(url).scheme not in ("http", "https"):
+            raise refusal(f"{option} must begin with http:// or https://, got {url!r}")
+    options = Options(
+        limits=_limits(slo, limit or []), selector=selector, runbooks=runbook_url, dashboards=dashboard_url
+    )
+    wanted = {name: default for name, default in FILES.items() if default or every}
+    write(folder_, {name: to_yaml(groups(options, default=default)) for name, default in wanted.items()})
+    pages = sorted(folder("runbooks").glob("*.md"))
+    write(folder_ / "runbooks", {page.name: page.read_text("utf-8") for page in pages})
+
+
+def _limits(slo: float, given: list[str]) -> Limits:
+    values = {"objective": slo}
+    for each in given:
+        name, _, value = each.partition("=")
+        if name not in _LIMITS:
+            raise refusal(f"--limit knows no {name!r}; it knows {', '.join(_LIMITS)}")
+        try:
+            values[name] = float(value)
+        except ValueError:
+            raise refusal(f"--limit {name} must be a number, got {value!r}") from None
+    try:
+        return Limits(**values)
+    except ValueError as error:
+        raise refusal(str(error).replace("objective", "--slo", 1)) from None
