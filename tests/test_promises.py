@@ -26,7 +26,7 @@ LAYERS = [
     {"signals"},
     {"_exchange"},
     {"_runner"},
-    {"_governed", "_batch"},
+    {"_governed", "_batch", "_shutdown"},
     {"settings"},
     {"executors", "_gates"},
     {"alerts"},

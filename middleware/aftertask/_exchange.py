@@ -83,6 +83,8 @@ class Exchange(Request):
     _waiting: dict[int, list[TaskRun]] = _NOTHING
     _refused: Collection[int] = ()
     _owed: weakref.ref[_Owed] | None = None
+    _away = 0
+    _closing = False
     _serving = False
     _early: TaskRun | None = None
 
@@ -219,8 +221,29 @@ class Exchange(Request):
         run = self._guarded("child", self._engine.schedule, self, BackgroundTask(func), parent)
         return call() if run is None else self._engine.run_sync(run, call)
 
-    async def serve(self, value: Any, served: Scope) -> None:
+    def serve(self, value: Any, served: Scope) -> Awaitable[None]:
         """Run a response's background: a framework container's elements one after another, anything else as one run."""
+        supervisor = self._engine.supervisor
+        if supervisor is not None and supervisor.is_here:
+            return supervisor.run(functools.partial(self._elsewhere, value, served))
+        return self._serve(value, served)
+
+    async def _elsewhere(self, value: Any, served: Scope) -> None:
+        """The same in a task that is not the request's, and that may outlive it."""
+        self._away += 1
+        error: BaseException | None = None
+        try:
+            await self._serve(value, served)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self._away -= 1
+            if self._closing and not self._away:
+                self.close(error)
+            del error  # or there would be a cycle: this frame, the exception, its traceback
+
+    async def _serve(self, value: Any, served: Scope) -> None:
         # No local here may be called `scope`: the hooks would take this frame for an ASGI app's.
         _intercept.install()
         if self._engine.unseen:
@@ -396,7 +419,10 @@ class Exchange(Request):
     # --- the end
 
     def close(self, error: BaseException | None) -> None:
-        """Our `__call__` ends: what still waits will never run."""
+        """Our `__call__` ends: what still waits will never run, unless its batch goes on elsewhere."""
+        if self._away:
+            self._closing = True
+            return
         if self._container is not None:
             _intercept.injected.pop(id(self._container), None)
         if self._waiting or error is not None:

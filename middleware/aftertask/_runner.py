@@ -17,6 +17,7 @@ from ._failure import error_type, redacted
 from ._gates import Gate
 from ._governed import Governor
 from ._log import emit
+from ._shutdown import Supervisor, reporter
 from .errors import AftertaskError, NotSerializable, QueueFull
 from .events import (
     Abandoned,
@@ -95,6 +96,7 @@ class Engine:
         self.dispatch = Dispatch(signals, self.broken)
         self.gives_context = settings.context == "endpoint"
         self.stopping = False
+        self.supervisor: Supervisor | None = None
         self.spanned = next((s.feeds for s in self.dispatch.signals if hasattr(s, "feeds")), None)
         self.serving: list[Callable[[], None]] = self._offered("serving")
         self.batch_ended: list[Callable[[Request, int], None]] = self._offered("batch_ended")
@@ -158,6 +160,7 @@ class Engine:
         """The app starts; on its event loop."""
         self.stopping = False
         self.see_threads()
+        reporter().open(self)
         self._each_signal("open")
 
     def see_threads(self) -> None:
@@ -170,6 +173,7 @@ class Engine:
     def close(self) -> None:
         """The app has stopped serving."""
         self.stopping = True
+        reporter().close(self)
         self._each_signal("close")
 
     def _offered(self, name: str) -> list[Any]:

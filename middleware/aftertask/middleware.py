@@ -6,12 +6,14 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 
+import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import _intercept, _scrape
 from ._exchange import Exchange
 from ._route import route_path
 from ._runner import Engine
+from ._shutdown import Supervisor
 from .events import Signal
 from .settings import Settings, disabled
 from .signals import usual
@@ -59,7 +61,7 @@ class AftertaskMiddleware:
         kind, engine = scope["type"], self._engine
         if engine is None or kind not in ("http", "websocket"):
             if engine is not None and kind == "lifespan":
-                receive = self._lifespan(engine, receive)
+                return await self._live(engine, scope, receive, send)
             return await self.app(scope, receive, send)
         path = self._metrics_path
         if path is not None and scope["path"].endswith(path) and self._is_scrape(scope, path):
@@ -98,6 +100,25 @@ class AftertaskMiddleware:
             and not _scrape.is_taken(scope, path)
         )
 
+    async def _live(self, engine: Engine, scope: Scope, receive: Receive, send: Send) -> None:
+        """The app's lifespan, which owns its runs where they are to outlive the server's cancellation."""
+        receive = self._lifespan(engine, receive)
+        timeout = self._settings.drain_timeout
+        if timeout is None:
+            await self.app(scope, receive, send)
+            return
+        raised: Exception | None = None
+        async with anyio.create_task_group() as group:
+            engine.supervisor = Supervisor(group, timeout)
+            try:
+                await self.app(scope, receive, send)
+            except Exception as error:
+                raised = error  # out of the group it would come as an ExceptionGroup
+            finally:
+                engine.supervisor = None
+        if raised is not None:
+            raise raised
+
     @staticmethod
     def _lifespan(engine: Engine, receive: Receive) -> Receive:
         async def watched() -> Message:
@@ -105,6 +126,8 @@ class AftertaskMiddleware:
             if message["type"] == "lifespan.startup":
                 engine.open()
             elif message["type"] == "lifespan.shutdown":
+                if engine.supervisor is not None:
+                    await engine.supervisor.drain(engine)
                 engine.close()
             return message
 
