@@ -26,7 +26,7 @@ LAYERS = [
     {"signals"},
     {"_exchange"},
     {"_runner"},
-    {"_governed", "_batch", "_shutdown"},
+    {"_governed", "_batch", "_shutdown", "_watch"},
     {"settings"},
     {"executors", "_gates"},
     {"alerts"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import weakref
 from collections.abc import Awaitable, Callable, Iterable
 from types import AsyncGeneratorType, CoroutineType, FunctionType, GeneratorType
@@ -18,6 +19,8 @@ from ._gates import Gate
 from ._governed import Governor
 from ._log import emit
 from ._shutdown import Supervisor, reporter
+from ._timer import on_trio
+from ._watch import Watch
 from .errors import AftertaskError, NotSerializable, QueueFull
 from .events import (
     Abandoned,
@@ -100,6 +103,8 @@ class Engine:
         self.spanned = next((s.feeds for s in self.dispatch.signals if hasattr(s, "feeds")), None)
         self.serving: list[Callable[[], None]] = self._offered("serving")
         self.batch_ended: list[Callable[[Request, int], None]] = self._offered("batch_ended")
+        self.watch = Watch(self.dispatch, self._is_mine, settings.redact, self.broken, self._forget_plans)
+        self.serving.append(self._see_loop)
         self.admissions: list[Admission] = self._offered("admit")
         self.gates: dict[str, Gate] = {}
         self.governor = Governor(self, settings.thread_limit)
@@ -161,6 +166,7 @@ class Engine:
         self.stopping = False
         self.see_threads()
         reporter().open(self)
+        self.watch.open()
         self._each_signal("open")
 
     def see_threads(self) -> None:
@@ -174,7 +180,21 @@ class Engine:
         """The app has stopped serving."""
         self.stopping = True
         reporter().close(self)
+        self.watch.close()
         self._each_signal("close")
+
+    def _see_loop(self) -> None:
+        """Once: asyncio's tasks can be asked where they are if their loop is known."""
+        self.serving = [each for each in self.serving if each != self._see_loop]
+        if not on_trio():
+            self.watch.loop = asyncio.get_running_loop()
+
+    def _is_mine(self, run: TaskRun) -> bool:
+        return getattr(run.request, "_engine", None) is self
+
+    def _forget_plans(self) -> None:
+        self._plans.clear()
+        self._functions.clear()
 
     def _offered(self, name: str) -> list[Any]:
         found = (getattr(signal, name, None) for signal in self.dispatch.signals)
@@ -241,7 +261,7 @@ class Engine:
             for know in self._know_timeout:
                 know(policy.name or task, policy.timeout)
         governed = own_thread or executor == "process" or any(getattr(policy, field) is not None for field in _GOVERNS)
-        return Plan(
+        plan = Plan(
             task=policy.name or task,
             registered=entry is not None or self.policies.names(task),
             code=code,
@@ -270,6 +290,9 @@ class Engine:
             governed=governed,
             plain=not (governed or policy.priority) and on_failure == "stop",
         )
+        if plan.observe:
+            self.watch.know(plan)
+        return plan
 
     def _gate(self, limit: int | Limit, task: str) -> Gate:
         """The gate of a limit: a number's belongs to this app's task, a `Limit`'s to all that share it."""

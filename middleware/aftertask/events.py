@@ -540,15 +540,23 @@ class Offloaded(_Ended):
 
 @dataclass(slots=True)
 class Slow(_Told):
-    """The run has been running for longer than its policy's `slow_after`."""
+    """
+    The attempt has been running for longer than its policy's `slow_after`. Told from a thread that watches, once.
+
+    Attributes:
+        running_s: How long, in seconds, when that was noticed.
+        limit_s: The limit.
+        stack: Where it was then, redacted; None where that cannot be read (an async task on trio).
+    """
 
     running_s: float
     limit_s: float
+    stack: str | None
 
 
 @dataclass(slots=True)
 class Stuck(_Told):
-    """The run has been running for longer than its policy's `stuck_after`."""
+    """The attempt has been running for longer than its policy's `stuck_after`; the rest as for `Slow`."""
 
     running_s: float
     limit_s: float
