@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ClassVar, cast
 
 import pytest
 from fastapi import BackgroundTasks as Injected
 from fastapi import FastAPI
 from opentelemetry import trace
-from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import (
+    ConcurrentMultiSpanProcessor,
+    ReadableSpan,
+    SpanLimits,
+    SpanProcessor,
+    SynchronousMultiSpanProcessor,
+    TracerProvider,
+)
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased, Sampler, SamplingResult
-from opentelemetry.trace import SpanKind, StatusCode
+from opentelemetry.sdk.trace.sampling import (
+    ALWAYS_OFF,
+    ALWAYS_ON,
+    Decision,
+    ParentBased,
+    Sampler,
+    SamplingResult,
+    TraceIdRatioBased,
+)
+from opentelemetry.sdk.util import BoundedList
+from opentelemetry.trace import SpanContext, SpanKind, StatusCode, TraceFlags
 from prometheus_client import CollectorRegistry
 from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
@@ -298,16 +320,20 @@ def test_a_sampler_that_drops_leaves_no_span_and_the_ids_stay() -> None:
 
 
 class Asked(Sampler):
-    """A sampler of the user's own: counts, and adds an attribute."""
+    """A sampler of the user's own: counts, and answers as it was told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, attributes: Any = None, decision: Decision = Decision.RECORD_AND_SAMPLE) -> None:
         self.names: list[str] = []
+        self.attributes = attributes or (lambda given: {**given, "sampled.by": "me"})
+        self.decision = decision
 
     def should_sample(self, parent_context: Any, trace_id: int, name: str, *args: Any, **kwargs: Any) -> SamplingResult:
         self.names.append(name)
         given = args[1] if len(args) > 1 else kwargs.get("attributes")
         result = ALWAYS_ON.should_sample(parent_context, trace_id, name, attributes=given)
-        return SamplingResult(result.decision, {**(given or {}), "sampled.by": "me"}, result.trace_state)
+        if name == "request":
+            return result
+        return SamplingResult(self.decision, self.attributes(given or {}), result.trace_state)
 
     def get_description(self) -> str:
         return "asked"
@@ -322,38 +348,305 @@ def test_a_sampler_of_the_users_own_is_asked_once_a_span() -> None:
     assert (traced.spans()[0].attributes or {})["sampled.by"] == "me"
 
 
-def test_a_copied_span_is_the_one_that_the_sdk_makes(traced: Traced) -> None:
-    """To the last field of its JSON, with attributes, events, links, status and a second end."""
-    tracer: Any = traced.provider.get_tracer("aftertask", "1")
-    start, shares = _spans.starter(tracer)
-    assert shares, "the fast path does not understand this SDK any more: spans are started as usual, only slower"
-    parent = trace.set_span_in_context(tracer.start_span("request"))
-    parent_context = trace.get_current_span(parent).get_span_context()
-    attributes = {"a": "x", "b": 1, "c": 0.5, "d": True}
+class Both:
+    """The same span twice: made by the SDK alone, and copied, where `spans` is not None."""
 
-    def finish(span: Any) -> dict[str, Any]:
-        span.set_attribute("e", (1, 2))
-        span.add_event("happened", {"k": "v"})
-        span.add_link(parent_context)
-        span.record_exception(ValueError("x"))
-        span.set_status(StatusCode.ERROR, "no")
-        span.update_name("renamed")
+    attributes: ClassVar[dict[str, Any]] = {"a": "x", "b": 1, "c": 0.5, "d": True}
+
+    def __init__(self, traced: Traced) -> None:
+        self.traced = traced
+        self.tracer: Any = traced.provider.get_tracer("aftertask", "1")
+        self.start, self.end = _spans.spans_of(self.tracer)
+        assert self.start.__name__ == "start", "spans are not copied with this SDK any more, only started as usual"
+        self.context = trace.set_span_in_context(self.tracer.start_span("request"))
+        self.parent = trace.get_current_span(self.context).get_span_context()
+
+    def usual(self, use: Callable[[Any], object]) -> Any:
+        """The SDK's own."""
+        span = self.tracer.start_span("name", self.context, SpanKind.INTERNAL, dict(self.attributes))
+        use(span)
+        span.set_attribute("aftertask.outcome", "succeeded")
         span.end()
-        readable = traced.exporter.get_finished_spans()[-1]
-        import json
+        return span
 
-        told = json.loads(readable.to_json())
+    def copied(self, use: Callable[[Any], object]) -> Any:
+        """Ours."""
+        live = self.start("name", self.context, self.parent, dict(self.attributes))
+        use(live[0])
+        self.end(live, "succeeded")
+        return live[0]
+
+    def check(self, use: Callable[[Any], object]) -> dict[str, Any]:
+        """Both tell the same; returns what."""
+        spans = [self.usual(use), self.copied(use)]
+        told = [each for each in self.traced.exporter.get_finished_spans() if each.name != "request"]
+        assert [each.context.span_id for each in told] == [span.get_span_context().span_id for span in spans]
+        usual, copied = told
+        assert type(copied) is type(usual)
+        assert copied.__dict__.keys() == usual.__dict__.keys()
+        assert type(spans[0]) is type(spans[1])
+        assert spans[0].__dict__.keys() == spans[1].__dict__.keys()
+        assert self.fields(copied) == self.fields(usual)
+        assert self.fields(spans[1]) == self.fields(spans[0])
+        return self.fields(usual)
+
+    @staticmethod
+    def fields(span: Any) -> dict[str, Any]:
+        """All that can be asked of a span but what differs each time."""
+        told = json.loads(span.to_json())
+        assert span.start_time <= span.end_time <= time.time_ns()
         for key in ("start_time", "end_time"):
             told.pop(key)
-        told["context"].pop("span_id")
+        assert int(told["context"].pop("span_id"), 16) > 0
         for event in told["events"]:
             event.pop("timestamp")
-        return dict(told)
+        dropped = span.dropped_attributes, span.dropped_events, span.dropped_links
+        counted = [len(span.events), len(span.links), len(span._events)]
+        if hasattr(BoundedList, "__deepcopy__"):  # older ones cannot be copied
+            counted.append(len(copy.deepcopy(span._events)))
+        return {**told, "dropped": dropped, "counted": counted, "flags": span.context.trace_flags, "kind": span.kind}
 
-    usual = finish(tracer.start_span("name", parent, SpanKind.INTERNAL, dict(attributes)))
-    copied = finish(start("name", parent, parent_context, dict(attributes)))
-    assert copied == usual
-    assert type(start("n", parent, parent_context, {})) is type(tracer.start_span("n", parent))
+
+def touched(span: Any) -> None:
+    """Everything that a task's own code can do with its span."""
+    span.set_attribute("e", (1, 2))
+    span.set_attributes({"f": "x", "a": "changed"})
+    span.add_event("happened", {"k": "v"})
+    span.add_link(SpanContext(1, 2, False, TraceFlags(1)))
+    span.record_exception(ValueError("x"))
+    span.set_status(StatusCode.ERROR, "no")
+    span.update_name("renamed")
+
+
+def many(span: Any) -> None:
+    """More of everything than the SDK keeps."""
+    for number in range(200):
+        span.set_attribute(f"n{number}", number)
+        span.add_event(f"n{number}")
+        span.add_link(SpanContext(1, 2, False, TraceFlags(1)))
+
+
+def nearly_full(span: Any) -> None:
+    """One attribute more, and it is full."""
+    for number in range(124):
+        span.set_attribute(f"n{number}", number)
+
+
+def with_outcome(span: Any) -> None:
+    """What we write is there already."""
+    span.set_attribute("aftertask.outcome", "mine")
+
+
+@pytest.mark.parametrize("use", [lambda span: None, touched, many, nearly_full, with_outcome])
+def test_a_copied_span_is_the_one_that_the_sdk_makes(traced: Traced, use: Callable[[Any], object]) -> None:
+    """To the last field: attributes, events, links, status, and what was dropped."""
+    told = Both(traced).check(use)
+    assert told["attributes"]["aftertask.outcome"] == "succeeded"
+    assert told["dropped"] != (0, 0, 0) or use is not many
+
+
+def test_a_span_that_the_task_ended_stays_ended(traced: Traced, caplog: pytest.LogCaptureFixture) -> None:
+    """It is told once, as it was then; the SDK says so in its own words."""
+    told = Both(traced).check(lambda span: span.end())
+    assert "aftertask.outcome" not in told["attributes"]
+    assert caplog.messages == ["Setting attribute on ended span.", "Calling end() on an ended span."] * 2
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        ALWAYS_ON,
+        ParentBased(ALWAYS_ON),
+        ParentBased(TraceIdRatioBased(1.0)),
+        Asked(),
+        Asked(lambda given: None),
+        Asked(lambda given: {**given, "a": ["other"]}),
+        Asked(lambda given: dict(given)),
+    ],
+)
+def test_a_copied_span_is_the_one_that_the_sampler_wants(sampler: Sampler) -> None:
+    """Its attributes are the sampler's, cleaned by the SDK where they are not ours."""
+    Both(Traced(sampler=sampler)).check(touched)
+
+
+@pytest.mark.parametrize("decision", [Decision.DROP, Decision.RECORD_ONLY])
+def test_a_span_that_is_not_exported(decision: Decision) -> None:
+    """Dropped, or recorded for processors alone; the sampler is asked once."""
+    ended: list[Any] = []
+
+    class Seeing(SpanProcessor):
+        def on_end(self, span: ReadableSpan) -> None:
+            ended.append(Both.fields(span))
+
+    sampler = Asked(decision=decision)
+    traced = Traced(sampler=sampler)
+    traced.provider.add_span_processor(Seeing())
+    both = Both(traced)
+    spans = [both.usual(touched if decision is Decision.RECORD_ONLY else str)]
+    spans += [both.copied(touched if decision is Decision.RECORD_ONLY else str)]
+    assert traced.exporter.get_finished_spans() == ()
+    assert sampler.names.count("name") == 2
+    assert len(ended) == (2 if decision is Decision.RECORD_ONLY else 0)
+    assert ended[:1] == ended[1:]
+    first, second = (span.get_span_context() for span in spans)
+    assert type(spans[0]) is type(spans[1])
+    assert tuple(first)[2:] == tuple(second)[2:]
+    assert first.trace_id == second.trace_id
+
+
+class Recorder(SpanProcessor):
+    """What a processor is told, and in which order."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str, bool]] = []
+
+    def on_start(self, span: Any, parent_context: Any = None) -> None:
+        self.told.append(("start", type(span).__name__, span.is_recording()))
+
+    def on_end(self, span: ReadableSpan) -> None:
+        self.told.append(("end", type(span).__name__, "aftertask.outcome" in (span.attributes or {})))
+
+
+class Ending(Recorder):
+    """And before a span ends."""
+
+    def _on_ending(self, span: Any) -> None:
+        self.told.append(("ending", type(span).__name__, span.is_recording()))
+
+
+@pytest.mark.parametrize("held_by", [SynchronousMultiSpanProcessor, ConcurrentMultiSpanProcessor])
+@pytest.mark.parametrize("kind", [Recorder, Ending])
+def test_processors_are_told_what_the_sdk_tells_them(kind: type[Recorder], held_by: Any) -> None:
+    """Start, ending and end, of each span; also by one that is added later, and when a span is already live."""
+    traced = Traced(active_span_processor=held_by())
+    both, first, second = Both(traced), kind(), kind()
+
+    def add_second(span: Any) -> None:
+        traced.provider.add_span_processor(second)
+
+    both.copied(str)
+    traced.provider.add_span_processor(first)
+    told = []
+    for make in (both.usual, both.copied):
+        make(str)
+        told.append(first.told[:])
+        first.told.clear()
+    assert told[0] == told[1] != []
+    both.copied(add_second)
+    assert second.told == [each for each in told[0] if each[0] != "start"]
+    traced.provider.shutdown()
+
+
+def test_a_processor_that_raises_raises(traced: Traced) -> None:
+    """As it does out of the SDK's own `end`."""
+
+    class Broken(SpanProcessor):
+        def on_end(self, span: ReadableSpan) -> None:
+            raise RuntimeError("no more room")
+
+    both = Both(traced)
+    traced.provider.add_span_processor(Broken())
+    for make in (both.usual, both.copied):
+        with pytest.raises(RuntimeError, match="no more room"):
+            make(str)
+
+
+def test_spans_reach_a_batch_and_not_after_a_shutdown() -> None:
+    """`force_flush` sends what has ended; a processor that was shut down takes nothing."""
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=60_000))
+    traced = Traced()
+    traced.exporter, traced.provider = exporter, provider
+    both = Both(traced)
+    for _ in range(3):
+        both.copied(touched)
+    assert provider.force_flush()
+    assert [span.name for span in exporter.get_finished_spans()] == ["renamed"] * 3
+    both.copied(touched)
+    provider.shutdown()
+    assert len(exporter.get_finished_spans()) == 4
+    both.copied(touched)
+    assert len(exporter.get_finished_spans()) == 4
+
+
+def test_spans_of_many_threads(traced: Traced) -> None:
+    """Each is told once, with all that was set before it ended; nothing that comes too late gets in."""
+    both = Both(traced)
+
+    def work(number: int) -> None:
+        live = both.start("name", both.context, both.parent, {"number": number})
+        with ThreadPoolExecutor(2) as others:
+            for index in range(20):
+                others.submit(live[0].set_attribute, f"n{index}", index)
+                others.submit(live[0].add_event, f"n{index}")
+        live[0].set_attribute("last", number)
+        late = threading.Thread(target=both.end, args=(live, "succeeded"))
+        late.start()
+        both.end(live, "succeeded")
+        late.join()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(100)))
+    told = traced.exporter.get_finished_spans()
+    assert sorted(cast(int, (span.attributes or {})["number"]) for span in told) == list(range(100))
+    assert {len(span.events) for span in told} == {20}
+    assert {len(span.attributes or {}) for span in told} == {23}
+    assert {(span.attributes or {})["last"] == (span.attributes or {})["number"] for span in told} == {True}
+
+
+def usual_instead(monkeypatch: pytest.MonkeyPatch, kind: str) -> Traced:
+    """A tracer that is another than the one that we know how to shorten."""
+    if kind == "self-metrics":
+        monkeypatch.setenv("OTEL_PYTHON_SDK_INTERNAL_METRICS_ENABLED", "true")
+    traced = Traced()
+    tracer: Any = traced.provider.get_tracer("aftertask", "1")
+    if kind == "a subclass":
+        tracer.__class__ = type("Mine", (type(tracer),), {})
+    elif kind == "disabled":
+        tracer._tracer_config = type(tracer._tracer_config)(is_enabled=False)
+    elif kind == "another end":
+        sdk, end = type(tracer.start_span("x")), type(tracer.start_span("x")).end
+
+        def other_end(self: Any, end_time: int | None = None) -> None:
+            self.set_attribute("patched", True)
+            end(self, end_time)
+
+        monkeypatch.setattr(sdk, "end", other_end)
+    return traced
+
+
+@pytest.mark.parametrize("kind", ["self-metrics", "a subclass", "disabled", "another end"])
+def test_where_the_sdk_does_more_it_does_it_itself(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A tracer that counts, a subclass, one that is switched off, an `end` that somebody has wrapped."""
+    traced = usual_instead(monkeypatch, kind)
+    tracer: Any = traced.provider.get_tracer("aftertask", "1")
+    start, end = _spans.spans_of(tracer)
+    assert (start.__name__ == "start") is (kind == "another end")
+    assert end.__name__ == "end"
+    context = trace.set_span_in_context(trace.NonRecordingSpan(SpanContext(1, 2, False, TraceFlags(1))))
+    end(start("name", context, trace.get_current_span(context).get_span_context(), {"a": 1}), "succeeded")
+    told = [dict(span.attributes or {}) for span in traced.exporter.get_finished_spans()]
+    patched = {"patched": True} if kind == "another end" else {}
+    assert told == ([] if kind == "disabled" else [{"a": 1, "aftertask.outcome": "succeeded", **patched}])
+
+
+def test_what_changes_later_is_noticed(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tracer switched off, a resource made anew (the process forked), an `end` wrapped after our first span."""
+    both = Both(traced)
+    both.copied(str)
+    traced.exporter.clear()
+    both.tracer._set_resource(Resource({"process": "new"}))
+    both.copied(str)
+    (span,) = traced.exporter.get_finished_spans()
+    assert span.resource.attributes == {"process": "new"}
+
+    both.tracer._set_tracer_config(type(both.tracer._tracer_config)(is_enabled=False))
+    assert not both.copied(str).is_recording()
+
+    fresh = Both(Traced())
+    ends: list[Any] = []
+    monkeypatch.setattr(type(fresh.tracer.start_span("x")), "end", lambda self: ends.append(self))
+    assert ends == [fresh.copied(str)]
 
 
 @pytest.mark.parametrize("limits", [SpanLimits(max_span_attributes=3), SpanLimits(max_span_attribute_length=4)])
@@ -367,8 +660,6 @@ def test_the_users_span_limits_hold(limits: SpanLimits, caplog: pytest.LogCaptur
 
 def test_a_processor_that_is_added_later_sees_every_start(traced: Traced) -> None:
     """Also after spans have begun to be copied."""
-    from opentelemetry.sdk.trace import SpanProcessor
-
     started: list[str] = []
 
     class Seeing(SpanProcessor):

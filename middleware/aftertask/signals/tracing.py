@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
 from collections.abc import Callable
 from typing import Any, cast
@@ -43,7 +44,7 @@ from ..events import (
     TaskRun,
     TimedOut,
 )
-from ._spans import Starter, drops_unsampled, starter
+from ._spans import Live, drops_unsampled, spans_of
 
 _SCOPE = "aftertask"
 
@@ -58,12 +59,13 @@ _SPAN_KEY = next(iter(trace.set_span_in_context(INVALID_SPAN, Context())))
 class _Origin:
     """Where the spans of a request's runs belong, and what is known of its tasks."""
 
-    __slots__ = ("context", "known", "span_context")
+    __slots__ = ("context", "known", "sampled", "span_context")
 
     def __init__(self, context: Context) -> None:
         span_context = trace.get_current_span(context).get_span_context()
         self.context = context
         self.span_context = span_context if span_context.is_valid else None
+        self.sampled = bool(span_context.trace_flags & 1)
         self.known: dict[Plan, tuple[str, dict[str, Any]]] = {}
 
 
@@ -82,9 +84,10 @@ class Tracing:
         self._given = tracer_provider
         self._trace = trace
         self._tracer: Tracer | None = None
-        self._starter: Starter | None = None
-        self._drops_unsampled = self._shares_attributes = False
-        self._open: dict[TaskRun, tuple[Span, dict[str, Any] | None]] = {}
+        self._start, self._end = spans_of(None)
+        self._attach: Callable[[Context], object] = otel.attach
+        self._drops_unsampled = False
+        self._open: dict[TaskRun, Live] = {}
         self._first: dict[TaskRun, SpanContext] = {}
         self._outer: dict[TaskRun | tuple[Request, int], Context] = {}
         self._same: dict[tuple[Plan, str | None, str | None], tuple[str, dict[str, Any]]] = {}
@@ -124,7 +127,8 @@ class Tracing:
         if isinstance(provider, (ProxyTracerProvider, trace.NoOpTracerProvider)):
             return None
         self._tracer = provider.get_tracer(_SCOPE)
-        self._starter, self._shares_attributes = starter(self._tracer)
+        self._start, self._end = spans_of(self._tracer)
+        self._attach = _attacher()
         self._drops_unsampled = drops_unsampled(self._tracer)
         return self._tracer
 
@@ -136,40 +140,52 @@ class Tracing:
         mode = run.plan.trace or self._trace
         if mode == "none":
             return
-        origin = self._origin(run)
+        request = run.request
+        origin: Any = request.span_parent if run.parent is None else None
+        if origin is None:
+            origin = self._origin(run)
         parent = origin.span_context
-        if self._drops_unsampled and mode == "child" and parent is not None and not parent.trace_flags & 1:
+        if parent is not None and not origin.sampled and self._drops_unsampled and mode == "child":
             run.span_context = parent  # nobody will see a span: the request's ids are what there is
             return
         name, same = origin.known.get(run.plan) or self._known(run, origin)
-        attributes = {**same, "aftertask.run.id": run.id, "aftertask.attempt": event.attempt}
+        attributes = same.copy()
+        attributes["aftertask.run.id"] = run.id
+        attributes["aftertask.attempt"] = event.attempt
         if event.queue_wait_s is not None:
             attributes["aftertask.queue_wait"] = event.queue_wait_s
+        else:
+            del attributes["aftertask.queue_wait"]
         if run.parent is not None:
             attributes["aftertask.parent_run.id"] = run.parent.id
-        shared: dict[str, Any] | None = None
         if run.origin != "request":
             attributes["aftertask.origin"] = run.origin
-        if (mode == "link" and run.parent is None) or event.attempt > 1:
-            root = mode == "link" and run.parent is None
-            links = [Link(parent)] if root and parent is not None else []
-            first = self._first.get(run)
-            if first is not None:
-                links.append(Link(first))
-            around = Context() if root else origin.context
-            span = tracer.start_span(name, around, SpanKind.INTERNAL, attributes, links)
-        elif parent is None:
-            span = tracer.start_span(name, origin.context, SpanKind.INTERNAL, attributes)
+        if parent is not None and event.attempt == 1 and (mode == "child" or run.parent is not None):
+            live = self._start(name, origin.context, parent, attributes)
         else:
-            span = cast(Starter, self._starter)(name, origin.context, parent, attributes)
-            shared = attributes if self._shares_attributes else None
-        run.span_context = span.get_span_context()
-        key = (run.request, run.batch) if run.batch else run
+            live = self._start_otherwise(tracer, run, mode, name, origin, attributes)
+        run.span_context = live[1]
+        key = (request, run.batch) if run.batch else run
         outer = self._outer.get(key)
         if outer is None:
             outer = self._outer[key] = otel.get_current()
-        self._open[run] = span, shared
-        otel.attach(Context({**outer, _SPAN_KEY: span}))
+        self._open[run] = live
+        current = Context(outer)
+        dict.__setitem__(current, _SPAN_KEY, live[0])  # nobody has seen it yet: nobody sees it change
+        self._attach(current)
+
+    def _start_otherwise(
+        self, tracer: Tracer, run: TaskRun, mode: str, name: str, origin: _Origin, attributes: dict[str, Any]
+    ) -> Live:
+        """A span that has no parent, or a link: to the request's, or to the first attempt's."""
+        root = mode == "link" and run.parent is None
+        links = [Link(origin.span_context)] if root and origin.span_context is not None else []
+        first = self._first.get(run)
+        if first is not None:
+            links.append(Link(first))
+        around = Context() if root else origin.context
+        span = tracer.start_span(name, around, SpanKind.INTERNAL, attributes, links)
+        return span, span.get_span_context(), attributes
 
     def _origin(self, run: TaskRun) -> _Origin:
         """Where the run's span belongs: for a child under what is current, else under the request's span."""
@@ -195,16 +211,11 @@ class Tracing:
         return known
 
     def _on_succeeded(self, event: Succeeded) -> None:
-        held = self._leave(event.run)
+        live = self._leave(event.run)
         if event.attempt > 1:
             self._first.pop(event.run, None)
-        if held is not None:
-            span, attributes = held
-            if attributes is not None and span.is_recording():
-                attributes["aftertask.outcome"] = "succeeded"
-            else:
-                span.set_attribute("aftertask.outcome", "succeeded")
-            span.end()
+        if live is not None:
+            self._end(live, "succeeded")
 
     def _on_failed_attempt(self, event: Failed | TimedOut | Retrying) -> None:
         held = self._leave(event.run)
@@ -242,7 +253,7 @@ class Tracing:
         if held is not None:
             held[0].add_event("aftertask.hazard", {"kind": event.kind, "advice": event.advice})
 
-    def _leave(self, run: TaskRun) -> tuple[Span, dict[str, Any] | None] | None:
+    def _leave(self, run: TaskRun) -> Live | None:
         if not run.batch:
             self._put_back(run)
         return self._open.pop(run, None)
@@ -254,7 +265,7 @@ class Tracing:
     def _put_back(self, key: TaskRun | tuple[Request, int]) -> None:
         outer = self._outer.pop(key, None)
         if outer is not None:
-            otel.attach(outer)  # by value, not by token: a coroutine may be closed from another context
+            self._attach(outer)  # by value, not by token: a coroutine may be closed from another context
 
     def _log_exception(self, span: Span, failure: Failure) -> None:
         get_logger(_SCOPE).emit(
@@ -270,6 +281,14 @@ class Tracing:
         )
 
 
+def _attacher() -> Callable[[Context], object]:
+    """What `attach` does, without its two calls: the variable that it sets is found by letting it, in a new context."""
+    probe, elsewhere = Context(), contextvars.Context()
+    elsewhere.run(otel.attach, probe)
+    found = [var for var, value in elsewhere.items() if value is probe]
+    return found[0].set if len(found) == 1 else otel.attach
+
+
 def _same_attributes(run: TaskRun) -> dict[str, Any]:
     """The attributes that are the same for every run of a task that comes from one route."""
     attributes: dict[str, Any] = {
@@ -280,6 +299,10 @@ def _same_attributes(run: TaskRun) -> dict[str, Any]:
         "aftertask.executor": run.plan.executor,
         "aftertask.priority": run.priority,
         "aftertask.origin": run.origin,
+        # Each run's own. They have their places here, so that a copy need not grow.
+        "aftertask.run.id": "",
+        "aftertask.attempt": 0,
+        "aftertask.queue_wait": 0.0,
     }
     if run.http_route is not None:
         attributes["http.route"] = run.http_route
