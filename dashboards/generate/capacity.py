@@ -1,0 +1,195 @@
+"""Capacity: are we saturated, and which task eats it."""
+
+from __future__ import annotations
+
+from aftertask.cli._rules import Limits
+from panels import BYTES, COUNT, ORANGE, RATE, RED, SECONDS, SHARE, Ask, Board, Panel, Row, quantiles
+
+LIMITS = Limits()
+
+
+def late(seconds: int) -> str:
+    """PromQL: the share of the runs that waited longer than this; clients write its edge as 10 or 10.0."""
+    return (
+        f'1 - sum(rate(aftertask_queue_wait_seconds_bucket{{le=~"{seconds}(\\\\.0)?"}}[$__rate_interval])) / '
+        "(sum(rate(aftertask_queue_wait_seconds_count[$__rate_interval])) > 0) or vector(0)"
+    )
+
+
+LOAD = Row(
+    title="Load",
+    panels=[
+        Panel(
+            title="Busy seconds by task",
+            unit=COUNT,
+            stacked=True,
+            to_task=True,
+            description="Seconds of work a second: how many runs of it are busy on average. The largest is the one to "
+            "speed up, limit or move away.",
+            asks=[
+                Ask(
+                    query="topk(10, sum by (task) (rate(aftertask_attempt_duration_seconds_sum[$__rate_interval])))",
+                    legend="{{task}}",
+                )
+            ],
+        ),
+        Panel(
+            title="Offered and finished",
+            unit=RATE,
+            description="Offered above finished for long: more comes in than goes out, and waits will grow. Add "
+            "instances, or take work away.",
+            asks=[
+                Ask(
+                    query="sum(rate(aftertask_tasks_scheduled_total[$__rate_interval])) or vector(0)", legend="offered"
+                ),
+                Ask(
+                    query="sum(rate(aftertask_tasks_finished_total[$__rate_interval])) or vector(0)", legend="finished"
+                ),
+            ],
+        ),
+        Panel(
+            title="In flight by state",
+            unit=COUNT,
+            stacked=True,
+            description="queued grows: too little capacity, or one run holds up its siblings. backoff grows: a "
+            "dependency is down. scheduled: responses that are still being sent.",
+            asks=[Ask(query="sum by (state) (aftertask_tasks_inflight)", legend="{{state}}")],
+        ),
+        Panel(
+            title="Oldest waiting, by instance",
+            unit=SECONDS,
+            lines=True,
+            steps=[(60, ORANGE), (LIMITS.queued_seconds, RED)],
+            description="How long the oldest queued run has waited; speaks even while nothing starts. One instance "
+            "only: restart that one, after a look at its stacks.",
+            asks=[
+                Ask(query="max by (instance) (aftertask_oldest_queued_age_seconds)", legend="{{instance}}"),
+                Ask(query="max(aftertask_oldest_queued_age_seconds) or vector(0)", legend="oldest of all"),
+            ],
+        ),
+        Panel(
+            title="Queue wait",
+            unit=SECONDS,
+            description="From the end of the response to the first attempt. Silent while nothing starts: look at the "
+            "oldest waiting then. Dots are traces.",
+            asks=quantiles("aftertask_queue_wait_seconds"),
+        ),
+        Panel(
+            title="Waited longer than",
+            unit=SHARE,
+            high=1,
+            description="Share of the runs that started late. Its alert: over 5 % waited more than 10 s.",
+            asks=[Ask(query=late(seconds), legend=f"{seconds} s") for seconds in (1, 10, 60)],
+        ),
+    ],
+)
+
+LIMITED = Row(
+    title="Limits and threads",
+    panels=[
+        Panel(
+            title="Limits in use",
+            unit=SHARE,
+            high=1,
+            description="Slots of each limit that are taken. 100 % and waiters: the limit is what holds the work up; "
+            "raise it if what it protects can take more.",
+            asks=[
+                Ask(
+                    query="sum by (limiter) (aftertask_concurrency_in_use) / "
+                    "(sum by (limiter) (aftertask_concurrency_limit) > 0)",
+                    legend="{{limiter}}",
+                )
+            ],
+        ),
+        Panel(
+            title="Runs that wait for a limit",
+            unit=COUNT,
+            stacked=True,
+            description="They are accepted and have no slot. Growing without an end: runs that hold a slot do not end, "
+            "or the limit is too low.",
+            asks=[Ask(query="sum by (limiter) (aftertask_concurrency_waiting)", legend="{{limiter}}")],
+        ),
+        Panel(
+            title="Threads",
+            unit=SHARE,
+            high=1,
+            lines=True,
+            steps=[(LIMITS.threads_share, RED)],
+            description="Busy threads of each pool. Sync endpoints share anyio's with sync tasks: at 100 % requests "
+            'are slow too. Give sync tasks threads of their own: executor="thread".',
+            asks=[
+                Ask(
+                    query="max by (instance, pool) (aftertask_threadpool_busy / (aftertask_threadpool_limit > 0))",
+                    legend="{{pool}} {{instance}}",
+                )
+            ],
+        ),
+        Panel(
+            title="Calls that wait for a thread",
+            unit=COUNT,
+            stacked=True,
+            description="Above 0 for long: the pool is used up. Which task: see busy seconds.",
+            asks=[Ask(query="sum by (pool) (aftertask_threadpool_waiting)", legend="{{pool}}")],
+        ),
+    ],
+)
+
+LOOP = Row(
+    title="Event loop and process",
+    panels=[
+        Panel(
+            title="How late the event loop is",
+            unit=SECONDS,
+            lines=True,
+            steps=[(LIMITS.lag_seconds, RED)],
+            description="99th percentile, by instance. High: something computes or blocks on the loop, and every "
+            "request waits; the panel beside it and the log line loop.blocked say what.",
+            asks=[
+                Ask(
+                    query="histogram_quantile(0.99, "
+                    "sum by (le, instance) (rate(aftertask_event_loop_lag_seconds_bucket[$__rate_interval])))",
+                    legend="{{instance}}",
+                )
+            ],
+        ),
+        Panel(
+            title="Event loop blocked by",
+            unit=SHARE,
+            to_task=True,
+            description="Share of the time in which the loop could not turn, by the task to blame; __none__: it was no "
+            "task. Make that task a plain def, or use an async client.",
+            asks=[
+                Ask(
+                    query="topk(10, sum by (task) "
+                    "(rate(aftertask_event_loop_blocked_seconds_total[$__rate_interval])))",
+                    legend="{{task}}",
+                )
+            ],
+        ),
+        Panel(
+            title="Memory",
+            unit=BYTES,
+            description="Resident memory, by instance; told by prometheus-client where there is one process. Saws that "
+            "end at the limit: the process is killed, and its runs with it.",
+            asks=[Ask(query="sum by (instance) (process_resident_memory_bytes)", legend="{{instance}}")],
+        ),
+        Panel(
+            title="Processor",
+            unit=COUNT,
+            description="Processors in use, by instance; told by prometheus-client where there is one process. At 1, a "
+            "Python process can do no more: add processes.",
+            asks=[
+                Ask(
+                    query="sum by (instance) (rate(process_cpu_seconds_total[$__rate_interval]))", legend="{{instance}}"
+                )
+            ],
+        ),
+    ],
+)
+
+BOARD = Board(
+    uid="aftertask-capacity",
+    title="Background tasks: capacity",
+    description="Are we saturated, by what, and which task eats it.",
+    rows=[LOAD, LIMITED, LOOP],
+)

@@ -1,0 +1,162 @@
+"""Engine and safety: what never ran, what aftertask says of itself, and whether its books are right."""
+
+from __future__ import annotations
+
+from panels import COUNT, RATE, RED, SECONDS, Ask, Board, Panel, Row, quantiles
+
+SAFETY = Row(
+    title="What never ran, and what will fail",
+    panels=[
+        Panel(
+            title="Never ran, by reason",
+            unit=RATE,
+            stacked=True,
+            description="own_background: the response has a background of its own, so FastAPI leaves injected tasks "
+            "out. client_gone: the client left while the response was sent. shutdown: let the server wait longer.",
+            asks=[
+                Ask(
+                    query="sum by (outcome, reason) (rate(aftertask_tasks_not_run_total[$__rate_interval]))",
+                    legend="{{outcome}} {{reason}}",
+                )
+            ],
+        ),
+        Panel(
+            title="Hazards",
+            kind="stat",
+            height=8,
+            description="Findings of what makes background tasks fail, in the shown time; the log line task.hazard "
+            "says what to do about each. 0: none was found.",
+            asks=[
+                Ask(
+                    query="sum by (task, kind) (increase(aftertask_hazards_total[$__range])) > 0 or vector(0)",
+                    legend="{{task}} {{kind}}",
+                    now=True,
+                )
+            ],
+            steps=[(0.5, RED)],
+        ),
+    ],
+)
+
+OWN = Row(
+    title="aftertask's own alerts",
+    panels=[
+        Panel(
+            title="Own alerts by channel and status",
+            unit=RATE,
+            stacked=True,
+            description="What became of each word to people. failed: check the channel's address and token. "
+            "deduplicated, rate_limited: told once, as it should be. dropped: the queue was full.",
+            asks=[
+                Ask(
+                    query="sum by (channel, status) (rate(aftertask_alerts_total[$__rate_interval]))",
+                    legend="{{channel}} {{status}}",
+                )
+            ],
+        ),
+        Panel(
+            title="Time to deliver an alert",
+            unit=SECONDS,
+            description="In the attempt that delivered it. Seconds: the channel is slow, and other news wait behind "
+            "it.",
+            asks=quantiles("aftertask_alert_delivery_seconds", by="channel"),
+        ),
+        Panel(
+            title="Alerts that wait to be told",
+            unit=COUNT,
+            description="Growing: the channel cannot be reached. The tasks do not wait for it.",
+            asks=[Ask(query="sum by (channel) (aftertask_alert_queue_length)", legend="{{channel}}")],
+        ),
+    ],
+)
+
+ITSELF = Row(
+    title="aftertask itself",
+    panels=[
+        Panel(
+            title="Accounting drift",
+            unit=COUNT,
+            lines=True,
+            description="Scheduled - finished - in flight, by instance: 0, always. Anything else is a bug of ours; "
+            "with several workers under one address also a worker that was killed with runs in flight.",
+            asks=[
+                Ask(
+                    query="sum by (job, instance) (aftertask_tasks_scheduled_total) - "
+                    "sum by (job, instance) (aftertask_tasks_finished_total) - "
+                    "sum by (job, instance) (aftertask_tasks_inflight)",
+                    legend="{{instance}}",
+                )
+            ],
+        ),
+        Panel(
+            title="Errors inside aftertask",
+            unit=RATE,
+            description="All contained: tasks are not affected, but a signal may be missing. The log line "
+            "signal.failed has the exception; file a bug with it.",
+            asks=[
+                Ask(
+                    query="sum by (component) (rate(aftertask_self_errors_total[$__rate_interval]))",
+                    legend="{{component}}",
+                )
+            ],
+        ),
+        Panel(
+            title="Events left out",
+            unit=RATE,
+            description="Events that a full queue had no room for: what was to be told of them is missing.",
+            asks=[
+                Ask(query="sum by (sink) (rate(aftertask_events_dropped_total[$__rate_interval]))", legend="{{sink}}")
+            ],
+        ),
+        Panel(
+            title="Values folded into __other__",
+            unit=RATE,
+            description="Label values that had no room of their own. Register the tasks that matter; do not make "
+            "exception classes at run time.",
+            asks=[
+                Ask(query="sum by (label) (rate(aftertask_label_overflow_total[$__rate_interval]))", legend="{{label}}")
+            ],
+        ),
+        Panel(
+            title="Versions",
+            kind="table",
+            description="What runs where. Two versions for long: a deploy stands still halfway.",
+            asks=[
+                Ask(query="max by (job, instance, version, python, starlette) (aftertask_build_info)", now=True),
+            ],
+            columns={
+                "job": "Job",
+                "instance": "Instance",
+                "version": "aftertask",
+                "python": "Python",
+                "starlette": "Starlette",
+                "Value": None,
+                "Value #A": None,
+                "Time": None,
+            },
+        ),
+        Panel(
+            title="Tasks known",
+            kind="table",
+            to_task=True,
+            description="Every task that has a series of its own, its owner, engine and executor.",
+            asks=[Ask(query="max by (task, engine, owner, executor) (aftertask_task_info)", now=True)],
+            columns={
+                "task": "Task",
+                "engine": "Engine",
+                "owner": "Owner",
+                "executor": "Executor",
+                "Value": None,
+                "Value #A": None,
+                "Time": None,
+            },
+        ),
+    ],
+)
+
+BOARD = Board(
+    uid="aftertask-engine",
+    title="Background tasks: engine and safety",
+    description="What never ran, what aftertask says of itself, and whether its books are right.",
+    rows=[SAFETY, OWN, ITSELF],
+)

@@ -1,0 +1,298 @@
+"""The dashboards as files: current, complete, of the right shape, and about what aftertask really tells."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import promql_parser as promql
+import pytest
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models import units
+from grafana_foundation_sdk.models.dashboard import Dashboard
+from typer.testing import CliRunner
+
+from aftertask.cli._promql import TOLD
+from aftertask.cli.app import app
+from aftertask.signals import families
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "dashboards"
+BOARDS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
+KNOWN_UNITS = {value for name, value in vars(units).items() if isinstance(value, str) and not name.startswith("_")}
+
+#: Told by others: prometheus-client of the process, Prometheus of its alerts.
+FOREIGN = {"process_resident_memory_bytes", "process_cpu_seconds_total", "ALERTS"}
+TARGET_LABELS = {"job", "instance"}
+
+each_board = pytest.mark.parametrize("name", list(BOARDS))
+
+
+def panels(board: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """All panels but the headings, those in folded rows too."""
+    for panel in board["panels"]:
+        if panel["type"] == "row":
+            yield from panel["panels"]
+        else:
+            yield panel
+
+
+def of_prometheus(board: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Title, query and target, of every panel on Prometheus."""
+    for panel in panels(board):
+        if panel["datasource"]["type"] == "prometheus":
+            for target in panel["targets"]:
+                yield panel["title"], target["expr"], target
+
+
+def parsed(query: str) -> promql.Expr:
+    """A query with something in the place of Grafana's variables."""
+    for name, value in (("$__rate_interval", "1m"), ("$__range", "1h"), ("$slo", "0.99")):
+        query = query.replace(name, value)
+    return promql.parse(query)
+
+
+def nodes(node: Any) -> Iterator[Any]:
+    """A parsed query's parts, from the top down."""
+    yield node
+    for name in ("lhs", "rhs", "expr", "param", "vector_selector"):
+        inner = getattr(node, name, None)
+        if inner is not None and not isinstance(inner, str):
+            yield from nodes(inner)
+    for inner in getattr(node, "args", None) or ():
+        yield from nodes(inner)
+
+
+def selectors(query: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """The metrics that a query asks for, with their matchers."""
+    for node in nodes(parsed(query)):
+        if isinstance(node, promql.VectorSelector):
+            yield node.name, {matcher.name: matcher.value for matcher in node.matchers.matchers}
+
+
+def labels_of(metric: str) -> set[str]:
+    """The labels that a sample of a metric has."""
+    if metric in FOREIGN:
+        return TARGET_LABELS | ({"alertname", "alertstate", "task"} if metric == "ALERTS" else set())
+    return {*TOLD[metric].labels, *TARGET_LABELS, *(("le",) if metric.endswith("_bucket") else ())}
+
+
+def test_the_committed_files_are_current(tmp_path: Path) -> None:
+    """What is in the repository is what the generator writes; a new metric brings its panels with it."""
+    subprocess.run([sys.executable, FOLDER / "generate", tmp_path], check=True, timeout=20)
+    fresh = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(fresh) == len(BOARDS) + 2
+    for path, text in fresh.items():
+        assert (FOLDER / path).read_text() == text, f"dashboards/{path} is not current; run `make dashboards`"
+
+
+def test_there_are_the_four() -> None:
+    """Under uids that never change, since links name them."""
+    assert set(BOARDS) == {"aftertask-overview", "aftertask-task", "aftertask-capacity", "aftertask-engine"}
+    assert {name: board["uid"] for name, board in BOARDS.items()} == {name: name for name in BOARDS}
+
+
+@each_board
+def test_the_models_of_grafana_know_every_key(name: str) -> None:
+    """Through Grafana's own models and back, nothing is lost: a key that they do not know would be."""
+    register_default_plugins()
+    again = json.loads(JSONEncoder().encode(Dashboard.from_json(BOARDS[name])))
+
+    def kept(ours: Any, theirs: Any, path: str) -> None:
+        if isinstance(ours, dict):
+            assert isinstance(theirs, dict) and set(ours) <= set(theirs), f"{path}: {set(ours) - set(theirs)}"
+            for key in ours:
+                kept(ours[key], theirs[key], f"{path}.{key}")
+        elif isinstance(ours, list):
+            assert len(ours) == len(theirs), path
+            for number, pair in enumerate(zip(ours, theirs, strict=True)):
+                kept(*pair, path=f"{path}[{number}]")
+        else:
+            assert ours == theirs, path
+
+    kept(BOARDS[name], again, name)
+
+
+def test_a_key_that_grafana_does_not_know_is_found() -> None:
+    """The check above can fail."""
+    register_default_plugins()
+    board = json.loads(json.dumps(BOARDS["aftertask-overview"]))
+    board["panels"][1]["fieldConfig"]["defaults"]["unitt"] = "s"
+    again = json.loads(JSONEncoder().encode(Dashboard.from_json(board)))
+    assert "unitt" not in again["panels"][1]["fieldConfig"]["defaults"]
+
+
+@each_board
+def test_each_panel_says_what_it_shows_and_what_to_do(name: str) -> None:
+    """Title, description of some length, a unit that Grafana has, a query."""
+    for panel in panels(BOARDS[name]):
+        assert panel["title"] and len(panel["description"]) > 40, panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"] in KNOWN_UNITS, panel["title"]
+        assert panel["targets"], panel["title"]
+    titles = [panel["title"] for panel in panels(BOARDS[name])]
+    assert len(titles) == len(set(titles))
+
+
+@each_board
+def test_panels_are_on_the_grid_and_do_not_overlap(name: str) -> None:
+    """24 columns; what is in a folded row is placed below its heading; ids are unique."""
+    board = BOARDS[name]
+    every = [*board["panels"], *(inner for row in board["panels"] if row["type"] == "row" for inner in row["panels"])]
+    assert len({panel["id"] for panel in every}) == len(every)
+    taken: dict[tuple[int, int], str] = {}
+    for panel in every:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24 and place["w"] > 0 and place["h"] > 0
+        for x in range(place["x"], place["x"] + place["w"]):
+            for y in range(place["y"], place["y"] + place["h"]):
+                assert (x, y) not in taken, f"{panel['title']} lies over {taken[x, y]}"
+                taken[x, y] = panel["title"]
+
+
+@each_board
+def test_no_data_source_is_wired_in(name: str) -> None:
+    """Each is a variable without a value, so that the same file can be provisioned, imported and posted."""
+    board = BOARDS[name]
+    variables = {variable["name"]: variable for variable in board["templating"]["list"]}
+    assert {each["query"] for each in variables.values() if each["type"] == "datasource"} == {
+        "prometheus",
+        "tempo",
+        "loki",
+    }
+    assert not any("current" in each for each in variables.values() if each["type"] == "datasource")
+    uids = re.findall(r'"datasource": \{[^}]*"uid": "([^"]*)"', (FOLDER / f"{name}.json").read_text())
+    assert set(uids) <= {"${datasource}", "${tempo}", "${loki}"} and len(uids) > 20
+    assert "__inputs" not in board and "id" not in board
+
+
+@each_board
+def test_variables_come_from_our_own_metrics(name: str) -> None:
+    """And are asked for anew with another time range."""
+    for variable in BOARDS[name]["templating"]["list"]:
+        if variable["type"] == "query":
+            metric, label = re.fullmatch(r"label_values\((\w+)(?:\{.*\})?, (\w+)\)", variable["definition"]).groups()  # type: ignore[union-attr]
+            assert label in labels_of(metric)
+            assert variable["refresh"] == 2 and variable["multi"] and variable["includeAll"]
+
+
+@each_board
+def test_the_boards_lead_to_each_other_with_what_is_selected(name: str) -> None:
+    """Variables and time are kept; nothing hides in a menu."""
+    (link,) = BOARDS[name]["links"]
+    assert link["type"] == "dashboards" and link["includeVars"] and link["keepTime"]
+    assert set(link["tags"]) <= set(BOARDS[name]["tags"])
+    text = (FOLDER / f"{name}.json").read_text()
+    assert "inControlsMenu" not in text
+    for uid in re.findall(r'"url": "/d/([^?]+)\?', text):
+        assert uid in BOARDS
+
+
+@each_board
+def test_every_query_asks_for_what_we_tell(name: str) -> None:
+    """Metrics, matchers and grouping labels exist; the variables restrict each metric that has labels for them."""
+    queries = [(title, query) for title, query, _ in of_prometheus(BOARDS[name])]
+    queries += [(mark["name"], mark["expr"]) for mark in BOARDS[name]["annotations"]["list"]]
+    assert len(queries) > 5
+    for title, query in queries:
+        available = set()
+        for metric, matchers in selectors(query):
+            assert metric in TOLD or metric in FOREIGN, f"{title}: nobody tells {metric}"
+            known = labels_of(metric)
+            assert set(matchers) <= known, f"{title}: {metric} has no label {set(matchers) - known}"
+            shown = {"job"} if metric == "ALERTS" else {"job", "instance", "engine", "task"} & known
+            assert {label: f"${label}" for label in shown}.items() <= matchers.items(), f"{title}: {metric}"
+            available |= known
+        for node in nodes(parsed(query)):
+            if isinstance(node, promql.AggregateExpr) and node.modifier is not None:
+                assert set(node.modifier.labels) <= available, f"{title}: {node.modifier.labels}"
+
+
+@each_board
+def test_rates_are_taken_of_counters_over_the_right_time(name: str) -> None:
+    """`rate` directly of a counter, over `$__rate_interval`; a whole-range increase only for one value."""
+    for title, query, target in of_prometheus(BOARDS[name]):
+        for function, metric, window in re.findall(r"\b(rate|increase|resets)\((\w+)\{[^}]*\}\[([^\]]+)\]", query):
+            family = TOLD.get(metric)
+            assert metric in FOREIGN or (family and family.kind in ("counter", "histogram")), f"{title}: {metric}"
+            if window == "$__range":
+                assert target["instant"] and function == "increase", title
+            elif window != "$__rate_interval":
+                assert window in ("30m", "1h", "6h"), f"{title}: {window}"
+        counters = set(re.findall(r"aftertask_\w+_total(?=\{)", query)) - set(
+            re.findall(r"(?:rate|increase|resets)\((aftertask_\w+_total)\{", query)
+        )
+        assert not counters or title == "Accounting drift", f"{title}: {counters} without a rate"
+        assert target["range"] != target["instant"]
+
+
+def test_every_metric_that_we_tell_is_shown() -> None:
+    """On some panel of some dashboard."""
+    asked = {
+        metric for board in BOARDS.values() for _, query, _ in of_prometheus(board) for metric, _ in selectors(query)
+    }
+    shown = {TOLD[metric] for metric in asked if metric in TOLD}
+    assert not [family.name for family in families.FAMILIES if family not in shown]
+
+
+def test_the_histograms_with_exemplars_show_them() -> None:
+    """On every panel of their quantiles, and on the heat map."""
+    carriers = "queue_wait_seconds|attempt_duration_seconds|end_to_end_seconds"
+    found = set()
+    for board in BOARDS.values():
+        for panel in panels(board):
+            if panel["type"] not in ("timeseries", "heatmap") or panel["title"] == "Waited longer than":
+                continue
+            targets = [each for each in panel["targets"] if re.search(rf"aftertask_({carriers})_bucket", each["expr"])]
+            if targets:
+                assert any(each["exemplar"] for each in targets), panel["title"]
+                found |= set(re.findall(carriers, targets[0]["expr"]))
+    assert found == set(carriers.split("|"))
+
+
+def test_they_are_exported(tmp_path: Path) -> None:
+    """Byte for byte."""
+    done = CliRunner().invoke(app, ["dashboards", "export", str(tmp_path / "new")])
+    assert done.exit_code == 0, done.output
+    for name in BOARDS:
+        assert (tmp_path / "new" / f"{name}.json").read_bytes() == (FOLDER / f"{name}.json").read_bytes()
+    assert done.output.splitlines() == [str(tmp_path / "new" / f"{name}.json") for name in sorted(BOARDS)]
+
+
+@pytest.mark.timeout(60)
+def test_a_wheel_carries_them_and_its_command_finds_them(tmp_path: Path) -> None:
+    """All that the checkout has, and the command works from the unpacked wheel alone."""
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    unpacked = tmp_path / "unpacked"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(unpacked)
+    code = f"import sys; sys.path.insert(0, {str(unpacked)!r}); from aftertask.cli import main; main()"
+    for kind in ("dashboards", "rules"):
+        target = tmp_path / kind
+        done = subprocess.run([sys.executable, "-c", code, kind, "export", target], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "dashboards").iterdir()} == {f"{name}.json" for name in BOARDS}
+    pages = {path.name for path in (FOLDER / "runbooks").iterdir()}
+    assert {path.name for path in (tmp_path / "rules" / "runbooks").iterdir()} == pages
+    carried = {path.relative_to(unpacked / "aftertask" / "_dashboards") for path in unpacked.rglob("_dashboards/**/*")}
+    assert not [path for path in carried if path.suffix == ".py"]
