@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import sys
 import threading
 import weakref
@@ -292,12 +293,16 @@ class Exchange(Request):
 
     def _sort(self, container: Any) -> int:
         """Put a container's tasks into the order of their priorities, in place: it may still grow. Its own, too."""
-        own = {id(each): self._priority(each) for each in container.tasks}
-        if isinstance(container.tasks, list):
-            container.tasks.sort(key=lambda each: own[id(each)])
-        return min(own.values(), default=0)
+        tasks = container.tasks
+        priorities = [self._priority(each) for each in tasks]
+        if any(map(operator.gt, priorities, priorities[1:])) and isinstance(tasks, list):
+            tasks[:] = [tasks[at] for at in sorted(range(len(tasks)), key=priorities.__getitem__)]
+        return min(priorities, default=0)
 
     def _priority(self, element: Any) -> int:
+        waiting = self._waiting.get(id(element))
+        if waiting is not None:
+            return waiting[0].plan.priority
         return self._engine.plan(element).priority if _intercept.loop_of(element) is None else self._sort(element)
 
     def _element(self, element: Any, batch: Batch, muted: bool) -> Awaitable[None]:

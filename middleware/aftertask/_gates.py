@@ -51,13 +51,15 @@ class Gate:
             self._accepted += 1
         return Place(self, priority, accepted=True)
 
-    def _enter(self, place: Place) -> bool:
-        """Whether it is in; else it stands in the queue now."""
+    def _enter(self, place: Place, *, queue: bool) -> bool:
+        """Whether it is in; else it stands in the queue now, where it wants to."""
         with self._lock:
             if self.in_use < self.size:
                 self.in_use += 1
                 place.inside = True
                 return True
+            if not queue:
+                return False
             self._order += 1
             place.entry = [place.priority, self._order, place]
             heapq.heappush(self._queue, place.entry)
@@ -107,11 +109,15 @@ class Place:
         self.inside = False
         self.entry: _Entry | None = None
 
+    def enter_now(self) -> bool:
+        """Go in, if nobody has to wait; whether that is so."""
+        return self.inside or self.gate._enter(self, queue=False)
+
     async def enter(self) -> None:
         """Go in, when it is its turn; where the wait is cancelled, it is outside as before."""
         self._event = anyio.Event()
         self._soon, self._thread = _timer.calls_soon(), threading.get_ident()
-        if not self.gate._enter(self):
+        if not self.inside and not self.gate._enter(self, queue=True):
             try:
                 await self._event.wait()
             except BaseException:

@@ -50,15 +50,46 @@ class Governor:
         Returns:
             What it failed with; None where it did not, or has not yet.
         """
-        if not await self._in_time(run):
+        plan = run.plan
+        if plan.own_thread:
+            run.places = (*run.places, _gates.Place(self.threads, plan.priority))
+        elif plan.executor == "thread" and plan.timeout is not None:
+            run.places = (*run.places, SharedPlace())
+        late = plan.expires is not None and _left(run, plan.expires) <= 0
+        if (late or not _enter_now(run)) and not await self._in_time(run):
             return None
         return await self._attempts(run, spawn, settle)
 
     async def _attempts(self, run: TaskRun, spawn: Spawn | None, settle: Settle) -> Exception | None:
+        """Call the function, again after each failure that its policy wants that for; what it has failed with."""
+        engine, plan = self._engine, run.plan
         while True:
-            error, delay = await self._attempt(run)
-            if delay is None:
-                return error
+            delay: float | None = None
+            outer = engine.begin(run)
+            try:
+                call = self._call(run)
+                result = await (call if plan.timeout is None else _timer.within(plan.timeout, call))
+            except Exception as raised:
+                error, timed_out = raised, isinstance(raised, _timer.Overrun)
+                if timed_out:
+                    error = TaskTimeout(f"{run.task} took longer than its time limit of {plan.timeout:g} s")
+                    error.__cause__ = raised.__cause__
+                delay = self._delay(run, error)
+                if delay is None:
+                    engine.fail(run, error, timed_out=timed_out)
+                    await self._tell_owner(run, error)
+                    return error
+                engine.retrying(run, error, delay)
+            except BaseException:
+                engine.cut_off(run)
+                raise
+            else:
+                engine.succeed(run, result)
+                return None
+            finally:
+                if delay is not None:
+                    _come_out(run)
+                engine.leave(run, outer, for_good=delay is None)
             if spawn is not None:
                 run.batch = 0  # it has a context of its own from here on
                 await spawn(functools.partial(self._rest, run, delay, settle))
@@ -75,21 +106,15 @@ class Governor:
 
     async def _in_time(self, run: TaskRun) -> bool:
         """Wait until the run may start; False where its deadline passed first."""
-        plan = run.plan
-        if plan.own_thread:
-            run.places = (*run.places, _gates.Place(self.threads, plan.priority))
-        elif plan.executor == "thread" and plan.timeout is not None:
-            run.places = (*run.places, SharedPlace())
+        expires = run.plan.expires
         try:
-            if plan.expires is None:
-                if run.places:
-                    await self._enter(run)
+            if expires is None:
+                await self._enter(run)
                 return True
-            left = run.scheduled_s + plan.expires - _clock.monotonic()
+            left = _left(run, expires)
             if left <= 0:
                 raise _timer.Overrun
-            if run.places:
-                await _timer.within(left, functools.partial(self._enter, run))
+            await _timer.within(left, self._enter(run))
         except _timer.Overrun:
             self._engine.expire(run)
             return False
@@ -120,41 +145,12 @@ class Governor:
 
     # --- an attempt
 
-    async def _attempt(self, run: TaskRun) -> tuple[Exception | None, float | None]:
-        """Call the function: what it failed with, and the seconds until it is called again; None for never."""
-        engine, error, delay = self._engine, None, None
-        outer = engine.begin(run)
-        try:
-            result = await self._call(run)
-        except Exception as raised:
-            error, overran = raised, isinstance(raised, _timer.Overrun)
-            if overran:
-                error = TaskTimeout(f"{run.task} took longer than its time limit of {run.plan.timeout:g} s")
-                error.__cause__ = raised.__cause__
-            delay = self._delay(run, error)
-            if delay is not None:
-                engine.retrying(run, error, delay)
-            else:
-                engine.fail(run, error, timed_out=overran)
-                await self._tell_owner(run, error)
-        except BaseException:
-            engine.cut_off(run)
-            raise
-        else:
-            engine.succeed(run, result)
-        finally:
-            _come_out(run)
-            engine.leave(run, outer, for_good=delay is None)
-        return error, delay
-
     def _call(self, run: TaskRun) -> Awaitable[Any]:
-        timeout, executor = run.plan.timeout, run.plan.executor
-        call: Callable[[], Awaitable[Any]]
-        if executor == "inline" or (executor == "thread" and timeout is None and not run.plan.own_thread):
-            call = functools.partial(_intercept.call, run.target, self._engine.spanned)
-        else:
-            call = functools.partial(self._executors[executor], run)
-        return call() if timeout is None else _timer.within(timeout, call)
+        plan = run.plan
+        executor = plan.executor
+        if executor == "inline" or (executor == "thread" and plan.timeout is None and not plan.own_thread):
+            return _intercept.call(run.target, self._engine.spanned)
+        return self._executors[executor](run)
 
     def _delay(self, run: TaskRun, error: Exception) -> float | None:
         """Seconds until the next attempt; None where there is none."""
@@ -194,6 +190,19 @@ class Governor:
             self._engine.end_abandoned(run, _clock.monotonic() - started)
 
         call.at_end(ended)
+
+
+def _left(run: TaskRun, expires: float) -> float:
+    return run.scheduled_s + expires - _clock.monotonic()
+
+
+def _enter_now(run: TaskRun) -> bool:
+    """Take the places that an attempt needs, if all are free now."""
+    for place in run.places:
+        if not place.enter_now():
+            _come_out(run)
+            return False
+    return True
 
 
 def _come_out(run: TaskRun) -> None:

@@ -164,10 +164,24 @@ class Engine:
     def open(self) -> None:
         """The app starts; on its event loop."""
         self.stopping = False
+        self._tell_policies()
         self.see_threads()
         reporter().open(self)
         self.watch.open()
         self._each_signal("open")
+
+    def _tell_policies(self) -> None:
+        """Say in the log which policies are in force, where there are any."""
+        declared = {entry.name: entry.policy for entry in registered_tasks()}
+        told = {
+            task: policy
+            for task in sorted({*declared, *self.policies.named})
+            if (policy := self.policies.policy(task, None, declared.get(task)).told())
+        }
+        patterns = {pattern: policy.told() for pattern, policy in self.policies.patterns}
+        default = self.settings.on_failure
+        if told or patterns or default != "stop":
+            emit("info", "lifecycle.policies", on_failure=default, policies=told, patterns=patterns or None)
 
     def see_threads(self) -> None:
         """Have the numbers tell this event loop's threads."""
@@ -498,9 +512,10 @@ class Engine:
     def _end(run: TaskRun) -> None:
         _live.pop(run, None)
         run.target = None
-        for place in run.places:
-            place.give_back()
-        run.places = ()
+        if run.places:
+            for place in run.places:
+                place.give_back()
+            run.places = ()
 
     def _look_at(self, run: TaskRun, result: object) -> None:
         found = _DOES_NOTHING.get(type(result))

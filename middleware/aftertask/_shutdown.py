@@ -55,8 +55,7 @@ def _described(run: TaskRun, now: float) -> dict[str, Any]:
     }
     progress = run.progress
     if progress is not None:
-        of = "" if progress.total is None else f"/{progress.total:g}"
-        told["progress"] = f"{progress.done:g}{of}{'' if progress.note is None else f' {progress.note}'}"
+        told["progress"] = progress.text
     return told
 
 
@@ -225,7 +224,7 @@ class Supervisor:
         """The app is to end: give its runs their time, then cut off what is left."""
         reporter().notice("lifespan.shutdown")
         try:
-            await _timer.within(self._timeout, self._until_idle)
+            await _timer.within(self._timeout, self._until_idle())
         except _timer.Overrun:
             runs = runs_of([engine])
             emit("error", "lifecycle.drain_timeout", limit_s=self._timeout, inflight=len(runs), runs=describe(runs))

@@ -61,9 +61,9 @@ sleep: Callable[[float], Awaitable[None]] = anyio.sleep
 call_later: Callable[[float, Callable[[], object]], Callable[[], object]] = real_call_later
 
 
-async def within(seconds: float, call: Callable[[], Awaitable[T]]) -> T:
+async def within(seconds: float, call: Awaitable[T]) -> T:
     """
-    What the call returns or raises; it is cancelled after so many seconds.
+    What the awaited call returns or raises; it is cancelled after so many seconds.
 
     On asyncio it is cancelled once, as by `asyncio.timeout`, so that its `finally` may await; on trio as by a cancel
     scope. A call that ends normally all the same has ended normally.
@@ -75,7 +75,7 @@ async def within(seconds: float, call: Callable[[], Awaitable[T]]) -> T:
         with anyio.CancelScope() as scope:
             take_back = call_later(seconds, scope.cancel)
             try:
-                return await call()
+                return await call
             finally:
                 take_back()
         raise Overrun
@@ -91,7 +91,7 @@ async def within(seconds: float, call: Callable[[], Awaitable[T]]) -> T:
 
     take_back = call_later(seconds, fire)
     try:
-        result = await call()
+        result = await call
     except asyncio.CancelledError as cancelled:
         if fired and task.uncancel() <= before:  # else somebody else has cancelled the task, too
             raise Overrun from cancelled

@@ -69,6 +69,7 @@ class RetryPolicy(Protocol):
 class Place(Protocol):
     """What an attempt needs before it may start: a slot of a limit, a thread."""
 
+    def enter_now(self) -> bool: ...
     async def enter(self) -> None: ...
     def come_out(self) -> None: ...
     def give_back(self) -> None: ...
@@ -153,6 +154,12 @@ class Progress:
     total: float | None
     note: str | None
     timestamp: float
+
+    @property
+    def text(self) -> str:
+        """`3/10 thumbnails`, for people."""
+        of = "" if self.total is None else f"/{self.total:g}"
+        return f"{self.done:g}{of}{'' if self.note is None else f' {self.note}'}"
 
 
 class Request:

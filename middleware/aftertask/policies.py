@@ -180,6 +180,10 @@ class Policy:
         said = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in said.items() if value is not None}
 
+    def told(self) -> dict[str, Any]:
+        """The fields that say something, as plain values for a log line."""
+        return {name: _plainly(value) for name, value in self.said().items() if name not in ("name", "owner")}
+
     def over(self, base: Policy) -> Policy:
         """This policy, and `base` wherever this one says nothing."""
         return replace(base, **self.said())
@@ -208,6 +212,25 @@ class PolicyOptions(TypedDict, total=False):
     alert_after: int
     slow_after: float
     stuck_after: float
+
+
+def _plainly(value: Any) -> Any:
+    """A field's value as something that every log can show."""
+    if isinstance(value, Retry):
+        return {
+            "attempts": value.attempts,
+            "wait_initial": value.wait_initial,
+            "wait_max": value.wait_max,
+            "on": _plainly(value.on),
+            "give_up_on": _plainly(value.give_up_on),
+        }
+    if isinstance(value, Limit):
+        return {"name": value.name, "size": value.size, "max_waiting": value.max_waiting}
+    if isinstance(value, tuple):
+        return [_plainly(each) for each in value]
+    if isinstance(value, type) and value.__module__ == "builtins":
+        return value.__name__
+    return code_name(value) if callable(value) else value
 
 
 def _text(field: str, value: object) -> None:
@@ -491,7 +514,7 @@ class PolicyBook:
 
     def __init__(self, policies: Mapping[str, Policy]) -> None:
         self._exact = {name: policy for name, policy in policies.items() if not is_pattern(name)}
-        self._patterns = [(name, policy) for name, policy in policies.items() if is_pattern(name)]
+        self.patterns = [(name, policy) for name, policy in policies.items() if is_pattern(name)]
 
     @property
     def named(self) -> list[str]:
@@ -505,7 +528,7 @@ class PolicyBook:
     def policy(self, task: str, call: Policy | None, declared: Policy | None) -> Policy:
         """One task's policy, field by field: `options()`, exact name, patterns in their order, `@task`."""
         chosen = declared or Policy()
-        for pattern, policy in reversed(self._patterns):
+        for pattern, policy in reversed(self.patterns):
             if fnmatch.fnmatchcase(task, pattern):
                 chosen = policy.over(chosen)
         if task in self._exact:

@@ -267,6 +267,26 @@ def ours_native() -> Subject:
     return Subject(app, made.force_flush)
 
 
+def ours_policies() -> Subject:
+    """All signals, and a task with every policy that an async function can have, none of which has to act."""
+    from aftertask import Policy, Retry
+
+    every = Policy(
+        timeout=60,
+        retry=Retry(),
+        limit=100,
+        priority=5,
+        on_failure="contain",
+        expires=60,
+        run_on_error=True,
+        idempotent=True,
+        on_error=lambda run, error: None,
+        expected=LookupError,
+        slow_after=30,
+    )
+    return ours(policies={"*": every}, max_waiting=1000)
+
+
 def ours_default() -> Subject:
     """All signals as shipped: success lines above `Settings.success_log_rate` a second are left out."""
     from aftertask import Settings
@@ -282,6 +302,7 @@ VARIANTS: dict[str, Callable[[], Subject]] = {
     "contrib": contrib,
     "ours": ours,
     "ours_default": ours_default,
+    "ours_policies": ours_policies,
     "ours_native": ours_native,
     "ours_debug": ours_debug,
     "ours_tracing": lambda: ours(["Tracing"]),
@@ -507,6 +528,7 @@ GATES = (
     Gate("metrics alone, of the floor", "ours_metrics", "floor", 0.25, 0.12),
     Gate("parent not sampled, of the floor", "ours_unsampled", "floor", 0.25, 0.12),
     Gate("no signals, of the floor", "ours_none", "floor", 0.15, 0.08),
+    Gate("every policy set, none acting, of none set", "ours_policies", "ours", 1.5),
     Gate("a request without tasks, x bare", "ours", "bare", 1.03),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import anyio
@@ -9,24 +10,33 @@ import pytest
 from fastapi import BackgroundTasks as Injected
 from fastapi import Depends
 from fastapi.background import BackgroundTasks as FastAPITasks
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
 from starlette.background import BackgroundTask, BackgroundTasks
+from starlette.middleware import Middleware
+from starlette.testclient import TestClient
 
 from aftertask import (
+    AftertaskMiddleware,
     Cancelled,
     Expired,
     Failed,
+    Limit,
     Lost,
     Policy,
     Retry,
+    Settings,
     Skipped,
     Started,
     Succeeded,
     TaskRun,
+    _log,
     current_run,
     options,
     progress,
     task,
 )
+from aftertask.signals import Logs
 from aftertask.testing import VirtualClock
 from intercept.driver import LOG, Env, answering, boom, drive, sf
 from intercept.test_life import app_with, outcomes
@@ -320,7 +330,67 @@ async def test_progress_is_seen_from_outside(env: Env) -> None:
     assert [(each.done, each.total, each.note) for each in seen] == [(3, 10, "thumbnails")]
 
 
-# --- precedence
+async def test_progress_is_in_the_log_and_no_line_without_it(
+    env: Env, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the lines of a run that said how far it was, as text."""
+    monkeypatch.setattr(_log, "_handled", lambda: False)  # pytest puts handlers on every logger
+
+    async def halfway() -> None:
+        progress(2, note="of many")
+        raise ValueError
+
+    async def whole() -> None:
+        progress(4, 4)
+
+    app = env.app_with_signals(
+        [Logs(), env.seen], answering(tasks_of(options(halfway, on_failure="contain"), whole, sf))
+    )
+    await drive(app)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line.get("progress") for line in lines] == ["2 of many", "4/4", None]
+
+
+# --- precedence, and what is told of it
+
+
+def test_the_log_at_start_tells_the_policies_in_force(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Put together, as plain values; an app without any says nothing."""
+
+    @task(name="mail.send", timeout=20, retry=Retry(attempts=4, give_up_on=KeyError), owner="growth")
+    async def send() -> None: ...
+
+    smtp = Limit("smtp", 5)
+    chosen = Settings(
+        registry=CollectorRegistry(),
+        policies={"mail.send": Policy(limit=smtp, on_error=record_nothing), "report.*": Policy(expires=60)},
+    )
+    app = Starlette(middleware=[Middleware(AftertaskMiddleware, settings=chosen)])
+    monkeypatch.setattr(_log, "_handled", lambda: False)  # pytest puts handlers on every logger
+    with TestClient(app):
+        pass
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if "lifecycle.policies" in line]
+    (line,) = lines
+    assert line["on_failure"] == "stop"
+    assert line["policies"]["mail.send"] == {
+        "timeout": 20,
+        "retry": {
+            "attempts": 4,
+            "wait_initial": 1,
+            "wait_max": 30,
+            "on": ["Exception"],
+            "give_up_on": ["KeyError"],
+        },
+        "limit": {"name": "smtp", "size": 5, "max_waiting": None},
+        "on_error": f"{__name__}.record_nothing",
+    }
+    assert line["patterns"] == {"report.*": {"expires": 60}}
+
+
+def record_nothing(run: TaskRun, error: Exception) -> None:
+    """A callback."""
 
 
 async def test_precedence_field_by_field(env: Env) -> None:

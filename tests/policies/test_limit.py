@@ -321,7 +321,7 @@ def test_no_slot_is_lost_or_given_twice(size: int, steps: list[Step]) -> None:
                 gate._accepted += 1
             if place.inside or place.entry is not None:
                 continue
-            gate._enter(place)
+            gate._enter(place, queue=True)
             plain.enter(who, place.priority)
         elif place is not None:
             if place.inside or place.entry is not None:

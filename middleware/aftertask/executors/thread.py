@@ -147,6 +147,15 @@ class SharedPlace:
         self._limiter = anyio.to_thread.current_default_thread_limiter()
         self._inside = False
 
+    def enter_now(self) -> bool:
+        """Take one, if one is free."""
+        try:
+            self._limiter.acquire_on_behalf_of_nowait(self)
+        except anyio.WouldBlock:
+            return False
+        self._inside = True
+        return True
+
     async def enter(self) -> None:
         """Wait for one."""
         await self._limiter.acquire_on_behalf_of(self)

@@ -201,7 +201,7 @@ class Logs:
         suppressed = self._allowed(event.timestamp) if self._rate is not None else 0
         if suppressed is not None:
             bound = self._bound.get((run.request, run.batch) if run.batch else run)
-            if bound is not None and bound.to_stderr:
+            if bound is not None and bound.to_stderr and run.progress is None:
                 self._write_succeeded(event, bound, suppressed)
             else:
                 self._say(
@@ -286,6 +286,8 @@ class Logs:
 
     def _say(self, level: str, name: str, event: TaskEvent, **keys: Any) -> None:
         told = {key: round(value, 6) if isinstance(value, float) else value for key, value in keys.items()}
+        if event.run.progress is not None:
+            told["progress"] = event.run.progress.text
         emit(level, name, timestamp=event.timestamp, **run_keys(event.run), **told)
 
     def _allowed(self, timestamp: float) -> int | None:
