@@ -84,6 +84,23 @@ def test_logging_structlog(tmp_path: Path) -> None:
     assert len({re.search(r"run_id=(\S+)", line)[1] for line in lines}) == 1  # type: ignore[index]  # same
 
 
+def test_alerts(tmp_path: Path) -> None:
+    """One alert at once, with what one needs; at the end another one that counts the rest."""
+    with uvicorn("alerts:app", EXAMPLES, tmp_path / "log") as server:
+        for number in range(5):
+            assert httpx2.post(f"{server.url}/orders/{number}").json() == {"status": "ok"}
+            wait_for(server, "ALERT ")
+        server.child.send_signal(signal.SIGTERM)
+        server.child.wait(20)
+        text = server.log.read_text()
+    first, last = (part.split("\n\n\n")[0] for part in text.split("ALERT ")[1:])
+    assert first.startswith("[warning] mail.receipt failed: ConnectionRefusedError\n")
+    assert "Not run because of it: orders.charge_card" in first
+    assert "Owner: growth" in first and "Route: POST /orders/{order}" in first
+    assert "in send_receipt" in first
+    assert "(4 times)" in last.splitlines()[0]
+
+
 def test_two_workers(tmp_path: Path) -> None:
     """Both processes answer, and one scrape counts the tasks of both."""
     numbers = tmp_path / "numbers"
@@ -144,6 +161,9 @@ def test_the_demo_ends_by_itself_and_shows_every_outcome() -> None:
     for event in ("task.succeeded", "task.failed", "task.skipped", "task.dropped"):
         assert event in done.stdout, done.stdout
     assert "hunter2" not in done.stdout
+    assert re.search(
+        r"ALERT  \[warning\] mail\.receipt failed: app\.MailServerDown  owner growth  not run because", done.stdout
+    )
     table = done.stdout.rpartition("says:")[2].split("\n\n")[0].strip()
     columns, *rows = (re.split(r" {2,}", row.strip()) for row in table.splitlines())
     told = {row[0]: dict(zip(columns[1:], row[1:], strict=True)) for row in rows}

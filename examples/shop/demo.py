@@ -20,6 +20,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import FrameType
 
@@ -98,6 +99,41 @@ class Lines:
         self._thread.join(2)
 
 
+class Receiver:
+    """A web hook of the demo's own, which prints the alerts that arrive."""
+
+    def __init__(self) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                print(f"  {alarm(json.loads(self.rfile.read(int(self.headers['content-length']))))}", flush=True)
+                self.send_response(204)
+                self.end_headers()
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/"
+
+    def __enter__(self) -> Receiver:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def alarm(alert: Mapping[str, object]) -> str:
+    """One alert for people, in a line; the whole one has the stack, the trace and more."""
+    parts = [f"{str(alert['last_seen'])[11:19]} ALERT  {alert['title']}"]
+    parts += [f"owner {alert['owner']}"] if alert["owner"] else []
+    not_run = alert["not_run"]
+    if isinstance(not_run, Mapping) and not_run:
+        parts.append(f"not run because of it: {', '.join(not_run)}")
+    return "  ".join(parts)
+
+
 def pretty(told: Mapping[str, object]) -> str:
     """One line of JSON for people."""
     route = f"{told.get('http_method', '')} {told.get('http_route', '')}"
@@ -168,17 +204,32 @@ def wait_until_it_answers(url: str, client: httpx2.Client, shop: subprocess.Pope
     raise SystemExit("the shop did not answer in twenty seconds")
 
 
+def alerting(receiver: str) -> dict[str, str]:
+    """The variables that have the shop tell our receiver; a channel that the user named is told too."""
+    urls = [receiver, *filter(None, [os.environ.get("AFTERTASK_ALERTS")])]
+    past_proxies = ",".join(["127.0.0.1", *filter(None, [os.environ.get("no_proxy")])])
+    return {"AFTERTASK_ALERTS": ",".join(urls), "no_proxy": past_proxies, "NO_PROXY": past_proxies}
+
+
 def show(url: str, seconds: float, client: httpx2.Client) -> None:
     """Start the shop and its customers, and tell what happens for so long."""
     server = [sys.executable, "-m", "uvicorn", "app:app", "--app-dir", str(HERE), "--host", "127.0.0.1"]
     server += ["--port", url.rpartition(":")[2], "--log-level", "error", "--no-access-log"]
     traffic = [sys.executable, str(HERE / "traffic.py"), "--url", url, "--seconds", str(seconds)]
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with running(*server, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env) as shop:
+    with (
+        Receiver() as receiver,
+        running(
+            *server, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**env, **alerting(receiver.url)}
+        ) as shop,
+    ):
         lines = Lines(shop)
         wait_until_it_answers(url, client, shop, lines)
         print(LOOK.format(url=url))
-        print("Its log, the first line of each kind and then about one a second:", flush=True)
+        print(
+            "Its log, the first line of each kind and then about one a second; ALERT is what a person is sent:",
+            flush=True,
+        )
         with running(*traffic, stdout=subprocess.DEVNULL) as customers:
             end = time.monotonic() + seconds
             while customers.poll() is None and (left := end - time.monotonic()) > 0:

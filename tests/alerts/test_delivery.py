@@ -11,6 +11,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
 
 from aftertask import AftertaskMiddleware, Policy, Settings, task
-from aftertask.alerts import Alert, Alerts, DeliveryFailed, Route, Webhook, _delivery, _groups, send_test
+from aftertask.alerts import Alert, Alerts, DeliveryFailed, Route, Webhook, _delivery, _groups, _signal, send_test
 from aftertask.signals import Metrics, usual
 from alerts.receivers import Got, Hook
 
@@ -83,10 +84,17 @@ def test_a_failure_is_told_with_what_one_needs(client_for: ClientFor) -> None:
     assert (alert.http_method, alert.http_route, alert.request_id) == ("GET", "/", "r-17")
     assert alert.message == "smtp://shop:[redacted]@mail refused [redacted]"
     assert "in mail" in alert.stack and "hunter2" not in alert.text + json.dumps(alert.as_dict())
-    assert alert.runbook_url == "https://runbooks.example.org/TaskFailing.md"
+    assert alert.runbook_url == "https://runbooks.example.org/AftertaskTaskFailing.md"
     assert alert.not_run == {f"{__name__}.charge": 1}
     assert alert.pid == os.getpid()
     assert len(alert.fingerprint) == 16
+
+
+def test_each_runbook_is_there() -> None:
+    """What an alert links to is a page that is shipped."""
+    pages = Path(__file__).parents[2] / "dashboards" / "runbooks"
+    for name in set(_signal.RUNBOOKS.values()):
+        assert (pages / f"{name}.md").is_file()
 
 
 def test_a_trace_is_linked(client_for: ClientFor) -> None:
@@ -136,6 +144,35 @@ def got_task(name: str) -> Callable[[], Any]:
 
     failing.__name__ = name
     return task(name=name)(failing)
+
+
+def test_what_one_request_dropped_is_told_together(registry: CollectorRegistry) -> None:
+    """A bug in a handler that has added three tasks is one message, not three."""
+    got = Got()
+    app = FastAPI()
+    app.add_middleware(AftertaskMiddleware, settings=Settings(registry=registry, alerts=[got]))
+
+    @app.get("/")
+    async def bug(tasks: BackgroundTasks) -> None:
+        for function in (charge, mail, mail):
+            tasks.add_task(function)
+        raise KeyError("price")
+
+    with TestClient(app, raise_server_exceptions=False) as client:
+        client.get("/")
+        client.get("/")
+    (alert,) = got.alerts
+    assert (alert.kind, alert.count, alert.not_run) == ("dropped", 2, {f"{__name__}.mail": 4})
+    assert "Not run either" in alert.text
+    assert numbers(registry, "Got") == {"sent": 1, "deduplicated": 5, "failed": 0, "rate_limited": 0, "dropped": 0}
+
+
+def test_what_was_skipped_because_of_an_expected_failure_is_told_together(client_for: ClientFor) -> None:
+    """The failure itself is nobody's business; that two tasks did not run is."""
+    got = Got()
+    client_for(mail, charge, charge, alerts=[got], policies={"*.mail": Policy(expected=OSError)}).get("/")
+    (alert,) = got.wait()
+    assert (alert.kind, alert.count, alert.not_run) == ("skipped", 1, {f"{__name__}.charge": 1})
 
 
 def test_alert_after_waits_for_so_many_in_a_row(client_for: ClientFor) -> None:
@@ -483,8 +520,6 @@ def test_a_child_process_tells_its_own_failures_only(client_for: ClientFor) -> N
 
 
 def _everyone() -> Iterator[Alerts]:
-    from aftertask.alerts import _signal
-
     return iter(list(_signal._everyone))
 
 

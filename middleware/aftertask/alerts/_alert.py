@@ -71,6 +71,7 @@ class Alert:
         fingerprint: Sixteen hex digits: the same for the same error class raised in the same function of the app.
         error_type: The exception's class; None where there was none.
         message: What the exception said, or why there was none; redacted.
+        hint: What it comes from and what to do, in a sentence, where aftertask knows; else None.
         reason: Why a run was not started, as in `tasks_not_run_total`; else None.
         first_seen, last_seen: When this began and when it last happened, of those counted here; aware, UTC.
         owner: The task's owner.
@@ -78,7 +79,7 @@ class Alert:
         trace_url: `Settings.trace_url` with that trace's id put in.
         runbook_url: The page that says what to do, below `Settings.runbook_url`.
         stack: The traceback of the first run counted here, redacted; or where a stuck one stood.
-        not_run: Tasks that were skipped because of these failures, and how often.
+        not_run: Tasks that were skipped because of these failures, or dropped with these runs, and how often.
         service: `OTEL_SERVICE_NAME`, where it is set.
         host: The machine's name.
         pid: The process.
@@ -93,6 +94,7 @@ class Alert:
     fingerprint: str = ""
     error_type: str | None = None
     message: str = ""
+    hint: str | None = None
     reason: str | None = None
     first_seen: datetime = field(default_factory=lambda: datetime.now(UTC))
     last_seen: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -134,6 +136,7 @@ class Alert:
         lines = [self.message] if self.message and self.kind != "burst" else []
         lines.append(self._when())
         known = {
+            "Hint": self.hint,
             "Service": self.service,
             "Owner": self.owner,
             "Route": f"{self.http_method or ''} {self.http_route}".strip() if self.http_route else None,
@@ -141,7 +144,7 @@ class Alert:
             "Run": self.run_id,
             "Trace": self.trace_url or self.trace_id,
             "Runbook": self.runbook_url,
-            "Not run because of it": counts(self.not_run),
+            "Not run because of it" if self.error_type else "Not run either": counts(self.not_run),
             "Host": f"{self.host}, process {self.pid}" if self.host else None,
         }
         lines += [f"{key}: {value}" for key, value in known.items() if value]

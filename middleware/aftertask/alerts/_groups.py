@@ -337,6 +337,7 @@ def resolved(alert: Alert) -> Alert:
         fingerprint="",
         error_type=None,
         message="",
+        hint=None,
         reason=None,
         stack=None,
         not_run={},

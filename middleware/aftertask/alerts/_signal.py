@@ -23,6 +23,7 @@ from ..events import (
     Failure,
     Lost,
     Rejected,
+    Request,
     Skipped,
     Slow,
     Stuck,
@@ -44,15 +45,15 @@ CLOSE = 5.0
 
 #: Which page of `dashboards/runbooks/` says what to do.
 RUNBOOKS: dict[Kind, str] = {
-    "failed": "TaskFailing",
-    "timed_out": "TaskFailing",
-    "skipped": "TaskFailing",
-    "rejected": "TaskFailing",
-    "dropped": "TasksDropped",
-    "lost": "TasksLost",
-    "slow": "TaskStuck",
-    "stuck": "TaskStuck",
-    "burst": "ErrorBudgetBurn",
+    "failed": "AftertaskTaskFailing",
+    "timed_out": "AftertaskTaskFailing",
+    "skipped": "AftertaskTaskFailing",
+    "rejected": "AftertaskTaskFailing",
+    "dropped": "AftertaskTasksDropped",
+    "lost": "AftertaskTasksLost",
+    "slow": "AftertaskTaskStuck",
+    "stuck": "AftertaskTaskStuck",
+    "burst": "AftertaskErrorBudgetBurn",
 }
 
 
@@ -64,7 +65,7 @@ class Alerts:
     outcome and fingerprint (error class, and function of the app that raised it). Further ones are counted and told
     together, after 5 minutes, then 10, 20, and so on up to an hour. A task that has had no bad run for 5 minutes, and
     a success since, works again, which is told too. Runs that were skipped because of a failure are told
-    with it.
+    with it, and runs that one request dropped are told together.
 
     A task's path pays for a lock and a count; text is made once for each message. Delivery has threads of its own.
 
@@ -129,7 +130,7 @@ class Alerts:
     def _start_over(self) -> None:
         self._lock = threading.Lock()
         self._failing: dict[str, int] = {}
-        self._keys: weakref.WeakKeyDictionary[TaskRun, Key] = weakref.WeakKeyDictionary()
+        self._told: weakref.WeakKeyDictionary[TaskRun | Request, Key] = weakref.WeakKeyDictionary()
         self._recent: deque[tuple[float, str]] = deque(maxlen=self._burst)
         self._burst_until = -math.inf
 
@@ -162,12 +163,13 @@ class Alerts:
         if not event.bad or not run.plan.alert:
             return
         key, outboxes = _key(event), self._wanting(event)
-        if isinstance(event, (Failed, TimedOut)):
-            self._keys[run] = key
-        elif isinstance(event, Skipped) and event.caused_by is not None:
-            cause = self._keys.get(event.caused_by)
-            if cause is not None:  # told with the failure that caused it, where that is told
-                outboxes = [outbox for outbox in outboxes if not outbox.add_not_run(cause, run.task)]
+        cause = _cause(event)
+        if cause is not None:
+            first = self._told.get(cause)
+            if first is None:
+                self._told[cause] = key
+            else:
+                outboxes = [outbox for outbox in outboxes if not outbox.add_not_run(first, run.task)]
         count = self._streak(run)
         if count:
             self._add(outboxes, key, lambda: self._describe(event, count), event.timestamp)
@@ -250,6 +252,7 @@ class Alerts:
             fingerprint=_key(event)[2],
             error_type=None if failure is None else failure.type,
             message=_message(event),
+            hint=None if failure is None else failure.hint,
             reason=getattr(event, "reason", None),
             first_seen=at,
             last_seen=at,
@@ -268,6 +271,19 @@ class Alerts:
         base = self._runbook_url
         page = None if base is None else f"{base.rstrip('/')}/{RUNBOOKS[kind]}.md"
         return {"runbook_url": page, "pid": os.getpid(), **self._where}
+
+
+def _cause(event: Bad) -> TaskRun | Request | None:
+    """What bad runs have in common, so that they are told together: a failure, or a request that ended."""
+    match event:
+        case Failed() | TimedOut():
+            return event.run
+        case Skipped(caused_by=caused_by):
+            return caused_by
+        case Dropped():
+            return event.run.request
+        case _:
+            return None
 
 
 def _kind(event: Bad | Slow | Stuck) -> Kind:
