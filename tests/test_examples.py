@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx2
@@ -61,6 +62,20 @@ def test_the_app_of_the_readme_is_the_minimal_example() -> None:
         assert line in minimal or line.endswith("...") or line in ("from fastapi import BackgroundTasks, FastAPI",), (
             line
         )
+
+
+def test_policies(tmp_path: Path) -> None:
+    """The second attempt succeeds, and who asks for too much at once is answered 503."""
+    with uvicorn("policies:app", EXAMPLES, tmp_path / "log") as server:
+        assert httpx2.post(f"{server.url}/signup/ada@example.org").status_code == 202
+        text = wait_for(server, "task.succeeded")
+        lines = [json.loads(line) for line in text.splitlines() if '"task.' in line]
+        assert [(line["event"], line["attempt"]) for line in lines] == [("task.retrying", 1), ("task.succeeded", 2)]
+        with ThreadPoolExecutor(12) as threads:
+            asked = [threads.submit(httpx2.post, f"{server.url}/signup/{n}@example.org") for n in range(12)]
+            statuses = Counter(each.result().status_code for each in asked)
+        assert set(statuses) == {202, 503}
+        assert statuses[202] >= 4
 
 
 def test_logging_stdlib(tmp_path: Path) -> None:

@@ -343,9 +343,8 @@ async def test_progress_is_in_the_log_and_no_line_without_it(
     async def whole() -> None:
         progress(4, 4)
 
-    app = env.app_with_signals(
-        [Logs(), env.seen], answering(tasks_of(options(halfway, on_failure="contain"), whole, sf))
-    )
+    batch = tasks_of(options(halfway, on_failure="contain"), whole, sf)
+    app = env.app_with_signals([Logs(), env.seen], answering(batch))
     await drive(app)
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [line.get("progress") for line in lines] == ["2 of many", "4/4", None]

@@ -13,14 +13,18 @@ from starlette.middleware import Middleware
 from aftertask import (
     AftertaskMiddleware,
     Failed,
+    Limit,
     Policy,
+    Retry,
     Settings,
     TaskEvent,
     TaskRun,
+    TaskTimeout,
     current_run,
     get_run,
     observe_functions,
     options,
+    progress,
     task,
 )
 from aftertask.signals import Logs, Metrics, Tracing, usual
@@ -45,6 +49,31 @@ async def welcome(email: str, *, again: bool = False) -> None: ...
 
 
 assert_type(plain(3), str)
+smtp = Limit("smtp", 5, max_waiting=10)
+
+
+async def tell(run: TaskRun, error: Exception) -> None:
+    assert_type(run.state, str)
+
+
+@task(
+    timeout=20,
+    retry=Retry(attempts=4, on=(OSError, TaskTimeout), give_up_on=FileNotFoundError),
+    limit=smtp,
+    priority=10,
+    on_failure="contain",
+    expires=60.5,
+    run_on_error=True,
+    idempotent=True,
+    executor="thread",
+    on_error=tell,
+)
+def governed() -> None:
+    progress(1, 2, "half way")
+
+
+options(governed, limit=3, on_error=lambda run, error: run.task)
+Settings(on_failure="continue", max_waiting=10, thread_limit=8, drain_timeout=30)
 call: Callable[..., Any] = options(welcome, trace="link")
 assert_type(options(plain, observe=False)(3), str)
 

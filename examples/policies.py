@@ -1,0 +1,42 @@
+"""
+Time limits, retries and a queue limit, declared at the task.
+
+    uvicorn examples.policies:app
+    curl -X POST localhost:8000/signup/ada@example.org
+
+What you will see: the mail server of this example refuses every second mail; the log tells `task.retrying`, then
+`task.succeeded` with attempt 2. With more than three mails waiting the endpoint answers 503.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import anyio
+from fastapi import BackgroundTasks, FastAPI, HTTPException
+
+from aftertask import AftertaskMiddleware, Limit, QueueFull, Retry, Settings, task
+
+app = FastAPI()
+app.add_middleware(AftertaskMiddleware, settings=Settings(on_failure="contain"))
+
+smtp = Limit("smtp", 1, max_waiting=3)
+mails = itertools.count(1)
+
+
+@task(name="mail.welcome", timeout=5, retry=Retry(attempts=3, wait_initial=0.2), limit=smtp)
+async def send_welcome_mail(address: str) -> None:
+    """Send a mail, through a server that refuses every second one."""
+    await anyio.sleep(0.05)
+    if next(mails) % 2:
+        raise ConnectionError("421 try again later")
+
+
+@app.post("/signup/{address}", status_code=202)
+async def signup(address: str, tasks: BackgroundTasks) -> dict[str, str]:
+    """Sign somebody up, and send the mail after the answer."""
+    try:
+        tasks.add_task(send_welcome_mail, address)
+    except QueueFull as full:
+        raise HTTPException(503, str(full)) from None
+    return {"status": "ok"}
