@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
 
-.PHONY: test check long demo bench upstream versions dashboards format clean
+.PHONY: test check long demo bench upstream versions grafana dashboards format clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,11 @@ upstream: $(STAMP) ## Starlette's and FastAPI's own suites, bare and with the mi
 
 versions: $(STAMP) ## our suite on older FastAPI, Starlette and newer Python
 	$(BIN)/python tests/versions.py
+
+grafana: ## Grafana with the dashboards, and all that they show, where Docker is: http://localhost:3000
+	@docker compose version >/dev/null 2>&1 || { echo "make grafana needs Docker with its compose plugin; \
+	without it see docs/dashboards.md" >&2; exit 1; }
+	docker compose -f grafana/compose.yaml up --build
 
 dashboards: $(STAMP) ## write the dashboards and alert rules anew
 	$(BIN)/python dashboards/generate

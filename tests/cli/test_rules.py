@@ -325,7 +325,7 @@ def test_each_alert_says_what_whose_and_where(exported: list[Path]) -> None:
         notes = rule["annotations"]
         assert rule["labels"]["severity"] in ("critical", "warning", "info")
         assert "for" in rule and notes["summary"] and "$value" in notes["description"]
-        assert notes["runbook_url"] == f"runbooks/{rule['alert']}.md"
+        assert notes["runbook_url"] == f"runbooks/{rule['alert'].removeprefix('Aftertask')}.md"
         assert re.match(r"http://localhost:3000/d/aftertask-\w+\?var-job=\{\{ \$labels.job", notes["dashboard_url"])
         assert "${" not in str(rule)
         assert not re.search(r"sum by|max by", rule["expr"]) or re.search(r"by \(job\b", rule["expr"])
@@ -341,7 +341,7 @@ def test_alerts_that_are_about_a_task_carry_it(exported: list[Path]) -> None:
 
 def test_each_alert_has_a_runbook_and_each_runbook_an_alert() -> None:
     """With what it means, where to look, and what to do; links between them lead somewhere."""
-    every = {f"Aftertask{alert.name}" for alert in (*_rules._burns(), *_rules._default(), *_rules._more())}
+    every = {alert.name for alert in (*_rules._burns(), *_rules._default(), *_rules._more())}
     assert {page.stem for page in RUNBOOKS.glob("*.md")} == every
     for page in RUNBOOKS.glob("*.md"):
         text = page.read_text()
@@ -389,7 +389,7 @@ def test_options_reach_the_rules(tmp_path: Path) -> None:
     assert "> 7 - 0.5" in alerts["AftertaskTaskFailing"]["expr"]
     assert alerts["AftertaskOldestQueuedTooOld"]["expr"].endswith("> 60")
     notes = alerts["AftertaskTasksLost"]["annotations"]
-    assert notes["runbook_url"] == "https://wiki.example.org/runbooks/AftertaskTasksLost.md"
+    assert notes["runbook_url"] == "https://wiki.example.org/runbooks/TasksLost.md"
     assert notes["dashboard_url"].startswith("https://grafana.example.org/d/aftertask-task?")
 
 

@@ -431,7 +431,7 @@ def _alert(alert: Alert, options: Options) -> dict[str, Any]:
         "annotations": {
             "summary": alert.summary,
             "description": Template(alert.description).safe_substitute(_numbers(options)),
-            "runbook_url": f"{options.runbooks.rstrip('/')}/{name}.md",
+            "runbook_url": f"{options.runbooks.rstrip('/')}/{alert.name}.md",
             "dashboard_url": f"{options.dashboards.rstrip('/')}/d/aftertask-{alert.board}?{shown}",
         },
     }
