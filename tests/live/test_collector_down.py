@@ -101,8 +101,8 @@ def all_succeeded(server: Server, count: int) -> None:
 
 
 def lines(server: Server) -> list[dict[str, Any]]:
-    """aftertask's log lines."""
-    return [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith('{"event"')]
+    """The log lines of runs."""
+    return [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith('{"event": "task.')]
 
 
 def exemplars(server: Server) -> bool:

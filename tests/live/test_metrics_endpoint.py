@@ -49,8 +49,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def lines(server: Server) -> list[dict[str, Any]]:
-    """aftertask's log lines."""
-    return [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith('{"event"')]
+    """The log lines of runs."""
+    return [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith('{"event": "task.')]
 
 
 def succeeded(families: Any) -> float:

@@ -94,8 +94,8 @@ def ask(server: Server, query: str) -> dict[tuple[str, ...], float]:
 
 
 def log_lines(server: Server) -> list[dict[str, Any]]:
-    """aftertask's own lines on the shop's stderr."""
-    return [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith('{"event"')]
+    """The lines of runs on the stderr of the shop."""
+    return [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith('{"event": "task.')]
 
 
 def test_prometheus_knows_what_became_of_every_task(tmp_path: Path) -> None:
