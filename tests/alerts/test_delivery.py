@@ -84,7 +84,7 @@ def test_a_failure_is_told_with_what_one_needs(client_for: ClientFor) -> None:
     assert (alert.http_method, alert.http_route, alert.request_id) == ("GET", "/", "r-17")
     assert alert.message == "smtp://shop:[redacted]@mail refused [redacted]"
     assert "in mail" in alert.stack and "hunter2" not in alert.text + json.dumps(alert.as_dict())
-    assert alert.runbook_url == "https://runbooks.example.org/AftertaskTaskFailing.md"
+    assert alert.runbook_url == "https://runbooks.example.org/TaskFailing.md"
     assert alert.not_run == {f"{__name__}.charge": 1}
     assert alert.pid == os.getpid()
     assert len(alert.fingerprint) == 16

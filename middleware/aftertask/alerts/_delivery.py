@@ -26,8 +26,11 @@ STATUSES: tuple[Status, ...] = ("sent", "failed", "deduplicated", "rate_limited"
 #: Waits between two attempts to deliver one message: drawn from 0 to twice as much each time, from 1 to 30 s.
 WAIT_INITIAL, WAIT_MAX = 1.0, 30.0
 
-#: A thread with nothing to do ends after so many seconds; one that waits for a call looks so often at the time.
-IDLE, LOOK = 30.0, 0.2
+#: A thread with nothing to do ends after so many seconds.
+IDLE = 30.0
+
+#: No lock can be waited for without end; longer times are waited for in parts.
+LONGEST_WAIT = 3600.0
 
 # What OpenTelemetry's packages look at before they make a span: by the name of the key, in older versions too.
 _SUPPRESSED = ("suppress_instrumentation", getattr(otel, "_SUPPRESS_INSTRUMENTATION_KEY", "suppress_instrumentation"))
@@ -147,14 +150,16 @@ class Outbox:
                 if message is not None:
                     return message
                 pause = self._groups.pause(now)
-                if closing or (pause is None and not self._changed.wait(IDLE)):
+                if closing:
                     self._thread = None
                 elif pause is not None:
-                    self._changed.wait(pause)
+                    self._changed.wait(min(pause, LONGEST_WAIT))
+                elif not self._changed.wait(IDLE) and self._groups.pause(now) is None:
+                    self._thread = None  # and nothing has come in while it woke up
             return None
 
     def _deliver(self, message: Message) -> None:
-        attempt = 0
+        attempt, last = 0, self._close_at < math.inf
         while True:
             attempt += 1
             started = time.monotonic()
@@ -165,7 +170,7 @@ class Outbox:
             asked = getattr(error, "retry_after", None)
             permanent = getattr(error, "permanent", False) or (asked or 0.0) > WAIT_MAX
             if permanent or attempt == self.route.attempts or self._left() <= 0:
-                self._failed(message, error, attempt, asked)
+                self._failed(message, error, attempt, asked, last=last)
                 return
             self._rest(random.uniform(0.0, min(WAIT_MAX, WAIT_INITIAL * 2.0**attempt)) if asked is None else asked)
 
@@ -184,7 +189,7 @@ class Outbox:
             if not self._wait_for(self._call, end):
                 return TimeoutError("an earlier call has not returned yet")
             self._call = None
-        call = self._call = self._call or _Call(self.route, alert)
+        call = self._call = self._call or _Call(self.route, alert, self._call_over)
         if not self._wait_for(call, end):
             return TimeoutError(f"it did not return within {self.route.timeout:.3g} s")
         self._call = None
@@ -192,9 +197,14 @@ class Outbox:
 
     def _wait_for(self, call: _Call, end: float) -> bool:
         """Whether a call is over before this time, and before this is closed."""
-        while not call.over and (left := min(end - time.monotonic(), self._left())) > 0:
-            call.join(min(left, LOOK))
+        with self._changed:
+            while not call.over and (left := min(end - time.monotonic(), self._left())) > 0:
+                self._changed.wait(min(left, LONGEST_WAIT))
         return call.over
+
+    def _call_over(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _left(self) -> float:
         return self._close_at - time.monotonic()
@@ -214,11 +224,13 @@ class Outbox:
         if alert.suppressed is not None:
             self._emit("info", "alert.suppressed", alert, alerts=alert.suppressed.alerts, suppressed_count=left_out)
 
-    def _failed(self, message: Message, error: BaseException, attempts: int, retry_after: float | None) -> None:
+    def _failed(
+        self, message: Message, error: BaseException, attempts: int, retry_after: float | None, *, last: bool
+    ) -> None:
         with self._changed:
             self._groups.failed(message, _clock.monotonic(), retry_after)
-            if self._close_at < math.inf:
-                self._close_at = -math.inf  # no second round at the end
+            if last:
+                self._close_at = -math.inf  # at the end there is one round more, not as many as the time allows
             self._tell_length()
         self._count("failed", 1)
         failure = Failure(error, self._redact)
@@ -252,10 +264,10 @@ class Outbox:
 
 
 class _Call:
-    """One call of a channel, in a thread of its own."""
+    """One call of a channel, in a thread of its own; `done` is called there when it is over."""
 
-    def __init__(self, route: Route, alert: Alert) -> None:
-        self.alert = alert
+    def __init__(self, route: Route, alert: Alert, done: Callable[[], None] = lambda: None) -> None:
+        self.alert, self._done = alert, done
         self.error: BaseException | None = None
         self.over = False
         self._route = route
@@ -287,6 +299,7 @@ class _Call:
         finally:
             otel.detach(token)
             self.over = True
+            self._done()
 
 
 async def _within(awaitable: Awaitable[None], timeout: float) -> None:

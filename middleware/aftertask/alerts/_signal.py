@@ -45,15 +45,15 @@ CLOSE = 5.0
 
 #: Which page of `dashboards/runbooks/` says what to do.
 RUNBOOKS: dict[Kind, str] = {
-    "failed": "AftertaskTaskFailing",
-    "timed_out": "AftertaskTaskFailing",
-    "skipped": "AftertaskTaskFailing",
-    "rejected": "AftertaskTaskFailing",
-    "dropped": "AftertaskTasksDropped",
-    "lost": "AftertaskTasksLost",
-    "slow": "AftertaskTaskStuck",
-    "stuck": "AftertaskTaskStuck",
-    "burst": "AftertaskErrorBudgetBurn",
+    "failed": "TaskFailing",
+    "timed_out": "TaskFailing",
+    "skipped": "TaskFailing",
+    "rejected": "TaskFailing",
+    "dropped": "TasksDropped",
+    "lost": "TasksLost",
+    "slow": "TaskStuck",
+    "stuck": "TaskStuck",
+    "burst": "ErrorBudgetBurn",
 }
 
 
