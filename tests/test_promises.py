@@ -22,6 +22,7 @@ LAYERS = [
     {"cli"},
     {"__init__"},
     {"middleware", "_observe"},
+    {"hazards"},
     {"_scrape"},
     {"signals"},
     {"_exchange"},

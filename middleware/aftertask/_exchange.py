@@ -68,10 +68,12 @@ class Exchange(Request):
     Attributes:
         touched: Whether there ever was a task in this request, so that it must be closed.
         scope: The scope it marks; None once it is over, or there would be a cycle for each request.
+        exits: FastAPI's exit stack of the request's dependencies; None where nothing was injected.
     """
 
     # One of these is made for every request, so what most of them never need is a default of the class.
     touched = False
+    exits: object = None
     _container: BackgroundTasks | None = None
     _served: Scope | None = None
     _added = 0
@@ -150,12 +152,13 @@ class Exchange(Request):
 
     # --- what the hooks tell
 
-    def inject(self, container: BackgroundTasks, scope: Scope) -> None:
-        """FastAPI made this container for the request."""
+    def inject(self, container: BackgroundTasks, scope: Scope, exits: object) -> None:
+        """FastAPI made this container for the request; on `exits` is what its dependencies close."""
         _intercept.install()
         self.touched = True
         self._container = container
         self._served = scope
+        self.exits = exits
         self._thread = threading.get_ident()
         _intercept.injected[id(container)] = self
 
@@ -433,7 +436,7 @@ class Exchange(Request):
         if self._waiting or error is not None:
             self._guarded("end of the request", self._settle, error)
         # The scope holds us: what may hold the scope must go.
-        self._served = self._container = self._reserved = self.scope = None
+        self._served = self._container = self._reserved = self.scope = self.exits = None
         if self._owed is None:
             self.context = None
 

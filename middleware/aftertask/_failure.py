@@ -70,7 +70,7 @@ def fingerprint(error: BaseException) -> str:
     cause = error.__cause__
     trace = error.__traceback__ or (None if cause is None else cause.__traceback__)
     frames = [frame.f_code for frame, _ in traceback.walk_tb(trace)]
-    own = [code for code in frames if not _is_library(code)]
+    own = [code for code in frames if not is_library(code)]
     codes = own or frames
     return hashlib.sha256(f"{error_type(error)}\n{_place(codes[-1]) if codes else ''}".encode()).hexdigest()[:16]
 
@@ -100,7 +100,8 @@ def _frames_before_the_task(trace: TracebackType | None) -> int:
     return skipped if trace is not None else 0
 
 
-def _is_library(code: CodeType) -> bool:
+def is_library(code: CodeType) -> bool:
+    """Whether this is no code of the app's: ours, a library's or Python's own."""
     name = code.co_filename
     return name.startswith((_OURS, "<frozen")) or name.startswith(_LIBRARIES)
 

@@ -27,6 +27,7 @@ from starlette.background import BackgroundTask, BackgroundTasks
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+from . import _clock
 from .events import TaskRun, current_run
 
 KEY = "aftertask"
@@ -46,7 +47,7 @@ class Exchange(Protocol):
         """Run a response's background."""
         ...
 
-    def inject(self, container: BackgroundTasks, scope: Scope) -> None:
+    def inject(self, container: BackgroundTasks, scope: Scope, exits: object) -> None:
         """FastAPI made this container for the request."""
         ...
 
@@ -177,11 +178,18 @@ def call(target: Any, spanned: Callable[[Any], bool] | None) -> Awaitable[Any]:
         if BackgroundTask.__call__ is _hooked and _hooked_is_plain:
             if target.is_async:
                 return cast(Awaitable[Any], target.func(*target.args, **target.kwargs))
-            return run_in_threadpool(target.func, *target.args, **target.kwargs)
+            return run_in_threadpool(_in_thread, target)
         unwrapped = getattr(BackgroundTask, "_otel_original_call", None)
         if unwrapped is not None and spanned is not None and spanned(_contrib_tracer(BackgroundTask.__call__)):
             return cast(Awaitable[Any], unwrapped(target))
     return cast(Awaitable[Any], target())
+
+
+def _in_thread(target: BackgroundTask) -> Any:
+    run = current_run()
+    if run is not None:
+        run.thread_s = _clock.monotonic()
+    return target.func(*target.args, **target.kwargs)
 
 
 def unhooked(target: Any) -> Awaitable[None]:
@@ -344,10 +352,11 @@ def _hook_init(original: Callable[..., None]) -> Any:
         original(self, *args, **kwargs)
         frame = sys._getframe(1)
         if frame.f_code.co_name == "solve_dependencies":
-            scope = getattr(frame.f_locals.get("request"), "scope", None)
+            local = frame.f_locals
+            scope = getattr(local.get("request"), "scope", None)
             exchange = scope.get(KEY) if isinstance(scope, dict) else None
             if exchange is not None:
-                exchange.inject(self, scope)
+                exchange.inject(self, scope, local.get("async_exit_stack"))
 
     return __init__
 

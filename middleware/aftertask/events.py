@@ -204,6 +204,8 @@ class TaskRun:
         timestamp: When it was scheduled, in seconds since the Unix epoch.
         scheduled_s, queued_s, started_s: Monotonic seconds of its steps, the last of the current attempt; None while a
             step has not been reached.
+        thread_s: When a sync task's attempt began in its thread; None for another, or before.
+        blocked_s: Seconds for which it kept the event loop from answering, as far as that was seen.
         first_s: When the first attempt started, where there was another; else None.
         backing_off: Whether it waits for its next attempt.
         places: What it has taken, or will take, to run.
@@ -218,6 +220,8 @@ class TaskRun:
     attempt: int = 0
     origin: str = "request"
     first_s: float | None = None
+    thread_s: float | None = None
+    blocked_s: float = 0.0
     backing_off: bool = False
     places: tuple[Place, ...] = ()
     abandoned: object = None

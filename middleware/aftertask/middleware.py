@@ -15,6 +15,7 @@ from ._route import route_path
 from ._runner import Engine
 from ._shutdown import Supervisor
 from .events import Signal
+from .hazards import around
 from .settings import Settings, disabled
 from .signals import usual
 
@@ -51,7 +52,10 @@ class AftertaskMiddleware:
             raise TypeError(f"signals must be a list of signals or None, got {signals!r}")
         _warn_if_twice(app)
         self._settings = settings
-        self._engine = Engine(settings, usual(settings) if signals is None else signals)
+        chosen, hazards = around(usual(settings) if signals is None else signals, settings.block_threshold)
+        self._engine = Engine(settings, chosen)
+        if hazards is not None:
+            hazards.attach(self._engine)
         self._metrics_path = settings.metrics_path
         self._excluded = _excluded(settings.exclude)
         _intercept.install()

@@ -59,6 +59,8 @@ class Settings:
         thread_limit: Threads for the tasks with `executor="thread"`, at least 1.
         drain_timeout: Seconds that runs are given to end at shutdown: they are tasks of their own then, and outlive the
             server's cancellation. None: the server decides; what holds it up is told either way.
+        block_threshold: The event loop is blocked when it has not answered for so many seconds, at least 0.01: the run
+            that is on it is told then. None: blocked loops are not looked for; how late the loop is, is measured.
         exclude: Paths of which nothing is observed: `/health`, `/internal/*`, `/items/{id}`.
         alerts: Who is told of failures: `Webhook`, `Apprise`, functions, URLs, or a `Route` around one of these; kept
             as routes.
@@ -83,6 +85,7 @@ class Settings:
     max_waiting: int | None = None
     thread_limit: int = 40
     drain_timeout: float | None = None
+    block_threshold: float | None = 0.25
     exclude: tuple[str, ...] = ()
     alerts: Sequence[Deliver | Route | str] = ()
     trace_url: str | None = None
@@ -114,6 +117,7 @@ class Settings:
         drain = self.drain_timeout
         if drain is not None and (isinstance(drain, bool) or not isinstance(drain, (int, float)) or not drain > 0):
             raise ValueError(f"Settings.drain_timeout must be more than 0 seconds, or None, got {drain!r}")
+        _at_least("block_threshold", self.block_threshold, 0.01)
         for name in ("redact", "request_id"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"Settings.{name} must be a function, got {getattr(self, name)!r}")
@@ -215,6 +219,7 @@ _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "max_waiting": _optional_count,
     "thread_limit": _optional_count,
     "drain_timeout": _optional_number,
+    "block_threshold": _optional_number,
     "context": str.strip,
     "success_log_rate": _optional_number,
     "run_ids_header": _optional_text,
@@ -243,6 +248,11 @@ def _path(name: str, value: object) -> None:
 def _count(name: str, value: object, least: int) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
         raise ValueError(f"Settings.{name} must be a whole number, at least {least}, got {value!r}")
+
+
+def _at_least(name: str, value: object, least: float) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least):
+        raise ValueError(f"Settings.{name} must be at least {least} seconds, or None, got {value!r}")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

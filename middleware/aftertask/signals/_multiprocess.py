@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from ..errors import RegistryClash
-from ..events import OUTCOMES, Ended, Failed, Retrying, Succeeded, TaskRun, TimedOut
+from ..events import OUTCOMES, Ended, Failed, LoopBlocked, Retrying, Succeeded, TaskRun, TimedOut
 from ..policies import registered_tasks
 from . import families as f
 from ._series import STATES, Series, ages, queue_wait, whole_life
@@ -76,6 +76,7 @@ class SharedBook:
         self.families[f.SELF_ERRORS].labels(f.INTERCEPTION)
         self.bounds = Bounds(self._overflow)
         self.families[f.BUILD_INFO].labels(*build_info()).set(1)
+        self.families[f.LOOP_BLOCKED].labels(f.NO_TASK)
         self.watched = Watched()
         self._sampler: threading.Thread | None = None
         if hasattr(os, "register_at_fork"):
@@ -126,6 +127,18 @@ class SharedBook:
         """So many kinds of failure wait for a channel."""
         self.families[f.ALERT_QUEUE].labels(channel).set(length)
 
+    def lag(self, seconds: float) -> None:
+        """How late the event loop was."""
+        self.families[f.LOOP_LAG].observe(seconds)
+
+    def blocked_for(self, run: TaskRun | None, seconds: float) -> None:
+        """So many more seconds in which it did not answer, because of this run."""
+        task = f.NO_TASK if run is None else self.of(run).labels[0]
+        self.families[f.LOOP_BLOCKED].labels(task).inc(seconds)
+
+    def blocked(self, report: LoopBlocked) -> None:
+        """It was counted as it happened."""
+
     def _overflow(self, label: str) -> None:
         self.families[f.LABEL_OVERFLOW].labels(label).inc()
 
@@ -172,7 +185,7 @@ class SharedSeries:
     """All the numbers of one task, each child looked up once."""
 
     def __init__(self, labels: tuple[str, str], book: SharedBook) -> None:
-        self._labels = labels
+        self.labels = labels
         self._error_type: Callable[[str, str], str] = book.bounds.error_type
         # What is in flight is counted as in one process, and written as gauges.
         self._here = Series(labels, lambda task, kind: kind)
@@ -188,6 +201,7 @@ class SharedSeries:
         self._wait, self._end_to_end = of[f.WAIT].labels(*labels), of[f.END_TO_END].labels(*labels)
         self._ok, self._error = (of[f.ATTEMPT].labels(*labels, result) for result in ("ok", "error"))
         self._inflight = {state: of[f.INFLIGHT].labels(*labels, state) for state in STATES}
+        of[f.LOOP_BLOCKED].labels(labels[0])
         self._abandoned = of[f.ABANDONED].labels(labels[0])
         self._ages = of[f.OLDEST_QUEUED].labels, of[f.OLDEST_RUNNING].labels
         self._last_success, self._last_failure = of[f.LAST_SUCCESS].labels, of[f.LAST_FAILURE].labels
@@ -205,7 +219,7 @@ class SharedSeries:
         self._ok.observe(event.duration_s)
         self._end_to_end.observe(whole_life(event))
         self._finished["succeeded"].inc()
-        self._last_success(*self._labels).set(event.timestamp)
+        self._last_success(*self.labels).set(event.timestamp)
         self._write_inflight()
 
     def retry(self, event: Retrying) -> None:
@@ -225,14 +239,14 @@ class SharedSeries:
         if isinstance(event, (Failed, TimedOut)):
             self._attempt_failed(event)
             self._end_to_end.observe(whole_life(event))
-            self._last_failure(*self._labels).set(event.timestamp)
+            self._last_failure(*self.labels).set(event.timestamp)
         elif event.run.attempt == 0 and event.outcome != "cancelled":
-            self._not_run.labels(self._labels[0], event.outcome, getattr(event, "reason", "other")).inc()
+            self._not_run.labels(self.labels[0], event.outcome, getattr(event, "reason", "other")).inc()
         self._write_inflight()
 
     def hazard(self, kind: str) -> None:
         """Something was found."""
-        self._hazards.labels(self._labels[0], kind).inc()
+        self._hazards.labels(self.labels[0], kind).inc()
 
     def abandon(self, change: int) -> None:
         """So many threads more go on that nobody waits for."""
@@ -244,7 +258,7 @@ class SharedSeries:
         self._queued, self._running, self._backoff = (len(states[at]) for at in ("queued", "running", "backoff"))
         self._write_inflight()
         for labels, age in zip(self._ages, ages(states), strict=True):
-            labels(*self._labels).set(age or 0.0)
+            labels(*self.labels).set(age or 0.0)
 
     def _waited(self, run: TaskRun) -> None:
         wait = queue_wait(run)
@@ -253,7 +267,7 @@ class SharedSeries:
 
     def _attempt_failed(self, event: Failed | TimedOut | Retrying) -> None:
         self._error.observe(event.duration_s)
-        self._errors.labels(*self._labels, self._error_type(self._labels[0], event.failure.type)).inc()
+        self._errors.labels(*self.labels, self._error_type(self.labels[0], event.failure.type)).inc()
 
     def _write_inflight(self) -> None:
         # In which state each run is, is looked up by the sampler only: there may be thousands. Their sum is exact.

@@ -12,6 +12,7 @@ WAIT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 3
 ATTEMPT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
 # From a function in the same process to a channel that answers just before it is given up.
 DELIVERY_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
+LAG_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 END_TO_END_BUCKETS = (0.05, 0.25, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 21600.0)
 
 
@@ -56,6 +57,9 @@ NOT_RUN_REASONS = (
 
 #: Under what an error of our own in the interception is counted; told from 0 on, so that the first one is seen.
 INTERCEPTION = "aftertask.interception"
+
+#: The `task` of a blocked event loop that no background task was on.
+NO_TASK = "__none__"
 
 SCHEDULED = Family("tasks_scheduled", "counter", "Runs that came into being.", _TASK)
 FINISHED = Family("tasks_finished", "counter", "Runs that ended, by how.", (*_TASK, "outcome"))
@@ -114,6 +118,12 @@ ALERT_DELIVERY = Family(
 )
 ALERT_QUEUE = Family(
     "alert_queue_length", "gauge", "Kinds of failure that wait to be told.", ("channel",), mode="livesum"
+)
+LOOP_LAG = Family(
+    "event_loop_lag_seconds", "histogram", "How late the event loop was, sampled some times a second.", (), LAG_BUCKETS
+)
+LOOP_BLOCKED = Family(
+    "event_loop_blocked_seconds", "counter", "Time in which the event loop did not answer, by who was on it.", ("task",)
 )
 SELF_ERRORS = Family("self_errors", "counter", "Errors inside aftertask, all contained.", ("component",))
 LABEL_OVERFLOW = Family("label_overflow", "counter", "Label values folded into __other__.", ("label",))

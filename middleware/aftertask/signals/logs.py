@@ -20,6 +20,8 @@ from ..events import (
     Expired,
     Failed,
     HazardFound,
+    LoopBlocked,
+    LoopListener,
     Lost,
     Offloaded,
     Plan,
@@ -39,6 +41,7 @@ from ..events import (
     current_run,
 )
 from ._series import queue_wait
+from .families import NO_TASK
 
 # What every line of ours carries, and what a task's own lines are given.
 KEYS = ("task", "run_id", "attempt", "engine", "http_route", "http_method", "request_id", "trace_id", "span_id")
@@ -135,6 +138,34 @@ class _Bound:
             put(value)
 
 
+class _LoopLog:
+    """The line that tells of a blocked event loop; one for all apps of the process, whose loop it is."""
+
+    def lag(self, seconds: float) -> None:
+        """For the metrics."""
+
+    def blocked_for(self, run: TaskRun | None, seconds: float) -> None:
+        """For the metrics."""
+
+    def blocked(self, report: LoopBlocked) -> None:
+        """Say who is to blame, and where it was."""
+        run = report.run
+        emit(
+            "warning",
+            "loop.blocked",
+            timestamp=report.timestamp,
+            **({"task": NO_TASK} if run is None else run_keys(run)),
+            blocked_s=round(report.blocked_s, 6),
+            where=report.where,
+            stack=report.stack,
+            still_blocked=None if report.over else True,
+            suppressed_count=report.suppressed or None,
+        )
+
+
+_loop_log = _LoopLog()
+
+
 class Logs:
     """
     One structured log line for each event (`TELEMETRY.md`).
@@ -151,6 +182,7 @@ class Logs:
     """
 
     def __init__(self, *, success_log_rate: float | None = None) -> None:
+        self.loop: LoopListener = _loop_log
         self._rate = success_log_rate
         self._to_stderr = to_stderr()  # asked again with each batch
         self._window = self._said = self._suppressed = 0
@@ -249,6 +281,7 @@ class Logs:
             error_fingerprint=event.failure.fingerprint,
             duration_s=event.duration_s,
             exception=event.failure.stack,
+            hint=event.failure.hint,
         )
         self._unbind(event.run)
 

@@ -28,6 +28,8 @@ from ..events import (
     Expired,
     Failed,
     HazardFound,
+    LoopBlocked,
+    LoopListener,
     Lost,
     Offloaded,
     Rejected,
@@ -153,6 +155,8 @@ class PlainBook(Collector):
         self._alerts: dict[tuple[str, ...], int] = {}
         self._deliveries: dict[str, Counts] = {}
         self._alert_queues: dict[str, int] = {}
+        self._lag = Counts(f.LOOP_LAG)
+        self._blocked: dict[str, float] = {f.NO_TASK: 0.0}
         self._bounds = Bounds(self._overflow)
         try:
             registry.register(self)
@@ -208,6 +212,20 @@ class PlainBook(Collector):
         """So many kinds of failure wait for a channel."""
         self._alert_queues[channel] = length
 
+    def lag(self, seconds: float) -> None:
+        """How late the event loop was."""
+        with self._lock:
+            self._lag.observe(seconds, None, 0.0)
+
+    def blocked_for(self, run: TaskRun | None, seconds: float) -> None:
+        """So many more seconds in which it did not answer, because of this run."""
+        task = f.NO_TASK if run is None else self.of(run).labels[0]
+        with self._lock:
+            self._blocked[task] = self._blocked.get(task, 0.0) + seconds
+
+    def blocked(self, report: LoopBlocked) -> None:
+        """It was counted as it happened."""
+
     def _overflow(self, label: str) -> None:
         self._overflows[label] = self._overflows.get(label, 0) + 1
 
@@ -229,6 +247,9 @@ class PlainBook(Collector):
             )
             for channel, counts in self._deliveries.items():
                 counts.tell(deliveries, (channel,))
+            lag = HistogramMetricFamily(f.LOOP_LAG.full_name, f.LOOP_LAG.help, labels=())
+            self._lag.tell(lag, ())
+            blocked = {**{series.labels[0]: 0.0 for series in all_series}, **self._blocked}
         yield from tell(all_series)
         yield _gauge(f.TASK_INFO, dict.fromkeys(infos, 1))
         yield _gauge(f.BUILD_INFO, {build_info(): 1})
@@ -237,6 +258,8 @@ class PlainBook(Collector):
         yield _gauge(f.TASK_TIMEOUT, _single(timeouts))
         for family, values in self.watched.read().items():
             yield _gauge(family, _single(values))
+        yield lag
+        yield _counter(f.LOOP_BLOCKED, _single(blocked))
         yield _counter(f.ALERTS, alerts)
         yield deliveries
         yield _gauge(f.ALERT_QUEUE, _single(queues))
@@ -256,7 +279,7 @@ def _single(values: Mapping[str, N]) -> dict[tuple[str, ...], N]:
     return {(label,): value for label, value in values.items()}
 
 
-def _counter(family: f.Family, counts: Mapping[tuple[str, ...], int]) -> Metric:
+def _counter(family: f.Family, counts: Mapping[tuple[str, ...], float]) -> Metric:
     metric = CounterMetricFamily(family.full_name, family.help, labels=family.labels)
     for labels, count in counts.items():
         metric.add_metric(labels, count)
@@ -327,6 +350,7 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry | None = None, *, tasks: Iterable[str] = ()) -> None:
         self._book = _book(REGISTRY if registry is None else registry)
+        self.loop: LoopListener = self._book
         self._of: Callable[[TaskRun], SeriesLike] = self._book.of
         self._known: dict[str, SeriesLike] = self._book.by_task
         for name in tasks:

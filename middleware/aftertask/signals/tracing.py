@@ -32,6 +32,8 @@ from ..events import (
     Failed,
     Failure,
     HazardFound,
+    LoopBlocked,
+    LoopListener,
     Lost,
     Plan,
     Rejected,
@@ -81,6 +83,7 @@ class Tracing:
     """
 
     def __init__(self, tracer_provider: TracerProvider | None = None, *, trace: str = "child") -> None:
+        self.loop: LoopListener = self
         self._given = tracer_provider
         self._trace = trace
         self._tracer: Tracer | None = None
@@ -250,8 +253,22 @@ class Tracing:
 
     def _on_hazard(self, event: HazardFound) -> None:
         held = self._open.get(event.run)
-        if held is not None:
-            held[0].add_event("aftertask.hazard", {"kind": event.kind, "advice": event.advice})
+        if held is not None and held[0].is_recording():
+            said = {"kind": event.kind, "argument": event.argument, "advice": event.advice, "stack": event.stack}
+            told = {key: value for key, value in said.items() if value is not None}
+            held[0].add_event("aftertask.hazard", told)
+
+    def lag(self, seconds: float) -> None:
+        """For the metrics."""
+
+    def blocked_for(self, run: TaskRun | None, seconds: float) -> None:
+        """A run keeps the event loop from answering: its span says for how long, as far as is known while it lasts."""
+        held = None if run is None else self._open.get(run)
+        if run is not None and held is not None and held[0].is_recording():
+            held[0].set_attribute("aftertask.loop_blocked", round(run.blocked_s, 6))
+
+    def blocked(self, report: LoopBlocked) -> None:
+        """The span has been told as it happened."""
 
     def _leave(self, run: TaskRun) -> Live | None:
         if not run.batch:

@@ -1,0 +1,125 @@
+"""Where a thread is: which run is on it, and its stack as text that begins with the task's own code."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextvars import Context
+from dataclasses import dataclass
+from types import FrameType, FunctionType
+from typing import Any
+
+from .._failure import LONGEST_STACK, is_library, redacted
+from .._governed import Governor
+from .._runner import Engine
+from ..events import TaskRun, _current
+
+#: The functions in whose frames `run` is the run that they call.
+_CALLERS = {function.__code__ for function in (Engine.run, Engine.run_sync)} | {
+    function.__code__ for function in vars(Governor).values() if isinstance(function, FunctionType)
+}
+
+#: Who stands in the stack when a developer has stopped the program to look at it.
+_DEBUGGERS = {"bdb", "pdb", "ipdb", "pudb", "pydevd", "_pydevd_bundle", "_pydevd_frame_eval", "debugpy"}
+
+#: Between the runner and the task.
+_CARRIERS = {"aftertask", "anyio", "starlette", "asyncio"}
+
+_DEEPEST = 3000
+_SHOWN = 40
+
+
+@dataclass(slots=True)
+class Place:
+    """
+    Where a thread was.
+
+    Attributes:
+        run: The run on it; None where there was none.
+        frames: Its frames, the innermost last.
+        own: Where in them the task's own code begins; 0 without a run.
+    """
+
+    run: TaskRun | None
+    frames: list[FrameType]
+    own: int
+
+    @property
+    def debugged(self) -> bool:
+        """Whether a debugger has stopped it."""
+        return any(_module(frame) in _DEBUGGERS for frame in self.frames)
+
+    def where(self) -> str:
+        """The app's innermost line: `file:line in function`; Python's own or a library's where the app has none."""
+        frames = self.frames[self.own :] or self.frames
+        frame = next((frame for frame in reversed(frames) if not is_library(frame.f_code)), frames[-1])
+        return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}"
+
+    def stack(self, redact: Callable[[str], str]) -> str:
+        """As Python prints a stack, from the task's or else the app's first frame on; redacted, without locals."""
+        frames = self.frames[self.own :]
+        if self.run is None:
+            first = next((at for at, frame in enumerate(frames) if not is_library(frame.f_code)), 0)
+            frames = frames[first:]
+        # The outer frames say what the app did, the innermost one what it waits in: a long stack loses its middle.
+        left_out = max(0, len(frames) - _SHOWN)
+        kept = frames[: _SHOWN // 2] + frames[len(frames) - _SHOWN // 2 :] if left_out else frames
+        told = traceback.StackSummary.extract(((frame, frame.f_lineno) for frame in kept), lookup_lines=True)
+        lines = told.format()
+        if left_out:
+            lines.insert(_SHOWN // 2, f"  [{left_out} frames left out]\n")
+        return redacted("".join(lines), redact)[:LONGEST_STACK]
+
+
+def place_of(thread: int, loop: Any) -> Place | None:
+    """Where a thread is that runs this event loop (None on trio); None where there is no such thread."""
+    frame = sys._current_frames().get(thread)
+    if frame is None:
+        return None
+    frames: list[FrameType] = []
+    while frame is not None and len(frames) < _DEEPEST:
+        frames.append(frame)
+        frame = frame.f_back
+    frames.reverse()
+    for at in range(len(frames) - 1, -1, -1):
+        if frames[at].f_code in _CALLERS:
+            run = frames[at].f_locals.get("run")
+            if isinstance(run, TaskRun):
+                return Place(run, frames, _after_carriers(frames, at + 1))
+    return Place(_run_in(_context(frames, loop)), frames, 0)
+
+
+def _after_carriers(frames: Sequence[FrameType], at: int) -> int:
+    while at < len(frames) - 1 and _module(frames[at]) in _CARRIERS:
+        at += 1
+    return at
+
+
+def _run_in(context: Context | None) -> TaskRun | None:
+    """
+    The run that an asyncio or trio task of the app's own was started in, while that run goes on.
+
+    Nothing but a finding hangs on it, so a context that leaked (CPython #140947) does no harm.
+    """
+    run = None if context is None else context.get(_current)
+    return run if run is not None and run.outcome is None and run.attempt else None
+
+
+def _context(frames: Sequence[FrameType], loop: Any) -> Context | None:
+    """The context of the task that is on the loop: from the loop's own frames, or from uvloop, which has none."""
+    for frame in frames:
+        code = frame.f_code
+        if code is asyncio.Handle._run.__code__:
+            return getattr(frame.f_locals.get("self"), "_context", None)
+        if code.co_name == "unrolled_run" and _module(frame) == "trio":
+            return getattr(frame.f_locals.get("task"), "context", None)
+    task = None if loop is None else asyncio.current_task(loop)
+    get_context = getattr(task, "get_context", None)  # since Python 3.12
+    return None if get_context is None else get_context()
+
+
+def _module(frame: FrameType) -> str:
+    name: object = frame.f_globals.get("__name__")
+    return name.partition(".")[0] if isinstance(name, str) else ""

@@ -1,0 +1,414 @@
+"""A blocked event loop, caused on purpose: the run that is on it is named; with the line, the span, the numbers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from aftertask import AftertaskMiddleware, HazardFound, Settings, Succeeded, current_run, task
+from aftertask.hazards import _loop
+from aftertask.signals import usual
+from aftertask.testing import Recorder
+from intercept.driver import drive
+
+pytestmark = pytest.mark.anyio
+
+SECONDS = 0.4
+LOG_KEYS = {"task", "run_id", "blocked_s", "where", "stack"}
+
+
+@pytest.fixture(
+    params=[("asyncio", {}), ("asyncio", {"use_uvloop": True}), ("trio", {})], ids=["asyncio", "uvloop", "trio"]
+)
+def anyio_backend(request: pytest.FixtureRequest) -> Any:
+    """On uvloop as well: it has no frame of its own in the stack."""
+    return request.param
+
+
+class App:
+    """An app under the middleware: its one endpoint answers and calls `work` after it."""
+
+    def __init__(self, work: Callable[..., Any], *, before: Callable[[], None] | None = None, **settings: Any) -> None:
+        self.registry, self.spans, self.events = CollectorRegistry(), InMemorySpanExporter(), Recorder()
+        self.logged: list[dict[str, Any]] = []
+        provider = TracerProvider()
+        provider.add_span_processor(SimpleSpanProcessor(self.spans))
+        chosen = Settings(**{"registry": self.registry, "tracer_provider": provider, **settings})
+
+        async def endpoint(request: Request) -> PlainTextResponse:
+            if before is not None:
+                before()
+            return PlainTextResponse("", background=BackgroundTask(work))
+
+        self.served = Starlette(
+            routes=[Route("/", endpoint)],
+            middleware=[Middleware(AftertaskMiddleware, settings=chosen, signals=[*usual(chosen), self.events])],
+        )
+
+    def found(self) -> list[HazardFound]:
+        """The blocked loops that were told of a run."""
+        return [event for event in self.events.of(HazardFound) if event.kind == "blocked_loop"]
+
+    def blocked(self, name: str) -> float:
+        """Seconds that the metrics blame a task for."""
+        return self.registry.get_sample_value("aftertask_event_loop_blocked_seconds_total", {"task": name}) or 0.0
+
+
+@pytest.fixture(autouse=True)
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The lines that tell of a blocked loop; each test has its own minute."""
+    lines: list[dict[str, Any]] = []
+    end = time.monotonic() + 5
+    while _loop._watcher._watches and time.monotonic() < end:
+        time.sleep(0.01)  # the loops of the test before are closed, and their watches will see it
+
+    def emit(level: str, event: str, **keys: Any) -> None:
+        if event == "loop.blocked":
+            lines.append(keys)
+
+    monkeypatch.setattr("aftertask.signals.logs.emit", emit)
+    monkeypatch.setattr(_loop, "_budget", _loop._Budget())
+    return lines
+
+
+async def until(look: Callable[[], Any]) -> None:
+    """Until the watching thread has told; the event loop goes on meanwhile."""
+    with anyio.fail_after(10):
+        while not look():  # noqa: ASYNC110  # the thread that tells knows nothing of this loop
+            await anyio.sleep(0.01)
+
+
+async def blocks() -> None:
+    """Does what no coroutine may."""
+    await anyio.sleep(0.01)
+    time.sleep(SECONDS)  # noqa: ASYNC251  # on purpose
+
+
+async def test_the_run_is_named_with_its_line(logged: list[dict[str, Any]]) -> None:
+    """In the event, the log, the metrics and on the span."""
+    app = App(blocks)
+    await drive(app.served)
+    await until(lambda: logged)
+    (hazard,) = app.found()
+    line = f"{__file__}:{blocks.__code__.co_firstlineno + 3} in blocks"
+    assert hazard.run is app.events.runs("blocks")[0]
+    assert line in hazard.advice and "time.sleep(SECONDS)" in str(hazard.stack)
+    assert str(hazard.stack).lstrip().startswith(f'File "{__file__}"')
+    (told,) = logged
+    assert told["task"].endswith(".blocks") and told["run_id"] == hazard.run.id
+    assert told["where"] == line and told["stack"] == hazard.stack
+    assert SECONDS - 0.1 < told["blocked_s"] < SECONDS + 0.2
+    assert app.blocked(hazard.run.task) == pytest.approx(told["blocked_s"], abs=1e-6)
+    (span,) = app.spans.get_finished_spans()
+    assert span.attributes is not None and 0.2 < float(str(span.attributes["aftertask.loop_blocked"])) < SECONDS + 0.1
+    (event,) = span.events
+    assert event.name == "aftertask.hazard" and event.attributes is not None
+    assert event.attributes["kind"] == "blocked_loop" and line in str(event.attributes["advice"])
+    labels = {"task": hazard.run.task, "kind": "blocked_loop"}
+    assert app.registry.get_sample_value("aftertask_hazards_total", labels) == 1
+    lag = {
+        le: app.registry.get_sample_value("aftertask_event_loop_lag_seconds_bucket", {"le": le})
+        for le in ("0.25", "+Inf")
+    }
+    assert (lag["+Inf"] or 0) - (lag["0.25"] or 0) == 1
+
+
+async def test_work_that_keeps_the_interpreter_is_found_too() -> None:
+    """A regular expression does not let other threads run while it backtracks: it is found when it has ended."""
+    import re
+
+    async def backtracks() -> None:
+        start = time.perf_counter()
+        while time.perf_counter() - start < 1:
+            re.match(r"(a+)+$", "a" * 21 + "b")
+
+    app = App(backtracks)
+    await drive(app.served)
+    await until(app.found)
+    assert app.found()[0].run.task.endswith("backtracks")
+
+
+async def test_an_endpoint_that_blocks_is_no_tasks_fault(logged: list[dict[str, Any]]) -> None:
+    """It is told with its stack, under the name of no task."""
+
+    async def fine() -> None:
+        pass
+
+    def endpoint_blocks() -> None:
+        time.sleep(SECONDS)
+
+    app = App(fine, before=endpoint_blocks)
+    await drive(app.served)  # the loop is watched from the first batch on, or the start of the app
+    await drive(app.served)
+    await until(lambda: logged)
+    assert not app.found()
+    assert logged[0]["task"] == "__none__" and "in test_an_endpoint_that_blocks" in logged[0]["where"]
+    assert "endpoint_blocks" in logged[0]["stack"] and "time.sleep(SECONDS)" in logged[0]["stack"]
+    assert app.blocked("__none__") == pytest.approx(logged[0]["blocked_s"], abs=1e-6)
+
+
+async def test_a_run_under_a_policy_is_named(logged: list[dict[str, Any]]) -> None:
+    """With a time limit and another attempt its caller is another function of ours."""
+
+    @task(name="limited", timeout=5, retry=None)
+    async def limited() -> None:
+        await blocks()
+
+    app = App(limited)
+    await drive(app.served)
+    await until(app.found)
+    assert app.found()[0].run.task == "limited"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="a task does not tell its context before Python 3.12")
+async def test_a_task_that_the_run_has_started_counts_as_the_run() -> None:
+    """asyncio.gather and nurseries run their children beside it: their context says where they come from."""
+    await _child_blocks()
+
+
+async def test_a_child_task_counts_as_the_run_on_the_standard_loops(anyio_backend: Any) -> None:
+    """There the loop's own frame holds the context, on every Python."""
+    if anyio_backend[1]:
+        pytest.skip("uvloop has no frames")
+    await _child_blocks()
+
+
+async def _child_blocks() -> None:
+    async def parent() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(blocks)
+
+    app = App(parent)
+    await drive(app.served)
+    await until(app.found)
+    assert app.found()[0].run.task.endswith("parent")
+
+
+async def test_a_task_is_told_in_full_once_a_minute_and_counted_each_time(logged: list[dict[str, Any]]) -> None:
+    """The log has one line, the metrics both."""
+    app = App(blocks)
+    for _ in range(2):
+        await drive(app.served)
+        await until(lambda before=len(app.found()): len(app.found()) >= max(1, before))
+        await anyio.sleep(0.1)
+    await until(lambda: len(app.found()) == 2)
+    assert len(logged) == 1
+    assert app.blocked(app.found()[0].run.task) > 2 * (SECONDS - 0.1)
+
+
+async def test_a_loop_that_stays_blocked_is_told_while_it_is(
+    logged: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deadlock would never be told otherwise."""
+    monkeypatch.setattr(_loop, "STILL_BLOCKED", 0.3)
+    seen = threading.Event()
+
+    async def stays() -> None:
+        limit = time.monotonic() + 10
+        while not logged and time.monotonic() < limit:
+            time.sleep(0.01)  # noqa: ASYNC251  # on purpose
+        seen.set()
+
+    app = App(stays)
+    await drive(app.served)
+    assert seen.is_set()
+    assert logged[0]["still_blocked"] is True and 0.3 <= logged[0]["blocked_s"] < 5
+    await until(lambda: len(logged) == 2)
+    assert logged[1]["still_blocked"] is None and logged[1]["blocked_s"] > logged[0]["blocked_s"]
+
+
+async def test_none_looks_for_no_blocked_loop_and_still_measures_lag(logged: list[dict[str, Any]]) -> None:
+    """`block_threshold=None`."""
+    app = App(blocks, block_threshold=None)
+    await drive(app.served)
+    await until(lambda: app.registry.get_sample_value("aftertask_event_loop_lag_seconds_count"))
+    assert not app.found() and not logged
+
+
+async def test_a_debugger_is_no_hazard(logged: list[dict[str, Any]]) -> None:
+    """Whoever looks at a stopped program knows that it stands still."""
+    import types
+
+    pdb = types.ModuleType("bdb")
+    exec("import time\ndef interaction(seconds):\n    time.sleep(seconds)", pdb.__dict__)
+
+    async def stopped() -> None:
+        await anyio.sleep(0.01)
+        pdb.interaction(SECONDS)
+
+    app = App(stopped)
+    await drive(app.served)
+    await anyio.sleep(0.2)  # longer than the watching thread needs to tell
+    assert not app.found() and not logged
+
+
+async def test_many_short_steps_are_nobodys_fault(logged: list[dict[str, Any]]) -> None:
+    """A loop that is overloaded is late, and no single run is blamed by a hazard."""
+
+    async def short() -> None:
+        for _ in range(2):
+            end = time.perf_counter() + 0.012
+            while time.perf_counter() < end:
+                pass
+            await anyio.lowlevel.checkpoint()
+
+    app = App(short)
+    async with anyio.create_task_group() as group:
+        for _ in range(80):
+            group.start_soon(drive, app.served)
+    await anyio.sleep(0.1)
+    assert len(app.events.of(Succeeded)) == 80
+    assert not app.found()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(180)
+async def test_one_of_fifty_runs_is_named_in_fifty_of_fifty_trials(logged: list[dict[str, Any]]) -> None:
+    """All run at once, awaiting; one of them blocks for 0.4 s."""
+    await _trials(50)
+
+
+async def test_one_of_fifty_runs_is_named(logged: list[dict[str, Any]]) -> None:
+    """The same, three times."""
+    await _trials(3)
+
+
+async def _trials(count: int) -> None:
+    named = 0
+    for trial in range(count):
+        started, culprits = 0, list[object]()
+
+        async def work(number: int = trial, culprits: list[object] = culprits) -> None:
+            nonlocal started
+            started, mine = started + 1, started
+            while started < 50:  # noqa: ASYNC110  # fifty of them wait for each other
+                await anyio.sleep(0.005)
+            if mine == (number * 7) % 50:
+                culprits.append(current_run())
+                time.sleep(SECONDS)  # noqa: ASYNC251  # on purpose
+            await anyio.sleep(0.01)
+
+        app = App(work)
+        async with anyio.create_task_group() as group:
+            for _ in range(50):
+                group.start_soon(drive, app.served)
+        await until(app.found)
+        assert len(app.events.of(Succeeded)) == 50
+        named += [event.run for event in app.found()] == culprits
+    assert named == count
+
+
+def test_no_thread_outlives_the_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand apps, each with a loop of its own: one thread, and none when they are gone."""
+    monkeypatch.setattr(_loop, "LINGER", 0.01)
+    most = 0
+
+    async def fine() -> None:
+        nonlocal most
+        most = max(most, sum(thread.name == "aftertask-loops" for thread in threading.enumerate()))
+
+    for _ in range(200):
+        app = App(fine)
+        asyncio.run(_drive(app))
+    assert most == 1
+    end = time.monotonic() + 5
+    while any(thread.name == "aftertask-loops" for thread in threading.enumerate()):
+        assert time.monotonic() < end, threading.enumerate()
+        time.sleep(0.01)
+    assert not _loop._watcher._watches
+
+
+async def _drive(app: App) -> None:
+    await drive(app.served)
+
+
+def test_two_loops_of_one_process(logged: list[dict[str, Any]]) -> None:
+    """One app on two event loops in two threads: the one that blocks is told, the other one goes on."""
+    ready = threading.Barrier(2)
+
+    async def blocks_here() -> None:
+        await asyncio.to_thread(ready.wait, 10)
+        if threading.current_thread().name == "bad":
+            time.sleep(SECONDS)  # noqa: ASYNC251  # on purpose
+        else:
+            await asyncio.sleep(SECONDS)
+
+    app = App(blocks_here)
+
+    async def twice() -> None:
+        await drive(app.served)
+        await asyncio.sleep(0.2)
+
+    threads = [threading.Thread(target=asyncio.run, args=(twice(),), name=name) for name in ("bad", "good")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(app.found()) == 1 == len(logged)
+
+
+def test_a_loop_that_is_run_again_was_not_blocked_meanwhile(logged: list[dict[str, Any]]) -> None:
+    """Nobody waits for a loop that nobody runs."""
+
+    async def fine() -> None:
+        pass
+
+    app = App(fine)
+    with asyncio.Runner() as runner:
+        runner.run(_drive(app))
+        time.sleep(1)
+        runner.run(_drive(app))
+        runner.run(asyncio.sleep(0.2))
+    assert not app.found() and not logged
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_fork_is_watched_by_a_thread_of_its_own() -> None:
+    """The parent's thread is not there any more."""
+    app = App(blocks)
+    asyncio.run(_drive(app))
+    before = len(app.found())
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            asyncio.run(_drive(app))
+            code = 0 if len(app.found()) == before + 1 else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("value", [0, 0.001, -1, True, "soon"])
+def test_a_threshold_that_makes_no_sense_is_refused(value: Any) -> None:
+    """With its value and what it may be."""
+    with pytest.raises(ValueError, match=r"Settings\.block_threshold must be at least 0\.01 seconds, or None"):
+        Settings(block_threshold=value)
+
+
+def test_the_threshold_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number, or none."""
+    monkeypatch.setenv("AFTERTASK_BLOCK_THRESHOLD", "0.5")
+    assert Settings.from_env().block_threshold == 0.5
+    monkeypatch.setenv("AFTERTASK_BLOCK_THRESHOLD", "none")
+    assert Settings.from_env().block_threshold is None
