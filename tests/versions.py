@@ -36,7 +36,7 @@ ENVIRONMENTS: list[tuple[str, str | None]] = [
 #: What the tests need beside FastAPI or Starlette.
 NEEDS = [
     *("pytest>=9", "pytest-timeout", "pytest-randomly", "hypothesis", "trio", "httpx2", "httpx", "sse-starlette"),
-    *("python-multipart", "opentelemetry-instrumentation-fastapi", "uvicorn"),
+    *("python-multipart", "opentelemetry-instrumentation-fastapi", "uvicorn", "sqlalchemy"),
 ]
 
 #: The part of the suite that asks what depends on a version: interception, and the signals on top of it.
@@ -48,6 +48,8 @@ TESTS = [
     "tests/test_tracing.py",
     "tests/test_policies.py",
     "tests/test_coexistence.py",
+    "tests/hazards/test_traps.py",
+    "tests/hazards/test_arguments.py",
 ]
 
 

@@ -187,6 +187,10 @@ class Request:
     prioritised: bool = False
 
 
+#: To hand a call to a thread takes less than so many seconds; more is a wait.
+_NOTABLE_WAIT = 0.005
+
+
 class TaskRun:
     """
     One call of a task after a response, from the moment it is scheduled until it ends.
@@ -303,6 +307,12 @@ class TaskRun:
         if self.backing_off:
             return "backoff"
         return "running" if self.started_s is not None else "scheduled" if self.queued_s is None else "queued"
+
+    @property
+    def thread_wait_s(self) -> float | None:
+        """Seconds for which a sync task waited for a thread that sync endpoints share; None for next to none."""
+        began, started = self.thread_s, self.started_s
+        return None if began is None or started is None or began - started < _NOTABLE_WAIT else began - started
 
     def __repr__(self) -> str:
         return f"<TaskRun {self.task} {self.id} {self.outcome or 'in flight'}>"

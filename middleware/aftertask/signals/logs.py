@@ -242,6 +242,7 @@ class Logs:
                     event,
                     duration_s=event.duration_s,
                     queue_wait_s=queue_wait(run),
+                    thread_wait_s=run.thread_wait_s,
                     suppressed_count=suppressed or None,
                 )
         if not run.batch:
@@ -253,6 +254,8 @@ class Logs:
         wait = queue_wait(run)
         waited = "" if wait is None else f', "queue_wait_s": {wait:.6f}'
         more = f', "suppressed_count": {suppressed}' if suppressed else ""
+        if run.thread_s is not None and run.thread_wait_s is not None:
+            waited += f', "thread_wait_s": {run.thread_wait_s:.6f}'
         write(
             f'{{"event": "task.succeeded", "level": "info", "timestamp": "{iso(event.timestamp)}", '
             f'{bound.same}, "run_id": "{run.id}", "attempt": {event.attempt}{bound.span_text}, '
@@ -282,6 +285,7 @@ class Logs:
             duration_s=event.duration_s,
             exception=event.failure.stack,
             hint=event.failure.hint,
+            thread_wait_s=event.run.thread_wait_s,
         )
         self._unbind(event.run)
 

@@ -273,7 +273,10 @@ class Tracing:
     def _leave(self, run: TaskRun) -> Live | None:
         if not run.batch:
             self._put_back(run)
-        return self._open.pop(run, None)
+        live = self._open.pop(run, None)
+        if run.thread_s is not None and live is not None and run.thread_wait_s is not None:
+            live[0].set_attribute("aftertask.thread_wait", round(run.thread_wait_s, 6))
+        return live
 
     def batch_ended(self, request: Request, batch: int) -> None:
         """Make current again what was before the batch."""

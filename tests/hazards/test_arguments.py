@@ -1,0 +1,406 @@
+"""Arguments that are dead when the task runs, told when it is scheduled; and what is alive is left alone."""
+
+from __future__ import annotations
+
+import functools
+import sqlite3
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Annotated, Any
+
+import fastapi
+import pytest
+from fastapi import BackgroundTasks, Depends, FastAPI, File, Form, Request, UploadFile
+from fastapi.testclient import TestClient
+from prometheus_client import CollectorRegistry
+from sqlalchemy import create_engine, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
+from starlette.background import BackgroundTask
+from starlette.responses import JSONResponse, StreamingResponse
+
+from aftertask import AftertaskMiddleware, Failed, HazardFound, Settings
+from aftertask.testing import Recorder
+
+VERSION = tuple(int(part) for part in fastapi.__version__.split(".")[:2])
+
+#: Since 0.118 uploads and dependencies are closed after the tasks; since 0.121 there is scope="function".
+ALIVE = VERSION >= (0, 118)
+FUNCTION_SCOPE = VERSION >= (0, 121)
+
+engine = create_engine("sqlite://")
+
+
+class Harness:
+    """An app, its client, and the hazards that were told."""
+
+    def __init__(self) -> None:
+        self.app, self.events = FastAPI(), Recorder()
+        settings = Settings(registry=CollectorRegistry())
+        self.app.add_middleware(AftertaskMiddleware, settings=settings, signals=[self.events])
+        self.client = TestClient(self.app, raise_server_exceptions=False)
+
+    def found(self) -> list[tuple[str, str | None]]:
+        """Each hazard's kind and argument."""
+        return [(event.kind, event.argument) for event in self.events.of(HazardFound)]
+
+    def advice(self) -> str:
+        """What was said of the only one."""
+        (event,) = self.events.of(HazardFound)
+        return event.advice
+
+
+@pytest.fixture
+def harness() -> Harness:
+    """A new one."""
+    return Harness()
+
+
+async def takes(*args: Any, **kwargs: Any) -> None:
+    """Any task."""
+
+
+def session_of_request() -> Iterator[Session]:
+    with Session(engine) as session:
+        yield session
+
+
+def test_an_upload_is_dead_where_fastapi_closes_it_before_the_response(harness: Harness) -> None:
+    """From 0.106 to 0.117; since then the task can read it, and nothing is told."""
+    read: list[str] = []
+
+    async def store(number: int, file: UploadFile) -> None:
+        read.append("closed" if file.file.closed else (await file.read()).decode())
+
+    @harness.app.post("/")
+    async def endpoint(tasks: BackgroundTasks, file: Annotated[UploadFile, File()]) -> None:
+        tasks.add_task(store, 1, file)
+
+    harness.client.post("/", files={"file": b"abc"})
+    assert read == ["abc" if ALIVE else "closed"]  # what is told is what is true
+    assert harness.found() == ([] if ALIVE else [("closed_upload", "file")])
+    if not ALIVE:
+        assert fastapi.__version__ in harness.advice() and "await file.read()" in harness.advice()
+
+
+def test_uploads_in_a_list_and_their_files(harness: Harness) -> None:
+    """One level into containers; and the file of an upload is as dead as the upload."""
+
+    @harness.app.post("/")
+    async def endpoint(tasks: BackgroundTasks, file: Annotated[UploadFile, File()]) -> None:
+        tasks.add_task(takes, files=[file])
+        tasks.add_task(takes, raw=file.file)
+
+    harness.client.post("/", files={"file": b"abc"})
+    assert harness.found() == ([] if ALIVE else [("closed_upload", "files"), ("closed_upload", "raw")])
+
+
+def test_an_upload_that_is_closed_already_is_dead_everywhere(harness: Harness) -> None:
+    """Whoever closed it."""
+
+    @harness.app.post("/")
+    async def endpoint(tasks: BackgroundTasks, file: Annotated[UploadFile, File()]) -> None:
+        await file.close()
+        tasks.add_task(takes, file=file)
+
+    harness.client.post("/", files={"file": b"abc"})
+    assert harness.found() == [("closed_upload", "file")]
+    assert not ALIVE or "it is closed already" in harness.advice()
+
+
+def test_a_request_is_over_when_its_tasks_run(harness: Harness) -> None:
+    """As an argument, and as its stream; whatever the version."""
+
+    @harness.app.post("/")
+    async def endpoint(tasks: BackgroundTasks, request: Request) -> None:
+        tasks.add_task(takes, request=request)
+        tasks.add_task(takes, body=request.stream())
+
+    harness.client.post("/")
+    assert harness.found() == [("request_scoped", "request"), ("request_scoped", "body")]
+
+
+def test_a_responses_stream_is_used_up(harness: Harness) -> None:
+    """A response that streams; another one is but data."""
+
+    @harness.app.get("/")
+    async def endpoint(tasks: BackgroundTasks) -> Any:
+        response = StreamingResponse(iter([b"a"]))
+        tasks.add_task(takes, response=response)
+        tasks.add_task(takes, response=JSONResponse({}))
+        response.background = tasks
+        return response
+
+    harness.client.get("/")
+    assert harness.found() == [("response_stream", "response")]
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_a_session_of_the_request(sync: bool, harness: Harness) -> None:
+    """Dead before FastAPI 0.118, alive since; the same for sync endpoints, whose tasks are added in a thread."""
+
+    async def asynchronous(tasks: BackgroundTasks, session: Annotated[Session, Depends(session_of_request)]) -> None:
+        tasks.add_task(takes, session)
+
+    def synchronous(tasks: BackgroundTasks, session: Annotated[Session, Depends(session_of_request)]) -> None:
+        tasks.add_task(takes, session)
+
+    harness.app.get("/")(synchronous if sync else asynchronous)
+    harness.client.get("/")
+    assert harness.found() == ([] if ALIVE else [("db_session", "*args")])
+
+
+@pytest.mark.skipif(not FUNCTION_SCOPE, reason="no scope in this FastAPI")
+def test_a_session_of_the_function(harness: Harness) -> None:
+    """scope="function": the session is closed before the response, so the task gets a dead one."""
+    state: list[str] = []
+
+    async def dependency() -> AsyncIterator[list[str]]:
+        state.append("open")
+        yield state
+        state.append("closed")
+
+    def write(session: Session, log: list[str]) -> None:
+        log.append("task")
+
+    @harness.app.get("/")
+    async def endpoint(
+        tasks: BackgroundTasks,
+        session: Session = Depends(session_of_request, scope="function"),
+        log: list[str] = Depends(dependency, scope="function"),
+    ) -> None:
+        tasks.add_task(write, session, log=log)
+
+    harness.client.get("/")
+    assert state == ["open", "closed", "task"]  # it is true
+    assert ("db_session", "session") in harness.found()
+    assert 'scope="function"' in harness.events.of(HazardFound)[0].advice
+
+
+def test_what_any_dependency_yielded(harness: Harness) -> None:
+    """Not only a database's: a client of the app's own, and an object that holds it."""
+
+    class Client:
+        closed_by_dependency = False
+
+    class Repository:
+        def __init__(self, client: Client) -> None:
+            self.client = client
+
+    def client() -> Iterator[Client]:
+        made = Client()
+        yield made
+        made.closed_by_dependency = True
+
+    scope: dict[str, Any] = {"scope": "function"} if FUNCTION_SCOPE else {}
+
+    @harness.app.get("/")
+    async def endpoint(tasks: BackgroundTasks, api: Any = Depends(client, **scope)) -> None:
+        tasks.add_task(takes, api=api, other=Client())
+        tasks.add_task(takes, repository=Repository(api))
+
+    harness.client.get("/")
+    expected = [("dead_dependency", "api"), ("dead_dependency", "repository")]
+    assert harness.found() == (expected if FUNCTION_SCOPE or not ALIVE else [])
+
+
+def test_a_connection_that_is_closed_says_so(harness: Harness) -> None:
+    """Of a response that brings its task along, too."""
+
+    @harness.app.get("/")
+    async def endpoint() -> JSONResponse:
+        with engine.connect() as connection:
+            pass
+        return JSONResponse({}, background=BackgroundTask(takes, connection=connection))
+
+    harness.client.get("/")
+    assert harness.found() == [("db_session", "connection")]
+
+
+def test_partials_methods_and_closures_carry_arguments_too(harness: Harness) -> None:
+    """What a task is given in another way than by add_task."""
+
+    class Job:
+        def __init__(self, request: Request) -> None:
+            self.request = request
+
+        async def run(self) -> None:
+            """Its object is not looked into."""
+
+    @harness.app.get("/")
+    async def endpoint(tasks: BackgroundTasks, request: Request) -> None:
+        async def inner() -> None:
+            _ = request
+
+        tasks.add_task(functools.partial(takes, held=request))
+        tasks.add_task(inner)
+        tasks.add_task(request.is_disconnected)
+        tasks.add_task(Job(request).run)
+
+    harness.client.get("/")
+    assert harness.found() == [("request_scoped", name) for name in ("held", "request", "self")]
+
+
+def test_large_arguments(harness: Harness) -> None:
+    """Bytes, text and containers that would stay in memory while the run waits."""
+
+    @harness.app.get("/")
+    async def endpoint(tasks: BackgroundTasks) -> None:
+        tasks.add_task(takes, data=b"x" * 12_000_000)
+        tasks.add_task(takes, rows=list(range(1_000_000)))
+        tasks.add_task(takes, view=memoryview(bytearray(10_000_000)))
+        tasks.add_task(takes, data=b"x" * 1_000_000, rows=[1] * 1000)
+
+    harness.client.get("/")
+    assert harness.found() == [("large_argument", name) for name in ("data", "rows", "view")]
+    assert "12 MB" in harness.events.of(HazardFound)[0].advice
+    assert "1,000,000 elements" in harness.events.of(HazardFound)[1].advice
+
+
+class Model:
+    """Somebody's data."""
+
+
+PLAIN = [1, 1.5, True, None, "text", b"bytes", (1, 2), [1], {"a": 1}, {1}, uuid.uuid4(), datetime.now(UTC), Decimal(1)]
+
+
+def test_plain_arguments_are_no_hazard(harness: Harness) -> None:
+    """Data, functions, classes, objects of the app's own."""
+
+    @harness.app.get("/")
+    async def endpoint(tasks: BackgroundTasks) -> None:
+        for value in [*PLAIN, Model(), Model, takes, [Model()], {"a": Model()}, lambda: None, PLAIN]:
+            tasks.add_task(takes, value, value=value)
+
+    harness.client.get("/")
+    assert harness.found() == []
+
+
+@pytest.mark.parametrize("text_of", ["file", "session"])
+def test_a_failure_by_a_dead_argument_points_to_it(text_of: str, harness: Harness, request: Any) -> None:
+    """In the failure itself, so in its log line, and as a hazard: the argument by name."""
+
+    async def reads(file: UploadFile) -> None:
+        file.file.close()  # what FastAPI did before 0.118
+        file.file.read()
+
+    async def queries(connection: Any) -> None:
+        connection.close()
+        connection.execute(text("select 1"))
+
+    @harness.app.post("/")
+    async def endpoint(tasks: BackgroundTasks, file: Annotated[UploadFile, File()]) -> None:
+        if text_of == "file":
+            tasks.add_task(reads, file)
+        else:
+            tasks.add_task(queries, engine.connect())
+
+    harness.client.post("/", files={"file": b"abc"})
+    (failed,) = harness.events.of(Failed)
+    argument, kind = ("file", "closed_upload") if text_of == "file" else ("connection", "db_session")
+    assert str(failed.failure.hint).startswith(f"argument {argument!r}: ")
+    assert harness.found()[-1] == (kind, argument)
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Parent(Base):
+    __tablename__ = "parent"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    children: Mapped[list[Child]] = relationship()
+
+
+class Child(Base):
+    __tablename__ = "child"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    parent_id: Mapped[int] = mapped_column(__import__("sqlalchemy").ForeignKey("parent.id"))
+
+
+def test_a_row_without_its_session_points_to_the_session(harness: Harness) -> None:
+    """The commonest of all failures with a database: a lazy attribute of a detached row."""
+
+    async def counts(row: Parent) -> None:
+        assert len(row.children) == 0
+
+    @harness.app.get("/")
+    async def endpoint(tasks: BackgroundTasks) -> None:
+        made = create_engine("sqlite://")
+        Base.metadata.create_all(made)
+        with Session(made) as session:
+            row = Parent(id=1)
+            session.add(row)
+            session.commit()
+            session.refresh(row, ["id"])
+        tasks.add_task(counts, row)
+        made.dispose()
+
+    harness.client.get("/")
+    (failed,) = harness.events.of(Failed)
+    assert "pass its id" in str(failed.failure.hint)
+    assert harness.found() == [("db_session", None)]
+
+
+def test_other_failures_point_nowhere(harness: Harness) -> None:
+    """A ValueError of the task's own is no closed file."""
+
+    async def fails(file: UploadFile) -> None:
+        raise ValueError("no such customer")
+
+    @harness.app.post("/")
+    async def endpoint(
+        tasks: BackgroundTasks, file: Annotated[UploadFile, File()], note: Annotated[str, Form()] = ""
+    ) -> None:
+        tasks.add_task(fails, file)
+
+    harness.client.post("/", files={"file": b"abc"})
+    assert harness.events.of(Failed)[0].failure.hint is None
+
+
+def hostile() -> Any:
+    """An object that raises at whatever it is asked."""
+
+    class Hostile:
+        def __getattribute__(self, name: str) -> Any:
+            raise RuntimeError(name)
+
+        def __len__(self) -> int:
+            raise RuntimeError("len")
+
+    return Hostile()
+
+
+def test_hostile_arguments_break_nothing(harness: Harness, caplog: pytest.LogCaptureFixture) -> None:
+    """What cannot be looked at is left alone; the task runs."""
+    ran: list[int] = []
+
+    def task_of(value: Any) -> None:
+        ran.append(1)
+
+    @harness.app.get("/")
+    async def endpoint(tasks: BackgroundTasks, session: Annotated[Session, Depends(session_of_request)]) -> None:
+        tasks.add_task(task_of, hostile())
+        tasks.add_task(task_of, [hostile()])
+
+    assert harness.client.get("/").status_code == 200
+    assert ran == [1, 1]
+
+
+Make = Callable[[], Any]
+
+
+@pytest.mark.parametrize("make", [lambda: sqlite3.connect(":memory:"), lambda: Session(engine)])
+def test_a_session_of_ones_own_is_no_hazard(make: Make, harness: Harness) -> None:
+    """Whoever opens it for the task may give it to the task."""
+
+    async def uses(session: Any) -> None:
+        session.close()
+
+    @harness.app.get("/")
+    async def endpoint(tasks: BackgroundTasks) -> None:
+        tasks.add_task(uses, make())
+
+    harness.client.get("/")
+    assert harness.found() == []
