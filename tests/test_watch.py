@@ -259,6 +259,7 @@ def test_where_nobody_listens_nobody_looks() -> None:
     assert set(_watch._thread._watches) <= before
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # since 3.12, in a process with threads
 def test_a_child_process_looks_by_itself(recorder: Recorder) -> None:
     """After a fork the thread is made anew, when the child runs its first task."""
 

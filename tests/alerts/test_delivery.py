@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -496,6 +497,7 @@ def test_deliveries_make_no_spans(client_for: ClientFor) -> None:
     assert is_instrumentation_enabled()
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # since 3.12, in a process with threads
 def test_a_child_process_tells_its_own_failures_only(client_for: ClientFor) -> None:
     """After a fork nothing hangs and nothing is told twice: threads and locks are made anew."""
     with Hook() as hook:
@@ -636,3 +638,47 @@ def test_every_status_is_told_from_the_start(registry: CollectorRegistry) -> Non
         assert numbers(registry, channel) == dict.fromkeys(_delivery.STATUSES, 0)
         assert waits(registry, channel) == 0
         assert registry.get_sample_value("aftertask_alert_delivery_seconds_count", {"channel": channel}) == 0
+
+
+SHARED = """
+import os, time
+from fastapi import BackgroundTasks, FastAPI
+from prometheus_client import CollectorRegistry, generate_latest
+from starlette.testclient import TestClient
+from aftertask import AftertaskMiddleware, Settings
+from aftertask.signals._multiprocess import all_processes
+
+async def mail():
+    raise ConnectionRefusedError
+
+app = FastAPI()
+app.add_middleware(AftertaskMiddleware, settings=Settings(registry=CollectorRegistry(), alerts=[lambda alert: None]))
+
+@app.get("/")
+async def endpoint(tasks: BackgroundTasks):
+    tasks.add_task(mail)
+
+client = TestClient(app, raise_server_exceptions=False)
+client.get("/")
+if os.fork() == 0:
+    with client:
+        client.get("/")
+    os._exit(0)
+os.wait()
+with client:
+    client.get("/")
+print(generate_latest(all_processes()).decode())
+"""
+
+
+def test_several_processes_are_told_as_one(tmp_path: Path) -> None:
+    """With `PROMETHEUS_MULTIPROC_DIR`: what a parent and its forked child have delivered, in one scrape."""
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", SHARED], env=env, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    told = dict(line.rsplit(" ", 1) for line in done.stdout.splitlines() if line.startswith("aftertask_alert"))
+    of = 'channel="_lambda_"'
+    sent, folded = (told[f'aftertask_alerts_total{{{of},status="{status}"}}'] for status in ("sent", "deduplicated"))
+    assert float(sent) + float(folded) == 3
+    assert float(told[f"aftertask_alert_delivery_seconds_count{{{of}}}"]) == float(sent) >= 2
+    assert told[f"aftertask_alert_queue_length{{{of}}}"] == "0.0"

@@ -42,6 +42,8 @@ class DeliveryFailed(AftertaskError):
         permanent: Trying again at once makes no sense, such as for a wrong address.
     """
 
+    __module__ = "aftertask.alerts"  # the name that the log tells it by
+
     def __init__(self, message: str, *, retry_after: float | None = None, permanent: bool = False) -> None:
         super().__init__(message)
         self.retry_after = retry_after

@@ -187,13 +187,16 @@ class Outbox:
         end = time.monotonic() + self.route.timeout
         if self._call is not None and self._call.alert is not alert:
             if not self._wait_for(self._call, end):
-                return TimeoutError("an earlier call has not returned yet")
+                return self._late("an earlier call has not returned yet")
             self._call = None
         call = self._call = self._call or _Call(self.route, alert, self._call_over)
         if not self._wait_for(call, end):
-            return TimeoutError(f"it did not return within {self.route.timeout:.3g} s")
+            return self._late(f"it did not return within {self.route.timeout:.3g} s")
         self._call = None
         return call.error
+
+    def _late(self, why: str) -> TimeoutError:
+        return TimeoutError(why if self._left() > 0 else "the app ended before it returned")
 
     def _wait_for(self, call: _Call, end: float) -> bool:
         """Whether a call is over before this time, and before this is closed."""
