@@ -35,6 +35,7 @@ ENVIRONMENTS: list[tuple[str, str | None]] = [
 
 #: What the tests need beside FastAPI or Starlette.
 NEEDS = [
+    *("aiosmtpd", "standardwebhooks"),
     *("pytest>=9", "pytest-timeout", "pytest-randomly", "hypothesis", "trio", "httpx2", "httpx", "sse-starlette"),
     *("python-multipart", "opentelemetry-instrumentation-fastapi", "uvicorn", "sqlalchemy"),
 ]
@@ -48,6 +49,8 @@ TESTS = [
     "tests/test_tracing.py",
     "tests/test_policies.py",
     "tests/test_coexistence.py",
+    "tests/test_watch.py",
+    "tests/alerts",
     "tests/hazards/test_traps.py",
     "tests/hazards/test_arguments.py",
 ]
@@ -80,7 +83,7 @@ def environment(requirement: str, python: str, name: str) -> Path:
         subprocess.run([python, "-m", "venv", "--clear", str(venv)], check=True)
         pip = [str(program), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
         packages = [requirement] if requirement.startswith("fastapi") else [requirement, "fastapi"]
-        done = subprocess.run([*pip, *packages, *NEEDS, "-e", str(ROOT)], capture_output=True, text=True)
+        done = subprocess.run([*pip, *packages, *NEEDS, "-e", f"{ROOT}[alerts]"], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr.strip().splitlines()[-1])
         made.touch()
