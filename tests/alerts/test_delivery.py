@@ -189,6 +189,7 @@ def test_alert_after_waits_for_so_many_in_a_row(client_for: ClientFor) -> None:
         client.get("/")
     (alert,) = got.wait()
     assert alert.count == 3
+    assert alert.first_seen < alert.last_seen
     assert next(outcomes, None) is None
 
 
@@ -411,6 +412,25 @@ def test_a_channel_may_say_that_it_makes_no_sense_to_try_again(client_for: Clien
         client.get("/")
         first, second = got.wait(2)[:2]
     assert first.id != second.id, "the second is another round"
+
+
+def test_a_log_that_raises_does_not_end_the_telling(
+    client_for: ClientFor, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The app's own log processor may be broken: that is counted, and the next failure is told all the same."""
+    got = Got()
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("processor")
+
+    monkeypatch.setattr(_delivery, "emit", broken)
+    with client_for(mail, alerts=[got]) as client:
+        client.get("/")
+        got.wait(1)
+        client.get("/")
+    assert [alert.count for alert in got.alerts] == [1, 1]
+    assert registry.get_sample_value("aftertask_self_errors_total", {"component": "aftertask.alerts"}) == 2
+    assert numbers(registry, "Got")["sent"] == 2
 
 
 def test_at_the_end_what_waits_is_delivered(registry: CollectorRegistry) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from hypothesis import given, settings
@@ -146,6 +147,29 @@ def test_without_a_success_nothing_works_again() -> None:
     add(to, 0)
     take(to, 1)
     assert to.take(100_000) is None
+
+
+def test_what_was_only_slow_is_not_told_to_work_again() -> None:
+    """Nothing was broken."""
+    to = groups()
+    to.add(("mail", "slow", "s"), replace(alert(), kind="slow"), 0, 0)
+    take(to, 1)
+    to.succeeded("mail", 2)
+    assert to.pause(3) is None
+    assert to.take(10_000) is None
+
+
+def test_what_comes_back_after_a_long_time_is_news_again() -> None:
+    """An hour after the last one, though none has succeeded since: at once, and the next ones after five minutes."""
+    to = groups()
+    for now in (0, 301, 902):
+        add(to, now)
+        take(to, now + 1)
+    add(to, 10_000)
+    take(to, 10_001)
+    add(to, 10_002)
+    assert to.take(10_300) is None
+    assert take(to, 10_302).alert.count == 1
 
 
 def test_a_success_before_the_message_is_out_counts() -> None:

@@ -40,12 +40,17 @@ class DeliveryFailed(AftertaskError):
         message: Why; it is logged, so without secrets.
         retry_after: The receiver asked to be left alone for so many seconds; None: it said nothing.
         permanent: Trying again at once makes no sense, such as for a wrong address.
+
+    Raises:
+        ValueError: `retry_after` is no number of seconds.
     """
 
     __module__ = "aftertask.alerts"  # the name that the log tells it by
 
     def __init__(self, message: str, *, retry_after: float | None = None, permanent: bool = False) -> None:
         super().__init__(message)
+        if retry_after is not None and not 0 <= retry_after < math.inf:
+            raise ValueError(f"DeliveryFailed.retry_after must be a number of seconds or None, got {retry_after!r}")
         self.retry_after = retry_after
         self.permanent = permanent
 

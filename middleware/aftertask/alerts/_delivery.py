@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import math
 import random
@@ -42,6 +43,7 @@ class Numbers(Protocol):
     def count_alerts(self, channel: str, status: str, count: int) -> None: ...
     def observe_alert_delivery(self, channel: str, seconds: float) -> None: ...
     def set_alert_queue(self, channel: str, length: int) -> None: ...
+    def count_self_error(self, component: str) -> None: ...
 
 
 class Outbox:
@@ -90,11 +92,11 @@ class Outbox:
     def _add(self, key: Key, alert: Alert | None, timestamp: float) -> None:
         if self._groups.add(key, alert, _clock.monotonic(), timestamp):
             self._tell_length()
-            if self._thread is None:
-                name = f"aftertask-alerts-{self.route.name}"
-                self._thread = threading.Thread(target=self._work, name=name, daemon=True)
-                self._thread.start()
             self._changed.notify_all()
+        if self._thread is None:
+            thread = threading.Thread(target=self._work, name=f"aftertask-alerts-{self.route.name}", daemon=True)
+            thread.start()  # where that fails, the next one tries again
+            self._thread = thread
 
     def add_not_run(self, cause: Key, task: str) -> bool:
         """A run was skipped because of one of this kind; False where this channel is not about to tell of that kind."""
@@ -139,7 +141,17 @@ class Outbox:
 
     def _work(self) -> None:
         while (message := self._next()) is not None:
-            self._deliver(message)
+            try:
+                self._deliver(message)
+            except Exception as error:  # such as the app's own log processor: no reason to tell nothing any more
+                self._broken(error)
+
+    def _broken(self, error: Exception) -> None:
+        if self._numbers is not None:
+            self._numbers.count_self_error("aftertask.alerts")
+        with contextlib.suppress(Exception):
+            failure = Failure(error, self._redact)
+            emit("error", "signal.failed", signal="aftertask.alerts", on="delivery", exception=failure.stack)
 
     def _next(self) -> Message | None:
         """The next message, as soon as it is due; None where the thread is to end."""
@@ -167,8 +179,8 @@ class Outbox:
             if error is None:
                 self._sent(message, time.monotonic() - started)
                 return
-            asked = getattr(error, "retry_after", None)
-            permanent = getattr(error, "permanent", False) or (asked or 0.0) > WAIT_MAX
+            asked = error.retry_after if isinstance(error, DeliveryFailed) else None
+            permanent = isinstance(error, DeliveryFailed) and (error.permanent or (asked or 0.0) > WAIT_MAX)
             if permanent or attempt == self.route.attempts or self._left() <= 0:
                 self._failed(message, error, attempt, asked, last=last)
                 return

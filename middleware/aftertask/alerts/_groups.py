@@ -24,8 +24,10 @@ Key: TypeAlias = tuple[str, str, str]
 KINDS = 1000
 OTHER = "__other__"
 
-#: Kinds that say that a task does not work, so that it can be told when it does again.
-_NOT_RESOLVED = ("burst", "resolved", "test")
+#: Kinds that are not about so many runs; and those that do not say that a task does not work, so that it need not be
+#: told when it does again.
+_ABOUT_NO_RUNS = ("burst", "resolved", "test")
+_NOT_RESOLVED = (*_ABOUT_NO_RUNS, "slow")
 
 #: After how many seconds what could not be delivered is tried again: the first time, and at most.
 COOL_DOWN, LONGEST_COOL_DOWN = 60.0, 600.0
@@ -150,6 +152,8 @@ class Groups:
         group = self._groups.get(key)
         if group is None:
             group = self._groups[key] = _Group(self._pace.repeat_after)
+        if group.pending is None and now - group.last_s > self._pace.repeat_max:
+            group.told_s, group.repeat_s = None, self._pace.repeat_after  # so long ago that it is news again
         count = 1 if alert is None else alert.count
         group.count += count
         group.total += count
@@ -358,4 +362,4 @@ def _resolved(key: Key) -> Key:
 
 
 def _weight(alert: Alert) -> int:
-    return 1 if alert.kind in _NOT_RESOLVED else alert.count + sum(alert.not_run.values())
+    return 1 if alert.kind in _ABOUT_NO_RUNS else alert.count + sum(alert.not_run.values())

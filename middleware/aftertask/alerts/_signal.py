@@ -129,7 +129,7 @@ class Alerts:
 
     def _start_over(self) -> None:
         self._lock = threading.Lock()
-        self._failing: dict[str, int] = {}
+        self._failing: dict[str, tuple[int, float]] = {}
         self._told: weakref.WeakKeyDictionary[TaskRun | Request, Key] = weakref.WeakKeyDictionary()
         self._recent: deque[tuple[float, str]] = deque(maxlen=self._burst)
         self._burst_until = -math.inf
@@ -170,17 +170,18 @@ class Alerts:
                 self._told[cause] = key
             else:
                 outboxes = [outbox for outbox in outboxes if not outbox.add_not_run(first, run.task)]
-        count = self._streak(run)
+        count, since = self._streak(event)
         if count:
-            self._add(outboxes, key, lambda: self._describe(event, count), event.timestamp)
+            self._add(outboxes, key, lambda: self._describe(event, count, since), event.timestamp)
         self._note_for_burst(run.task, event.timestamp)
 
     def _on_running_long(self, event: Slow | Stuck) -> None:
         run = event.run
         if run.plan.alert:
             with self._lock:
-                self._failing.setdefault(run.task, 0)
-            self._add(self._wanting(event), _key(event), lambda: self._describe(event, 1), event.timestamp)
+                self._failing.setdefault(run.task, (0, event.timestamp))
+            at = event.timestamp
+            self._add(self._wanting(event), _key(event), lambda: self._describe(event, 1, at), at)
 
     def _on_succeeded(self, event: Succeeded) -> None:
         task = event.run.task
@@ -191,14 +192,17 @@ class Alerts:
         for outbox in self.outboxes:
             outbox.succeeded(task)
 
-    def _streak(self, run: TaskRun) -> int:
-        """How many bad runs this one stands for; 0 where its task has had too few to be told."""
+    def _streak(self, event: Bad) -> tuple[int, float]:
+        """How many bad runs this one stands for, and since when; 0 where its task has had too few to be told."""
+        run, at = event.run, event.timestamp
         wanted = run.plan.alert_after
         with self._lock:
-            streak = self._failing[run.task] = self._failing.get(run.task, 0) + 1
+            before, since = self._failing.get(run.task, (0, at))
+            streak = before + 1
+            self._failing[run.task] = streak, since if before else at
         if wanted == 1 or streak > wanted or any(outbox.knows(run.task) for outbox in self.outboxes):
-            return 1
-        return streak if streak == wanted else 0
+            return 1, at
+        return (streak, since) if streak == wanted else (0, at)
 
     def _wanting(self, event: Bad | Slow | Stuck) -> list[Outbox]:
         run, severity = event.run, _severity(event)
@@ -237,12 +241,11 @@ class Alerts:
             **self._known("burst"),
         )
 
-    def _describe(self, event: Bad | Slow | Stuck, count: int) -> Alert:
+    def _describe(self, event: Bad | Slow | Stuck, count: int, since: float) -> Alert:
         run, kind = event.run, _kind(event)
         failure: Failure | None = getattr(event, "failure", None)
         span = run.span_context or run.request.span_context
         trace_id = None if span is None else f"{span.trace_id:032x}"
-        at = datetime.fromtimestamp(event.timestamp, UTC)
         return Alert(
             id=message_id(),
             kind=kind,
@@ -254,8 +257,8 @@ class Alerts:
             message=_message(event),
             hint=None if failure is None else failure.hint,
             reason=getattr(event, "reason", None),
-            first_seen=at,
-            last_seen=at,
+            first_seen=datetime.fromtimestamp(since, UTC),
+            last_seen=datetime.fromtimestamp(event.timestamp, UTC),
             owner=run.plan.owner,
             http_method=run.http_method,
             http_route=run.http_route,
