@@ -7,6 +7,7 @@ from importlib.metadata import version as installed
 import typer
 
 from . import dashboards, rules
+from .check import check
 
 app = typer.Typer(
     name="aftertask",
@@ -17,6 +18,7 @@ app = typer.Typer(
 )
 app.add_typer(dashboards.app, name="dashboards")
 app.add_typer(rules.app, name="rules")
+app.command()(check)
 
 
 def _version(asked: bool) -> None:

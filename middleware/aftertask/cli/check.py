@@ -1,0 +1,151 @@
+"""`aftertask check module:app`: settings and policies in force, and what is wrong or risky; no task is run."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .._redact import default_redact
+from ..alerts import send_test
+from ..hazards._app import Finding, Subject, findings
+from ..policies import Limit, Retry, code_name
+from ..settings import Settings
+from ._output import refusal
+
+SEVERITIES = ("note", "warning", "error")
+
+
+def check(
+    app: Annotated[str, typer.Argument(metavar="MODULE:APP", help="As for uvicorn: main:app.")],
+    app_dir: Annotated[Path, typer.Option(help="Where the module is looked for.")] = Path(),
+    factory: Annotated[bool, typer.Option("--factory", help="APP is a function that makes the app.")] = False,
+    workers: Annotated[int | None, typer.Option(help="How many worker processes it will have.")] = None,
+    fail_on: Annotated[
+        str, typer.Option(help="The least severity that ends with code 1: note, warning, error.")
+    ] = "warning",
+    as_json: Annotated[bool, typer.Option("--json", help="For a program to read.")] = False,
+    send_test_alert: Annotated[bool, typer.Option(help="Send a test alert to each channel, too.")] = False,
+) -> None:
+    """Import an app and tell its settings, its tasks' policies, and what is wrong or risky; code 1 if anything is."""
+    if fail_on not in SEVERITIES:
+        raise refusal(f"--fail-on must be note, warning or error, got {fail_on!r}")
+    subject = Subject(_load(app, app_dir, factory), workers or int(os.environ.get("WEB_CONCURRENCY") or 1))
+    found = sorted(findings(subject), key=lambda one: (-SEVERITIES.index(one.severity), one.file or "", one.line or 0))
+    sent = list(_test_alerts(subject.settings)) if send_test_alert else []
+    if as_json:
+        typer.echo(json.dumps(_as_json(app, subject, found, sent), indent=2))
+    else:
+        _print(app, subject, found, sent)
+    bad = [one for one in found if SEVERITIES.index(one.severity) >= SEVERITIES.index(fail_on)]
+    if bad or any(not one["ok"] for one in sent):
+        raise typer.Exit(1)
+
+
+def _load(target: str, folder: Path, factory: bool) -> Any:
+    name, _, path = target.partition(":")
+    if not name or not path:
+        raise refusal(f"name the app as module:app, got {target!r}")
+    sys.path.insert(0, str(folder.resolve()))
+    try:
+        found: Any = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        raise refusal(f"there is no module {name!r} in {folder.resolve()}; name its folder with --app-dir") from None
+    for part in path.split("."):
+        found = getattr(found, part, None)
+        if found is None:
+            raise refusal(f"the module {name!r} has no {path!r}")
+    if factory:
+        found = found()
+    if not callable(found):
+        raise refusal(
+            f"{target} is no ASGI app but a {type(found).__name__}; a function that makes one needs --factory"
+        )
+    return found
+
+
+# --- what is told
+
+
+def _test_alerts(settings: Settings | None) -> Iterator[dict[str, Any]]:
+    for tested in send_test(settings.alerts) if settings is not None else ():
+        yield dataclasses.asdict(tested)
+
+
+def _as_json(app: str, subject: Subject, found: list[Finding], sent: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "app": app,
+        "settings": None if subject.settings is None else dict(_settings(subject.settings)),
+        "tasks": {name: dict(_policy(subject, name)) for name in subject.tasks},
+        "findings": [dataclasses.asdict(one) for one in found],
+        "test_alerts": sent,
+    }
+
+
+def _print(app: str, subject: Subject, found: list[Finding], sent: list[dict[str, Any]]) -> None:
+    if subject.settings is not None:
+        typer.echo(f"{app}\n\nSettings")
+        for name, value in _settings(subject.settings):
+            typer.echo(f"  {name} = {value}")
+        typer.echo("\nTasks")
+        for name in subject.tasks:
+            said = ", ".join(f"{key}={value}" for key, value in _policy(subject, name))
+            typer.echo(f"  {name}: {said or 'no policy'}")
+        if not subject.tasks:
+            typer.echo("  none is registered by @task, and none is added in the app's own modules")
+    for one in found:
+        place = "" if one.file is None else f"{_short(one.file)}:{one.line}: "
+        typer.echo(f"\n{place}{one.severity}: {one.message} [{one.kind}]\n  {one.remedy}")
+    for tested in sent:
+        said = "taken" if tested["ok"] else f"FAILED: {tested['error']}"
+        typer.echo(f"\ntest alert to {tested['channel']}: {said} ({tested['seconds']:.2f} s)")
+    count = {severity: sum(one.severity == severity for one in found) for severity in reversed(SEVERITIES)}
+    typer.echo("\n" + ", ".join(f"{number} {name}{'s' * (number != 1)}" for name, number in count.items()))
+
+
+def _short(file: str) -> str:
+    try:
+        return str(Path(file).relative_to(Path.cwd()))
+    except ValueError:
+        return file
+
+
+def _settings(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Each setting, without secrets: an object is told by its class, an alert's channel by its name."""
+    for field in dataclasses.fields(settings):
+        yield field.name, _told(getattr(settings, field.name))
+
+
+def _policy(subject: Subject, name: str) -> Iterator[tuple[str, str]]:
+    policy = subject.policy(name)
+    for field, value in policy.said().items():
+        if field != "name":
+            yield field, _told(value)
+
+
+def _told(value: object) -> str:
+    if value is None or isinstance(value, (bool, int, float)):
+        return str(value)
+    if isinstance(value, str):
+        return default_redact(value)
+    if isinstance(value, Retry):
+        return f"{value.attempts} attempts"
+    if isinstance(value, Limit):
+        return f"{value.name}:{value.size}"
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return ", ".join(_told(one) for one in value) or "none"
+    if isinstance(value, dict) or hasattr(value, "items"):
+        return ", ".join(str(key) for key in value) or "none"  # type: ignore[attr-defined]  # a mapping
+    name = getattr(value, "name", None)
+    if isinstance(name, str):
+        return default_redact(name)
+    return code_name(value)
