@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from panels import COUNT, RATE, RED, SECONDS, Ask, Board, Panel, Row, quantiles
+from panels import COUNT, RATE, RED, SECONDS, Ask, Board, Panel, Row
 
 SAFETY = Row(
     title="What never ran, and what will fail",
@@ -28,7 +28,8 @@ SAFETY = Row(
             "says what to do about each. 0: none was found.",
             asks=[
                 Ask(
-                    query="sum by (task, kind) (increase(aftertask_hazards_total[$__range])) > 0 or vector(0)",
+                    query="sum by (task, kind) (increase(aftertask_hazards_total[$__range])) > 0 "
+                    "or vector(0) unless on () (sum(increase(aftertask_hazards_total[$__range])) > 0)",
                     legend="{{task}} {{kind}}",
                     now=True,
                 )
@@ -56,10 +57,21 @@ OWN = Row(
         ),
         Panel(
             title="Time to deliver an alert",
+            kind="stat",
+            height=8,
             unit=SECONDS,
-            description="In the attempt that delivered it. Seconds: the channel is slow, and other news wait behind "
-            "it.",
-            asks=quantiles("aftertask_alert_delivery_seconds", by="channel"),
+            description="95th percentile of the shown time, in the attempt that delivered it; 0 where none was "
+            "delivered. Seconds: the channel is slow, and other news wait behind it.",
+            asks=[
+                Ask(
+                    query="histogram_quantile(0.95, sum by (le, channel) "
+                    "(increase(aftertask_alert_delivery_seconds_bucket[$__range]))) >= 0 "
+                    "or sum by (channel) (aftertask_alert_queue_length) * 0",
+                    legend="{{channel}}",
+                    now=True,
+                )
+            ],
+            steps=[(5, RED)],
         ),
         Panel(
             title="Alerts that wait to be told",

@@ -153,7 +153,7 @@ def placed(rows: list[Row]) -> Iterator[tuple[Row, int, list[tuple[Panel, models
             continue
         places, x, y, tallest = [], 0, top + 1, 0
         for panel in panels:
-            width = 24 // len(panels) if panel.kind == "stat" else panel.width
+            width = 24 // len(panels) if all(each.kind == "stat" for each in panels) else panel.width
             if x + width > 24:
                 x, y, tallest = 0, y + tallest, 0
             places.append((panel, models.GridPos(x=x, y=y, w=width, h=panel.height)))

@@ -1,0 +1,88 @@
+"""The shop with faults that can be turned on and off, limits, time limits, and two channels of which one is broken."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from pathlib import Path
+
+from fastapi import BackgroundTasks
+from fastapi.responses import JSONResponse
+from starlette.background import BackgroundTask
+
+from aftertask import AftertaskMiddleware, Retry, Settings, task
+from aftertask.alerts import Alert
+
+sys.path.insert(0, str(Path(__file__).parents[3] / "examples" / "shop"))
+from app import app, audit
+
+go, go_threads = asyncio.Event(), threading.Event()
+
+
+async def hook(alert: Alert) -> None:
+    """A channel that works."""
+
+
+async def broken_hook(alert: Alert) -> None:
+    """A channel that does not."""
+    raise ConnectionError("nobody there")
+
+
+app.user_middleware.clear()
+app.add_middleware(AftertaskMiddleware, settings=Settings(alerts=[hook, broken_hook], thread_limit=2))
+
+
+@task(name="faults.fail")
+async def fail() -> None:
+    """Fails."""
+    raise RuntimeError("broken")
+
+
+@task(name="faults.retry", retry=Retry(attempts=3, wait_initial=0.02, wait_max=0.05))
+async def retry() -> None:
+    """Fails, and is tried again in vain."""
+    raise ConnectionError("nobody there")
+
+
+@task(name="faults.hold")
+async def hold() -> None:
+    """Runs until it is let go."""
+    await asyncio.wait_for(go.wait(), 100)
+
+
+@task(name="faults.limited", limit=1)
+async def limited() -> None:
+    """Runs until it is let go, one at a time."""
+    await asyncio.wait_for(go.wait(), 100)
+
+
+@task(name="faults.hang", timeout=0.2)
+def hang() -> None:
+    """Outlives its time limit until it is let go."""
+    go_threads.wait(100)
+
+
+@task(name="faults.thread", executor="thread")
+def thread() -> None:
+    """Keeps one of the two threads until it is let go."""
+    go_threads.wait(100)
+
+
+@app.post("/faults/{name}")
+async def fault(name: str, tasks: BackgroundTasks) -> JSONResponse:
+    """One run of a fault; `behind` has another one that waits behind it."""
+    if name == "behind":
+        tasks.add_task(hold)
+        tasks.add_task(audit, "behind")
+        return JSONResponse({}, background=tasks)
+    every = {"fail": fail, "retry": retry, "hold": hold, "limited": limited, "hang": hang, "thread": thread}
+    return JSONResponse({}, background=BackgroundTask(every[name]))
+
+
+@app.delete("/faults")
+async def release() -> dict[str, str]:
+    """Lets all go that is held, and whatever comes after."""
+    go.set()
+    go_threads.set()
+    return {}

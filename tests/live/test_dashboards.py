@@ -1,0 +1,191 @@
+"""Every query of every panel, asked of a real Prometheus about a shop under load with faults."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from live.monitoring import api, instant, prometheus
+from live.servers import Server, Spans, eventually, uvicorn
+
+pytestmark = [pytest.mark.live, pytest.mark.timeout(180)]
+
+ROOT = Path(__file__).parents[2]
+APPS = Path(__file__).parent / "apps"
+BOARDS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "dashboards").glob("*.json"))}
+
+#: What is 0 in a run in which nothing of the kind happens, and says so by a series; everything else has to be above it.
+ZERO = {
+    *("Accounting drift", "Errors inside aftertask", "Values folded into __other__", "Hazards", "Alerts firing"),
+    "Events left out",
+}
+#: Their series exist at 0 until something happens that this traffic does not do.
+MAY_BE_ZERO = {"Event loop blocked by", "Waited longer than", "Oldest waiting", "Alerts that wait to be told"}
+
+
+def panels(board: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """All panels but the headings, those in folded rows too."""
+    for panel in board["panels"]:
+        yield from panel["panels"] if panel["type"] == "row" else [panel]
+
+
+class Grafana:
+    """What Grafana does to a query before it asks: variables in, the more than one value of each as alternatives."""
+
+    def __init__(self, server: Server, board: dict[str, Any], **chosen: str) -> None:
+        self.server = server
+        # With a scrape a second, as Grafana reckons it: max(interval + scrape, 4 x scrape).
+        self.values = {"__rate_interval": "4s", "__range": "90s", "slo": "0.99"}
+        for variable in board["templating"]["list"]:
+            if variable["type"] == "query":
+                found = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["definition"])
+                assert found is not None
+                series = api(server, "series", **{"match[]": self.filled(found[1])})
+                values = sorted({each[found[2]] for each in series})
+                assert values, f"{variable['name']} has no value"
+                if variable["name"] in chosen:
+                    assert chosen[variable["name"]] in values
+                    values = [chosen[variable["name"]]]
+                alternatives = "|".join(re.escape(value).replace("\\", "\\\\") for value in values)
+                self.values[variable["name"]] = f"({alternatives})"
+
+    def filled(self, query: str) -> str:
+        """The query as it is asked."""
+        for name in sorted(self.values, key=len, reverse=True):
+            query = query.replace(f"${name}", self.values[name])
+        assert "$" not in query, query
+        return query
+
+    def ask(self, target: dict[str, Any]) -> list[list[float]]:
+        """Each series' values, without those that are no number."""
+        query = self.filled(target["expr"])
+        now = time.time()
+        if target["instant"]:
+            result = [[each["value"]] for each in instant(self.server, query)]
+        else:
+            data = api(self.server, "query_range", query=query, start=str(now - 90), end=str(now), step="1")
+            result = [each["values"] for each in data["result"]]
+        return [[float(value) for _, value in each if not math.isnan(float(value))] for each in result]
+
+    def exemplars(self, target: dict[str, Any]) -> set[str]:
+        """The traces that a query's dots lead to."""
+        now = time.time()
+        query = self.filled(target["expr"])
+        data = api(self.server, "query_exemplars", query=query, start=str(now - 60), end=str(now))
+        return {exemplar["labels"]["trace_id"] for each in data for exemplar in each["exemplars"]}
+
+
+def check(grafana: Grafana, panel: dict[str, Any], spans: Spans) -> list[str]:
+    """What is wrong with a panel's answers."""
+    wrong = []
+    nonzero = False
+    for target in panel["targets"]:
+        series = [values for values in grafana.ask(target) if values]
+        if not series:
+            wrong.append(f"no data for {target['expr']}")
+        nonzero |= any(value != 0 for values in series for value in values)
+        if panel["title"] in ZERO and any(value != 0 for values in series for value in values):
+            wrong.append(f"not 0: {target['expr']}: {series}")
+        if target["exemplar"] and panel["type"] in ("timeseries", "heatmap") and carries(target):
+            traces = grafana.exemplars(target)
+            if not traces:
+                wrong.append(f"no exemplars for {target['expr']}")
+            elif not traces & spans.trace_ids():
+                wrong.append(f"the exemplars' traces were never received: {target['expr']}")
+    if not nonzero and panel["title"] not in ZERO | MAY_BE_ZERO:
+        wrong.append("nothing but 0")
+    return wrong
+
+
+def carries(target: dict[str, Any]) -> bool:
+    """Whether a target's metric has exemplars: three histograms and the errors."""
+    names = "queue_wait_seconds|attempt_duration_seconds|end_to_end_seconds|attempt_errors"
+    return re.search(rf"aftertask_({names})_(bucket|total)", target["expr"]) is not None
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Iterator[tuple[Server, Spans]]:
+    """A Prometheus that watches a shop with customers, faults and everything that has a limit in use."""
+    with Spans() as spans:
+        env = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": spans.url,
+            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{spans.url}/v1/traces",
+            "PYTHONUNBUFFERED": "1",
+        }
+        with (
+            uvicorn("monitored:app", APPS, tmp_path / "shop.log", **env) as shop,
+            prometheus(tmp_path, shop, every="1s") as server,
+        ):
+            # What is counted before the first scrape is no increase.
+            eventually(lambda: instant(server, "aftertask_build_info"), what="a scrape")
+            for name in ("hold", "behind", "hang", "limited", "limited", "thread", "thread", "thread"):
+                fire_and_forget(shop, name)
+            traffic = [sys.executable, str(ROOT / "examples" / "shop" / "traffic.py"), "--url", shop.url]
+            customers = subprocess.Popen([*traffic, "--seconds", "60", "--rate", "30"], stdout=subprocess.DEVNULL)
+            try:
+
+                def all_there() -> bool:
+                    for name in ("retry", "fail"):
+                        fire_and_forget(shop, name)
+                    done = instant(server, "sum by (outcome) (aftertask_tasks_finished_total) > 3")
+                    outcomes = {each["metric"]["outcome"] for each in done}
+                    return outcomes >= {"succeeded", "failed", "skipped", "dropped", "cancelled"} and bool(
+                        instant(server, "count_over_time(aftertask_build_info[5m]) > 12")
+                    )
+
+                eventually(all_there, seconds=60, what="every outcome, seen for some time")
+                yield server, spans
+            finally:
+                customers.kill()
+                customers.wait()
+                httpx2.delete(f"{shop.url}/faults")
+
+
+def fire_and_forget(shop: Server, name: str) -> None:
+    """Ask for a fault. The answer comes before its task ends; the connection is closed at once."""
+    httpx2.post(f"{shop.url}/faults/{name}", timeout=5)
+
+
+def test_every_panel_shows_what_happens(load: tuple[Server, Spans]) -> None:
+    """Data of the right shape for every query, the stated zeros at zero, exemplars whose traces arrived."""
+    server, spans = load
+    wrong = {}
+    for name, board in BOARDS.items():
+        grafana = Grafana(server, board)
+        for panel in panels(board):
+            if panel["datasource"]["type"] == "prometheus":
+                eventually_right(lambda: check(grafana, panel, spans), wrong, f"{name}: {panel['title']}")  # noqa: B023
+        for mark in board["annotations"]["list"]:
+            api(server, "query", query=grafana.filled(mark["expr"]))
+    assert not wrong, json.dumps(wrong, indent=1)
+
+    one = Grafana(server, BOARDS["aftertask-task"], task="mail.receipt")
+    for panel in panels(BOARDS["aftertask-task"]):
+        if panel["title"] in (
+            "Runs by outcome",
+            "Errors by type",
+            "Attempt duration, where and how often",
+            "Bad share",
+        ):
+            assert not check(one, panel, spans), panel["title"]
+    overview = BOARDS["aftertask-overview"]
+    started = next(mark["expr"] for mark in overview["annotations"]["list"] if mark["name"] == "Process starts")
+    assert instant(server, Grafana(server, overview).filled(started)), "the start is marked"
+
+
+def eventually_right(look: Callable[[], list[str]], wrong: dict[str, list[str]], name: str) -> None:
+    """Look again for a while: a scrape and a batch of spans may be on their way."""
+    try:
+        eventually(lambda: not look(), seconds=6, what=name)
+    except AssertionError:
+        wrong[name] = look()
