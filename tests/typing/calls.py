@@ -27,6 +27,7 @@ from aftertask import (
     progress,
     task,
 )
+from aftertask.alerts import Alert, Alerts, Apprise, Channel, DeliveryFailed, Route, Tested, Webhook, send_test
 from aftertask.signals import Logs, Metrics, Tracing, usual
 from aftertask.testing import Recorder, VirtualClock
 
@@ -100,3 +101,31 @@ recorder = Recorder()
 with VirtualClock() as clock:
     clock.advance(3)
 assert_type(recorder.of(Failed), list[Failed])
+
+
+def page(alert: Alert) -> None:
+    assert_type(alert.owner, str | None)
+    raise DeliveryFailed("no", retry_after=3)
+
+
+async def post(alert: Alert) -> None: ...
+
+
+class Pager:
+    def __call__(self, alert: Alert) -> None: ...
+
+
+channel: Channel = Pager()
+told = Settings(
+    alerts=[
+        page,
+        post,
+        channel,
+        "https://example.org/hook",
+        Webhook("https://example.org", headers={"X": "y"}),
+        Route(Apprise("slack://a/b/c"), severity="critical", owner=["a", "b"], task="mail.*", rate=3, per=60),
+    ],
+    trace_url="https://tempo/{trace_id}",
+)
+assert_type(send_test(told.alerts), list[Tested])
+AftertaskMiddleware(app, settings=told, signals=[*usual(told), Alerts([page], burst=100, repeat_after=60)])
