@@ -351,6 +351,22 @@ def test_each_alert_has_a_runbook_and_each_runbook_an_alert() -> None:
             assert (RUNBOOKS / link).is_file(), f"{page.name}: {link}"
 
 
+def test_each_alert_and_option_is_documented(exported: list[Path]) -> None:
+    """With its severities and whether it is on; and every option of the command."""
+    page = (ROOT / "docs" / "dashboards.md").read_text()
+    rows = {
+        row[0]: row[1:] for row in re.findall(r"^\| `(Aftertask\w+)` \| (.*?) \| .* \| (.*?) \|$", page, re.MULTILINE)
+    }
+    told: dict[str, tuple[set[str], str]] = {}
+    for path, word in zip(exported, ("default", "`--all`"), strict=True):
+        for rule in [rule for rule in written(path) if "alert" in rule]:
+            told.setdefault(rule["alert"], (set(), word))[0].add(rule["labels"]["severity"])
+    assert {name: (set(severities.split(", ")), word) for name, (severities, word) in rows.items()} == told
+    help_ = re.sub(r"\x1b\[[0-9;]*m", "", CliRunner().invoke(app, ["rules", "export", "--help"]).output)
+    options = set(re.findall(r"--[a-z-]+", help_)) - {"--help", "--no-all"}
+    assert options and all(f"`{option}" in page for option in options)
+
+
 def test_the_committed_files_are_current(exported: list[Path]) -> None:
     """What is in the repository is what the command writes."""
     for path in exported:
