@@ -135,10 +135,9 @@ def test_an_async_task_is_told_with_what_it_awaits(recorder: Recorder, busy: Bus
     with VirtualClock() as clock, InFlight(app_of(sync_stock, recorder, stuck_after=60, **policy), recorder, busy):
         clock.advance(61)
         (stuck,) = recorder.of(Stuck)
-        if policy.get("executor") != "thread":
-            assert stuck.stack is not None
-            assert "in waits_for_an_answer" in stuck.stack
-            assert stuck.stack.splitlines()[0].endswith("in sync_stock")
+        assert stuck.stack is not None
+        assert "in waits_for_an_answer" in stuck.stack
+        assert stuck.stack.splitlines()[0].endswith("in sync_stock")
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])

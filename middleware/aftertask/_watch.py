@@ -33,6 +33,7 @@ FRAMES = 30
 
 _OURS = __name__.partition(".")[0]
 _CALLERS = (f"{_OURS}._runner", f"{_OURS}._governed")
+_OWN_LOOP = f"{_OURS}.executors.thread"
 _CARRIERS = (_OURS, "anyio", "asyncio", "starlette", "trio", "threading")
 
 
@@ -206,7 +207,7 @@ def _stacks(runs: set[TaskRun], loop: asyncio.AbstractEventLoop | None) -> dict[
         for frame in frames:
             run = _run_of_thread(frame) or _run_of_caller(frame)  # in a thread of its own; on the loop, which it blocks
             if run in runs:
-                found[run] = frames
+                found[run] = _in_own_loop(frames) or frames
     if loop is not None and not loop.is_closed():
         for task in asyncio.all_tasks(loop):
             frames = list(_awaited(task.get_coro()))
@@ -215,6 +216,18 @@ def _stacks(runs: set[TaskRun], loop: asyncio.AbstractEventLoop | None) -> dict[
                 if run in runs and run not in found:  # a sync one is told where its thread is, not who waits for it
                     found[run] = frames
     return found
+
+
+def _in_own_loop(frames: list[FrameType]) -> list[FrameType] | None:
+    """What an async function awaits that has a thread and an asyncio loop of its own; None where this is none."""
+    for frame in frames:
+        loop = frame.f_locals.get("self") if frame.f_code.co_name == "run_until_complete" else None
+        if isinstance(loop, asyncio.AbstractEventLoop):
+            for task in asyncio.all_tasks(loop):
+                awaited = list(_awaited(task.get_coro()))
+                if any(each.f_globals.get("__name__") == _OWN_LOOP for each in awaited):
+                    return awaited
+    return None
 
 
 def _outwards(frame: FrameType | None) -> list[FrameType]:
