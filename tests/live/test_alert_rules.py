@@ -48,7 +48,11 @@ def world(folder: Path, scale: float) -> Iterator[World]:
     options = Options(scale=scale, limits=Limits(stuck_seconds=600))
     rules = [folder / "aftertask.rules.yml", folder / "aftertask-more.rules.yml"]
     for path, default in zip(rules, (True, False), strict=True):
-        path.write_text(to_yaml(groups(options, default=default)))
+        written = groups(options, default=default)
+        for group in written["groups"]:
+            # Not those of the event loop: a machine that is busy with other tests is late itself. promtool proves them.
+            group["rules"] = [rule for rule in group["rules"] if "EventLoop" not in rule.get("alert", "")]
+        path.write_text(to_yaml(written))
     with ExitStack() as stack:
         busy = stack.enter_context(uvicorn("monitored:app", APPS, folder / "busy.log"))
         calm = stack.enter_context(uvicorn("monitored:app", APPS, folder / "calm.log"))
@@ -143,8 +147,8 @@ def test_the_slow_windows_of_the_error_budget_are_told_and_taken_back(tmp_path: 
         assert not shops.firing()
 
         def told() -> bool:
-            for_a_while(shops, 1, ("fail",))
-            return "AftertaskErrorBudgetBurn" in shops.firing() and len(windows()) == 4
+            for_a_while(shops, 1, ("fail",) * 8)
+            return len(windows()) == 4
 
         def windows() -> set[str]:
             burns = instant(shops.server, 'ALERTS{alertname="AftertaskErrorBudgetBurn",alertstate="firing"}')

@@ -26,11 +26,17 @@ BOARDS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "da
 
 #: What is 0 in a run in which nothing of the kind happens, and says so by a series; everything else has to be above it.
 ZERO = {
-    *("Accounting drift", "Errors inside aftertask", "Values folded into __other__", "Hazards", "Alerts firing"),
+    *("Accounting drift", "Errors inside aftertask", "Values folded into __other__", "Alerts firing"),
     "Events left out",
 }
 #: Their series exist at 0 until something happens that this traffic does not do.
-MAY_BE_ZERO = {"Event loop blocked by", "Waited longer than", "Oldest waiting", "Alerts that wait to be told"}
+MAY_BE_ZERO = {
+    "Hazards",
+    "Event loop blocked by",
+    "Waited longer than",
+    "Oldest waiting",
+    "Alerts that wait to be told",
+}
 
 
 def panels(board: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -170,24 +170,21 @@ def _burns() -> Iterator[Alert]:
         )
 
 
-_STUCK_WITH_TIMEOUT = """\
-max by (job, instance, task) (aftertask_oldest_running_age_seconds)
-  > on (job, instance, task)
-${stuck_timeouts} * max by (job, instance, task) (aftertask_task_timeout_seconds > 0)"""
-_STUCK_WITHOUT = "max by (job, instance, task) (aftertask_oldest_running_age_seconds) > ${stuck_seconds}"
-_TIMEOUT_KNOWN = "max by (job, instance, task) (aftertask_task_timeout_seconds > 0)"
-# The runner has given such a thread up, so that the run no longer counts as running; the thread goes on.
-_ABANDONED = "max by (job, instance, task) (aftertask_abandoned_threads) > 0"
-
-
-def _stuck() -> str:
-    """A run that outlives its limit, or a thread that outlives its run; only what is told today."""
-    parts = [_STUCK_WITHOUT]
-    if is_told(_TIMEOUT_KNOWN):
-        parts = [_STUCK_WITH_TIMEOUT, f"{_STUCK_WITHOUT}\n  unless on (job, instance, task)\n{_TIMEOUT_KNOWN}"]
-    if is_told(_ABANDONED):
-        parts.append(_ABANDONED)
-    return "\nor\n".join(f"({part})" for part in parts) if len(parts) > 1 else parts[0]
+# A run that outlives its task's time limit by far; one whose task has none; and a thread that its run has given up.
+_STUCK = """\
+(
+  max by (job, instance, task) (aftertask_oldest_running_age_seconds)
+    > on (job, instance, task)
+  ${stuck_timeouts} * max by (job, instance, task) (aftertask_task_timeout_seconds > 0)
+)
+or
+(
+  max by (job, instance, task) (aftertask_oldest_running_age_seconds) > ${stuck_seconds}
+    unless on (job, instance, task)
+  max by (job, instance, task) (aftertask_task_timeout_seconds > 0)
+)
+or
+max by (job, instance, task) (aftertask_abandoned_threads) > 0"""
 
 
 def alerts() -> tuple[Alert, ...]:
@@ -239,7 +236,7 @@ def _default() -> tuple[Alert, ...]:
         ),
         Alert(
             name="TaskStuck",
-            expr=_stuck(),
+            expr=_STUCK,
             wait=300,
             severity="warning",
             summary="A background task does not end",
