@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -37,6 +38,18 @@ def test_a_mail_arrives() -> None:
     assert "smtp refused: <b>no</b> & so on — Grüße" in text
     assert "Owner: growth" in text
     assert "Traceback (most recent call last):" in text
+
+
+def test_several_recipients_are_told_at_once() -> None:
+    """Apprise would wait 5.5 s before each further one, longer in all than a delivery may take."""
+    started = time.monotonic()
+    with mail_server() as (address, got):
+        Apprise(
+            f"mailto://{address}/?from=shop@example.org&to=a@example.org,b@example.org,c@example.org&mode=insecure"
+        )(FAILED)
+        mails = got.wait(3)
+    assert {str(mail["To"]) for mail in mails} == {f"{name}@example.org" for name in "abc"}
+    assert time.monotonic() - started < 5
 
 
 def test_a_mail_server_that_refuses_is_a_failed_delivery(caplog: pytest.LogCaptureFixture) -> None:

@@ -80,6 +80,9 @@ def _service(apprise: Any, scheme: str, url: str) -> Any:
             if scheme in _schemes(apprise)
             else f"the scheme {scheme}:// is unknown to Apprise; https://github.com/caronc/apprise/wiki lists all"
         )
+    # Its own pause between two sends, 5.5 s for most services, would use up our time limit with a second recipient.
+    # `Route.rate` is the limit here.
+    service.request_rate_per_sec = 0
     together = apprise.Apprise(asset=asset)
     together.add(service)
     return together
