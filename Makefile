@@ -29,6 +29,7 @@ demo: $(STAMP) ## a small shop under uvicorn with its own traffic; `make demo SE
 bench: $(STAMP) ## what observing a task costs, beside the floor and FastAPI's own telemetry
 	$(BIN)/python tests/bench/overhead.py
 	$(BIN)/python tests/bench/history.py
+	$(BIN)/python tests/bench/hazards.py
 
 upstream: $(STAMP) ## Starlette's and FastAPI's own suites, bare and with the middleware in every app
 	$(BIN)/python tests/upstream/run.py

@@ -92,10 +92,12 @@ class Hazards:
     def serving(self) -> None:
         """A batch starts, maybe on a loop that is not watched yet: of an app whose lifespan nobody runs."""
         watch = self._watch
-        if watch is not None and not watch.ended and _loop.is_here(watch):
-            return
-        if self._subscriber is not None:
-            self._watch = _loop.watch(self._subscriber)
+        if watch is None or watch.ended or not _loop.is_here(watch):
+            if self._subscriber is None:
+                return
+            watch = self._watch = _loop.watch(self._subscriber)
+        if watch is not None:
+            watch.hurry()
 
     def tell(self, run: TaskRun, kind: str, argument: str | None, advice: str) -> None:
         """Have a hazard told."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from types import AsyncGeneratorType, FunctionType, GeneratorType, MethodType
 from typing import Any
 
@@ -95,7 +96,6 @@ _SUSPECTS = {
 
 #: Callables that carry nothing: no closure, no bound arguments, no object.
 _BARE = ("type", "builtin_function_or_method")
-_FEW = range(ELEMENTS)
 
 Verdict = tuple[str, str] | None
 
@@ -143,6 +143,7 @@ class Arguments:
     def __init__(self, tell: Tell) -> None:
         self._tell = tell
         self._kinds: dict[type, str] = {}
+        self._harmless: set[type] = set()
 
     def look(self, run: TaskRun) -> None:
         """Look at a run's arguments."""
@@ -172,18 +173,17 @@ class Arguments:
         """Whether nothing need be looked at in a container: the usual case, made fast."""
         if len(container) >= MANY:
             return False
-        kinds = self._kinds
-        elements = container.values() if isinstance(container, Mapping) else container
-        for _, element in zip(_FEW, elements, strict=False):
-            kind = kinds.get(type(element)) or self._new(type(element))
-            if kind not in ("plain", "text"):
-                return False
-        return True
+        kind = type(container)
+        elements = container.values() if kind is dict or isinstance(container, Mapping) else container
+        return self._harmless.issuperset(map(type, islice(elements, ELEMENTS)))
 
     def _new(self, kind: type) -> str:
         if len(self._kinds) >= _CLASSES:
             self._kinds.clear()
+            self._harmless.clear()
         found = self._kinds[kind] = kind_of(kind)
+        if found in ("plain", "text"):
+            self._harmless.add(kind)
         return found
 
     def _look_at_each(self, run: TaskRun, target: Any) -> None:
@@ -211,8 +211,8 @@ class Arguments:
         if self._kinds.get(type(value)) != "container":
             return None
         elements: Iterable[Any] = value.values() if isinstance(value, Mapping) else value
-        for _, element in zip(_FEW, elements, strict=False):
-            found = self._verdict(element, life) if self._kinds.get(type(element)) not in ("plain", "text") else None
+        for element in islice(elements, ELEMENTS):
+            found = self._verdict(element, life)
             if found is not None:
                 return found
         return None

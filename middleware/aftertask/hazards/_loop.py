@@ -21,15 +21,16 @@ import anyio
 import anyio.to_thread
 
 from .. import _timer
-from ..events import LoopBlocked, LoopListener, TaskRun
+from ..events import LoopBlocked, LoopListener, TaskRun, _live
 from ._stacks import Place, place_of
 
-#: Beats within a threshold; so many seconds from one to the next at least, and at most.
-BEATS = 5
-SHORTEST, LONGEST = 0.01, 0.1
+#: From one beat to the next, as a share of the threshold: while there are runs, and while there are none, when an idle
+#: process shall sleep. So many seconds at least, and at most.
+BUSY, IDLE = 0.4, 0.8
+SHORTEST, LONGEST = 0.01, 0.2
 
 #: A run is blamed when it is still there at the next look, so many seconds later: no step of a busy loop takes so long.
-NEXT_LOOK = 0.05
+NEXT_LOOK = 0.03
 
 #: A loop that has been blocked for so many seconds is told of while it still is.
 STILL_BLOCKED = 5.0
@@ -112,6 +113,7 @@ class Watch:
         self.loop = loop
         self.thread, self._clock = threading.get_ident(), _thread_clock()
         self._burnt, self._excused = 0.0, False
+        self._context = Context()  # empty: a request's would be kept for as long as the loop lives
         self.limiter = anyio.to_thread.current_default_thread_limiter()
         self.ended = self.paused = False
         self.subscribers: tuple[Subscriber, ...] = ()
@@ -140,7 +142,8 @@ class Watch:
         unique = {id(listener): (listener, one.broken) for one in subscribers for listener in one.listeners}
         self._listeners = tuple(unique.values())
         self.threshold = min((one.threshold for one in subscribers), default=1.0)
-        self.every = min(LONGEST, max(SHORTEST, self.threshold / BEATS))
+        self._busy, self._idle = (min(LONGEST, max(SHORTEST, self.threshold * share)) for share in (BUSY, IDLE))
+        self.every = self._busy
 
     def end(self) -> None:
         """It is watched no more; what it held may go."""
@@ -154,10 +157,9 @@ class Watch:
         if self.loop is not None:
             self._beat_again()
         else:
-            # An empty context: ours would keep a request's variables for as long as the loop lives.
             scope = anyio.CancelScope()
             self._stop = scope.cancel
-            sys.modules["trio"].lowlevel.spawn_system_task(self._beat_on_trio, scope, context=Context())
+            sys.modules["trio"].lowlevel.spawn_system_task(self._beat_on_trio, scope, context=self._context)
 
     async def _beat_on_trio(self, scope: anyio.CancelScope) -> None:
         try:
@@ -174,10 +176,20 @@ class Watch:
             self._beat_again()
 
     def _beat_again(self) -> None:
-        self._stop = self.loop.call_later(self.every, self._beat_on_asyncio, context=Context()).cancel
+        self._stop = self.loop.call_later(self.every, self._beat_on_asyncio, context=self._context).cancel
+
+    def hurry(self) -> None:
+        """A batch starts: from now on a run may block. On the loop."""
+        if self.every > self._busy and self.loop is not None and not self.paused:
+            self._stop()
+            self.every = self._busy
+            self.due = monotonic() + self.every
+            self._beat_again()
 
     def _beat(self) -> None:
         now, due = monotonic(), self.due
+        if self.loop is not None:
+            self.every = self._busy if _live else self._idle
         self.due = now + self.every
         if self.thread != threading.get_ident():
             self.thread, self._clock = threading.get_ident(), _thread_clock()
@@ -208,7 +220,8 @@ class Watch:
         before, self._burnt = self._burnt, _burnt(self._clock)
         # Late ourselves: the loop's thread kept the interpreter to itself, which is what is to be found. Or the whole
         # process was stopped, or had no processor: that is nobody's fault, so first let the loop have its turn, once.
-        busy = self._burnt - before >= overslept / 5
+        burnt = self._burnt - before
+        held = overslept >= self.threshold / 2 and burnt >= 0.9 * (now - due)
         excused, self._excused = self._excused, False
         if block is not None and block.due != due:
             self._over(block)
@@ -223,12 +236,12 @@ class Watch:
             return now + min(self.threshold, 1.0)
         if now < due + self.threshold:
             return due + self.threshold
-        if overslept > _OVERSLEPT and not (busy or excused or block):
+        if overslept > _OVERSLEPT and not (excused or block) and burnt < overslept / 5:
             self._excused = True
             return now + self.every / 2
-        return self._look_closer(now, due)
+        return self._look_closer(now, due, sure=held)
 
-    def _look_closer(self, now: float, due: float) -> float:
+    def _look_closer(self, now: float, due: float, *, sure: bool) -> float:
         """It is blocked: by whom? Returns when to look again."""
         place = place_of(self.thread, self.loop)
         if place is None or self.due != due:  # it answered in this very moment
@@ -244,7 +257,7 @@ class Watch:
         if culprit is None:
             culprit = _Culprit(place, place.stack(self.subscribers[0].redact) if self.subscribers else "")
             block.culprits[place.run] = culprit
-        again, block.last = block.last is culprit, culprit
+        again, block.last = sure or block.last is culprit, culprit
         self._count(block, culprit, now)
         if again:
             self._found(culprit)
@@ -259,9 +272,6 @@ class Watch:
         if block.last is None:
             return
         self._count(block, block.last, answered if due == block.due else block.counted)
-        runs = [culprit for run, culprit in block.culprits.items() if run is not None]
-        if len(runs) == 1:  # it may have been over before there could be a second look
-            self._found(runs[0])
         self._report(block, over=True)
 
     def _count(self, block: _Block, culprit: _Culprit, until: float) -> None:
@@ -284,13 +294,14 @@ class Watch:
                     one.broken("blocked loop", error)
 
     def _report(self, block: _Block, *, over: bool) -> None:
-        culprit = max(block.culprits.values(), key=lambda one: one.seconds)
-        suppressed = 0 if block.told else _budget.take(culprit.run)
+        culprit = max(block.culprits.values(), key=lambda one: (one.found, one.seconds))
+        run = culprit.run if culprit.found else None
+        suppressed = 0 if block.told else _budget.take(run)
         if suppressed is None:
             return
         block.told = True
         seconds = block.counted - block.due
-        report = LoopBlocked(culprit.run, clocks.time(), seconds, culprit.where, culprit.stack, suppressed, over)
+        report = LoopBlocked(run, clocks.time(), seconds, culprit.where, culprit.stack, suppressed, over)
         self._tell("blocked", report)
 
     def _tell(self, what: str, *told: Any) -> None:

@@ -1,0 +1,140 @@
+"""
+What looking for hazards costs.
+
+    python tests/bench/hazards.py                # the figures and the gates; exit code 1 where a gate fails
+
+1. A task that is scheduled with ordinary arguments: microseconds for the look at them, by the clock, in a loop; the
+   best of several rounds.
+2. The heartbeat and the thread that watches: processor time of a whole process that serves nothing for some seconds,
+   with and without them, as a share of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import subprocess
+import sys
+import time
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.background import BackgroundTask
+
+from aftertask import Settings
+from aftertask._exchange import Exchange
+from aftertask._runner import Engine
+from aftertask.events import TaskRun
+from aftertask.hazards._arguments import Arguments
+
+#: Microseconds a task, once its arguments' classes are known.
+LOOK_GATE = 1.0
+
+#: Share of one core.
+HEARTBEAT_GATE = 0.001
+
+SECONDS = 20
+
+
+class Order:
+    """An object of the app's own."""
+
+
+ARGUMENTS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "none": ((), {}),
+    "two": (("someone@example.org", 7), {}),
+    "six": (("a", 1, 2.5, None, True, uuid.uuid4()), {}),
+    "keywords": (("a",), {"number": 1, "at": datetime.now(UTC)}),
+    "an object": ((Order(),), {}),
+    "a list of ten": ((list(range(10)),), {}),
+    "a dict": (({"id": 1, "name": "a", "tags": "b"},), {}),
+}
+
+
+async def task(*args: Any, **kwargs: Any) -> None:
+    """Any task."""
+
+
+def look(args: tuple[Any, ...], kwargs: dict[str, Any], rounds: int = 7, times: int = 20_000) -> float:
+    """Microseconds for one look."""
+    arguments = Arguments(lambda *told: None)
+    engine = Engine(Settings(), [])
+    exchange = Exchange(engine, {"type": "http", "route": None, "fastapi_inner_astack": None})
+    target = BackgroundTask(task, *args, **kwargs)
+    run = TaskRun(engine.plan(target), exchange, target)
+    arguments.look(run)
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(times):
+            arguments.look(run)
+        best = min(best, time.perf_counter() - start)
+    return best / times * 1e6
+
+
+def idle(loop: str, watched: bool, runs: bool, seconds: float) -> float:
+    """Processor seconds of a process whose event loop does nothing for so long: watched or not, with a run or none."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--idle", loop, str(int(watched)), str(int(runs)), str(seconds)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(done.stdout)
+
+
+def _idle_here(loop: str, watched: bool, runs: bool, seconds: float) -> None:
+    from aftertask.hazards import Hazards
+    from aftertask.signals import Metrics
+
+    async def main() -> None:
+        if watched:
+            hazards = Hazards(Settings().block_threshold)
+            hazards.attach(Engine(Settings(), [Metrics()]))
+            hazards.open()
+        if runs:
+            engine = Engine(Settings(), [])
+            engine.schedule(Exchange(engine, {"type": "http"}), BackgroundTask(task))
+        await asyncio.sleep(0.5)  # what starting costs is not counted
+        before = time.process_time()
+        await asyncio.sleep(seconds)
+        print(time.process_time() - before)
+
+    if loop == "uvloop":
+        import uvloop
+
+        uvloop.run(main())
+    else:
+        asyncio.run(main())
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="how long a process is idle")
+    parser.add_argument("--idle", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.idle:
+        loop, watched, runs, seconds = options.idle
+        _idle_here(loop, watched == "1", runs == "1", float(seconds))
+        return 0
+    fine = True
+    print("look at a scheduled task's arguments, µs")
+    for name, (args, kwargs) in ARGUMENTS.items():
+        cost = look(args, kwargs)
+        fine = fine and cost <= LOOK_GATE
+        print(f"  {name:15} {cost:6.2f}   {'ok' if cost <= LOOK_GATE else f'OVER {LOOK_GATE}'}")
+    print(f"an idle process, share of a core over {options.seconds:g} s")
+    for loop in ("asyncio", "uvloop"):
+        for runs in (False, True):
+            seconds = options.seconds
+            share = (idle(loop, True, runs, seconds) - idle(loop, False, runs, seconds)) / seconds
+            fine = fine and share <= HEARTBEAT_GATE
+            name = f"{loop}, {'a run waits' if runs else 'no runs'}"
+            print(f"  {name:22} {share:8.3%}   {'ok' if share <= HEARTBEAT_GATE else f'OVER {HEARTBEAT_GATE:.1%}'}")
+    return not fine
+
+
+if __name__ == "__main__":
+    sys.exit(main())
