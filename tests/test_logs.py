@@ -150,6 +150,29 @@ def test_the_tasks_own_lines_carry_the_same_keys(client_for: ClientFor, lines: l
     assert own[0]["span_id"] != own[1]["span_id"]
 
 
+def test_a_run_without_a_span_has_not_the_ids_of_the_one_before(
+    client_for: ClientFor, lines: list[dict[str, Any]]
+) -> None:
+    """Neither on its own lines nor on ours."""
+
+    @task(name="logs.traced")
+    async def traced() -> None: ...
+
+    @task(name="logs.untraced", trace="none")
+    async def untraced() -> None:
+        structlog.get_logger().info("mine")
+
+    client_for(traced, untraced, traced, tracer_provider=TracerProvider()).get("/")
+    told = [line for line in lines if line["event"] in ("task.succeeded", "mine")]
+    assert [(line["task"], "trace_id" in line, "span_id" in line) for line in told] == [
+        ("logs.traced", True, True),
+        ("logs.untraced", False, False),
+        ("logs.untraced", False, False),
+        ("logs.traced", True, True),
+    ]
+    assert told[0]["trace_id"] != told[3]["trace_id"]
+
+
 def test_what_the_app_had_bound_comes_back_after_the_batch(registry: CollectorRegistry) -> None:
     """Also under a name of ours."""
     seen: list[dict[str, Any]] = []

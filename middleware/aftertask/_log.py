@@ -20,17 +20,19 @@ from . import _clock
 logger = logging.getLogger("aftertask")
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
-_second = [0, ""]
+_second = ("", "")
 
 
 def iso(timestamp: float) -> str:
     """Seconds since the epoch as ISO 8601, UTC, with microseconds; the part up to the second is made once a second."""
-    whole = int(timestamp)
-    cached = _second
-    if cached[0] != whole:
-        # Built aside and put in as one: another thread must not see the parts of two seconds.
-        globals()["_second"] = cached = [whole, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole))]
-    return f"{cached[1]}.{int((timestamp - whole) * 1e6):06d}Z"
+    global _second
+    digits = f"{timestamp:.6f}"
+    whole, text = _second
+    if digits[:-6] != whole:
+        whole = digits[:-6]
+        text = time.strftime("%Y-%m-%dT%H:%M:%S.", time.gmtime(int(whole[:-1])))
+        _second = whole, text  # as one: another thread must not see the parts of two seconds
+    return f"{text}{digits[-6:]}Z"
 
 
 def emit(level: str, event: str, *, timestamp: float | None = None, **keys: Any) -> None:

@@ -34,15 +34,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_random.seed)
 
 
-# The parts of a UUID that many runs share: the time up to the version, once a millisecond, and the variant's digit.
+# What the UUIDs of one millisecond share: the time, the version and the twelve bits after it. These come from the time
+# and not from the generator, so that two threads get the same; the 62 bits that follow are each run's own.
 _head = (0, "")
-_VARIANTS = "89ab" * 4
+_VARIANT = 1 << 63
 
 
 def _new_head(ms: int) -> str:
     global _head
     text = f"{ms:012x}"
-    _head = (ms, f"{text[:8]}-{text[8:]}-7")
+    _head = (ms, f"{text[:8]}-{text[8:]}-7{hash((ms, os.getpid())) & 0xFFF:03x}-")
     return _head[1]
 
 
@@ -247,7 +248,7 @@ class TaskRun:
         self.target = target
         self.timestamp = _clock.timestamp()
         self.scheduled_s = _clock.monotonic()
-        self._bits = _bits(76)
+        self._bits = _bits(62)
 
     @property
     def id(self) -> str:
@@ -255,12 +256,12 @@ class TaskRun:
         found = self._id
         if found is None:
             # Made when first asked for, maybe by two threads at once: from the same parts, so it is the same.
-            bits, ms = self._bits, int(self.timestamp * 1000)
+            ms = int(self.timestamp * 1000)
             known, head = _head
             if known != ms:
                 head = _new_head(ms)
-            text = f"{bits:019x}"
-            found = self._id = f"{head}{text[1:4]}-{_VARIANTS[bits >> 72]}{text[4:7]}-{text[7:]}"
+            # By bytes and not by a format, which takes three times as long: the hyphen is before the last six.
+            found = self._id = head + (self._bits | _VARIANT).to_bytes(8).hex("-", 6)
         return found
 
     @property

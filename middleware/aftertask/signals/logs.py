@@ -56,9 +56,6 @@ _SET = tuple(var.set for var in _VARS)
 
 _bind_run_id, _bind_span_id = _SET[KEYS.index("run_id")], _SET[KEYS.index("span_id")]
 
-# Where the span's id begins in the text of both ids.
-_SPAN_ID_AT = len(', "trace_id": "", "span_id": "') + 32
-
 
 def run_keys(run: TaskRun) -> dict[str, Any]:
     """The keys that say which run a line is about; those that are not known are left out."""
@@ -76,8 +73,8 @@ def _values(run: TaskRun) -> tuple[Any, ...]:
         request.http_route,
         request.http_method,
         request.request_id,
-        None if span is None else f"{span.trace_id:032x}",
-        None if span is None else f"{span.span_id:016x}",
+        None if span is None else span.trace_id.to_bytes(16).hex(),  # half the cost of a format
+        None if span is None else span.span_id.to_bytes(8).hex(),
     )
 
 
@@ -89,7 +86,7 @@ class _Bound:
     differs is set.
     """
 
-    __slots__ = ("attempt", "before", "plan", "same", "span", "span_text", "to_stderr")
+    __slots__ = ("attempt", "before", "ids_text", "plan", "same", "span", "to_stderr", "trace_id", "trace_text")
 
     def __init__(self, to_stderr: bool) -> None:
         self.to_stderr = to_stderr
@@ -97,29 +94,32 @@ class _Bound:
         self.plan: Plan | None = None
         self.attempt = 0
         self.span: SpanContext | None = None
-        self.same = self.span_text = ""
+        self.trace_id: int | None = None
+        self.same = self.ids_text = self.trace_text = ""
 
     def bind(self, run: TaskRun) -> None:
         """Bind the keys of this run."""
         span = run.span_context or run.request.span_context
-        if run.plan is not self.plan or run.attempt != self.attempt or (span is None) != (self.span is None):
-            self._bind_all(run)
-        else:
+        if run.plan is not self.plan or run.attempt != self.attempt:
+            self._bind_all(run, span)
+        elif span is self.span:
             _bind_run_id(run.id)
-            if span is not self.span and span is not None and self.span is not None:
-                if span.trace_id == self.span.trace_id:
-                    span_id = f"{span.span_id:016x}"
-                    _bind_span_id(span_id)
-                    self.span_text = f'{self.span_text[:_SPAN_ID_AT]}{span_id}"'
-                else:
-                    self._bind_all(run)
-        self.span = span
+        elif span is not None and span.trace_id == self.trace_id:
+            _bind_run_id(run.id)
+            span_id = span.span_id.to_bytes(8).hex()
+            _bind_span_id(span_id)
+            self.ids_text = f'{self.trace_text}{span_id}"'
+            self.span = span
+        else:
+            self._bind_all(run, span)
 
-    def _bind_all(self, run: TaskRun) -> None:
+    def _bind_all(self, run: TaskRun, span: SpanContext | None) -> None:
         values = _values(run)
-        for put, value in zip(_SET, values, strict=True):
+        for put, value, before in zip(_SET, values, self.before, strict=True):
             if value is not None:
                 put(value)
+            elif self.plan is not None:
+                put(before)  # an earlier run of the batch may have had it
         _, _, _, engine, route, method, request_id, trace_id, span_id = values
         known = {
             "task": run.task,
@@ -129,8 +129,10 @@ class _Bound:
             "request_id": request_id,
         }
         self.same = json.dumps({key: value for key, value in known.items() if value is not None})[1:-1]
-        self.span_text = "" if trace_id is None else f', "trace_id": "{trace_id}", "span_id": "{span_id}"'
-        self.plan, self.attempt = run.plan, run.attempt
+        self.trace_text = f', "trace_id": "{trace_id}", "span_id": "'
+        self.ids_text = "" if span is None else f'{self.trace_text}{span_id}"'
+        self.plan, self.attempt, self.span = run.plan, run.attempt, span
+        self.trace_id = None if span is None else span.trace_id
 
     def restore(self) -> None:
         """As it was before."""
@@ -233,34 +235,30 @@ class Logs:
         suppressed = self._allowed(event.timestamp) if self._rate is not None else 0
         if suppressed is not None:
             bound = self._bound.get((run.request, run.batch) if run.batch else run)
+            wait = queue_wait(run)
             if bound is not None and bound.to_stderr and run.progress is None:
-                self._write_succeeded(event, bound, suppressed)
+                # The line that most tasks end with, put together by hand: a fifth of what a general encoder takes.
+                waited = "" if wait is None else f', "queue_wait_s": {wait:.6f}'
+                more = f', "suppressed_count": {suppressed}' if suppressed else ""
+                if run.thread_s is not None and run.thread_wait_s is not None:
+                    waited += f', "thread_wait_s": {run.thread_wait_s:.6f}'
+                write(
+                    f'{{"event": "task.succeeded", "level": "info", "timestamp": "{iso(event.timestamp)}", '
+                    f'{bound.same}, "run_id": "{run.id}", "attempt": {event.attempt}{bound.ids_text}, '
+                    f'"duration_s": {event.duration_s:.6f}{waited}{more}}}\n'
+                )
             else:
                 self._say(
                     "info",
                     "task.succeeded",
                     event,
                     duration_s=event.duration_s,
-                    queue_wait_s=queue_wait(run),
+                    queue_wait_s=wait,
                     thread_wait_s=run.thread_wait_s,
                     suppressed_count=suppressed or None,
                 )
         if not run.batch:
             self._unbind(run)
-
-    def _write_succeeded(self, event: Succeeded, bound: _Bound, suppressed: int) -> None:
-        """The line that most tasks end with, put together by hand: a fifth of what a general encoder takes."""
-        run = event.run
-        wait = queue_wait(run)
-        waited = "" if wait is None else f', "queue_wait_s": {wait:.6f}'
-        more = f', "suppressed_count": {suppressed}' if suppressed else ""
-        if run.thread_s is not None and run.thread_wait_s is not None:
-            waited += f', "thread_wait_s": {run.thread_wait_s:.6f}'
-        write(
-            f'{{"event": "task.succeeded", "level": "info", "timestamp": "{iso(event.timestamp)}", '
-            f'{bound.same}, "run_id": "{run.id}", "attempt": {event.attempt}{bound.span_text}, '
-            f'"duration_s": {event.duration_s:.6f}{waited}{more}}}\n'
-        )
 
     def _on_retrying(self, event: Retrying) -> None:
         self._say(
