@@ -23,9 +23,18 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _limiter: RunVar[anyio.CapacityLimiter] = RunVar("aftertask_scrapes")
 
 
-def is_taken(scope: Scope, path: str) -> bool:
-    """Whether the app itself has a route or mount of that very path; a catch-all is none."""
-    return any(_path_of(route) == path for route in _routes(getattr(scope.get("app"), "routes", None)))
+def is_taken(scope: Scope, inside: object, path: str) -> bool:
+    """
+    Whether the app itself has a route or mount of that very path; a catch-all is none.
+
+    The app is the scope's, or, where we are put around it and the scope does not name it yet, the first one inside.
+    """
+    routes = getattr(scope.get("app"), "routes", None)
+    for _ in range(100):
+        if routes is not None or inside is None:
+            break
+        routes, inside = getattr(inside, "routes", None), getattr(inside, "app", None)
+    return any(_path_of(route) == path for route in _routes(routes))
 
 
 def _routes(routes: Iterable[Any] | None, depth: int = 0) -> Iterable[Any]:

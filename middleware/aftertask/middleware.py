@@ -101,7 +101,7 @@ class AftertaskMiddleware:
             scope["type"] == "http"
             and scope["method"] in ("GET", "HEAD")
             and route_path(scope) == path
-            and not _scrape.is_taken(scope, path)
+            and not _scrape.is_taken(scope, self.app, path)
         )
 
     async def _live(self, engine: Engine, scope: Scope, receive: Receive, send: Send) -> None:

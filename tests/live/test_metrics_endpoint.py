@@ -163,7 +163,6 @@ def test_an_app_keeps_its_own(tmp_path: Path) -> None:
         assert httpx2.get(f"{server.url}/metrics").json() == "theirs"
 
 
-@pytest.mark.xfail(strict=True, reason="the app is known by what it puts into the scope, which is later")
 def test_an_app_inside_keeps_its_own(tmp_path: Path) -> None:
     """Also where we are put around the app and not into it."""
     with uvicorn("own:wrapped", HERE / "apps", tmp_path / "log") as server:
