@@ -212,7 +212,7 @@ class Exchange(Request):
     def nest(self, target: BackgroundTask, parent: TaskRun) -> Awaitable[None]:
         """User code runs a task inside a run: a child."""
         run = self._guarded("child", self._engine.schedule, self, target, parent)
-        call = functools.partial(_intercept.inner, target)
+        call = functools.partial(_intercept.inner, target, None if run is None else self._engine.spanned)
         return call() if run is None else self._engine.run(run, call)
 
     async def child(self, func: Any, parent: TaskRun, call: Callable[[], Awaitable[T]]) -> T:

@@ -199,8 +199,17 @@ def unhooked(target: Any) -> Awaitable[None]:
     return cast(Awaitable[None], target())
 
 
-def inner(target: BackgroundTask) -> Awaitable[None]:
-    """Call the function of a task, as `BackgroundTask.__call__` does without us."""
+def inner(target: BackgroundTask, spanned: Callable[[Any], bool] | None = None) -> Awaitable[None]:
+    """
+    Call the function of a task, as `BackgroundTask.__call__` does without us.
+
+    `spanned` as in `call`: OpenTelemetry's own wrapper, where it is under our hook, is left out.
+    """
+    unwrapped = getattr(BackgroundTask, "_otel_original_call", None)
+    if unwrapped is not None and _shipped(unwrapped, _LOOPS_IN) and spanned is not None:
+        tracer = _contrib_tracer(_original)
+        if tracer is not None and spanned(tracer):
+            return cast(Awaitable[None], unwrapped(target))
     return cast(Awaitable[None], _original(target))
 
 
