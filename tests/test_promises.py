@@ -33,6 +33,7 @@ LAYERS = [
     {"alerts"},
     {"_intercept", "_dispatch", "_context", "_route", "_redact", "_log"},
     {"events"},
+    {"_run"},
     {"policies", "_failure"},
     {"errors", "_clock", "_timer"},
 ]

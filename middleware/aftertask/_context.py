@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextvars import Context, ContextVar, Token, copy_context
 from typing import Any
 
-from .events import _current
+from ._run import _current
 
 # structlog keeps each bound key in a variable of this name, and marks an unbound one by an Ellipsis.
 _BOUND = "structlog_"

@@ -21,9 +21,10 @@ from . import _clock, _intercept
 from ._batch import Batch
 from ._context import bound_keys
 from ._route import http_route
+from ._run import _current
 from ._runner import Engine
 from .errors import NotSerializable, QueueFull
-from .events import Request, TaskRun, _current, current_run
+from .events import Request, TaskRun, current_run
 
 T = TypeVar("T")
 

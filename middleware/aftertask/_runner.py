@@ -18,6 +18,7 @@ from ._failure import error_type, redacted
 from ._gates import Gate
 from ._governed import Governor
 from ._log import emit
+from ._run import _current, _live
 from ._shutdown import Supervisor, reporter
 from ._timer import on_trio
 from ._watch import Watch
@@ -44,8 +45,6 @@ from .events import (
     Succeeded,
     TaskRun,
     TimedOut,
-    _current,
-    _live,
 )
 from .executors.process import check as check_serializable
 from .executors.thread import SharedThreads

@@ -16,7 +16,8 @@ from anyio.abc import TaskGroup
 
 from . import _clock, _timer
 from ._log import emit
-from .events import TaskRun, _live
+from ._run import _live
+from .events import TaskRun
 
 if TYPE_CHECKING:
     from ._runner import Engine

@@ -23,7 +23,8 @@ from typing import Any
 from . import _clock
 from ._dispatch import Dispatch
 from ._failure import LONGEST_STACK, redacted
-from .events import Plan, Slow, Stuck, TaskRun, _current, _live
+from ._run import _current, _live
+from .events import Plan, Slow, Stuck, TaskRun
 
 #: Seconds between two looks: at least, so that many limits make no busy loop, and at most.
 SHORTEST, LONGEST = 0.25, 60.0
