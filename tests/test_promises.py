@@ -27,7 +27,7 @@ LAYERS = [
     {"signals"},
     {"_exchange"},
     {"_runner"},
-    {"_governed", "_batch", "_shutdown", "_watch"},
+    {"_governed", "_batch", "_shutdown", "_plans", "_watch"},
     {"settings"},
     {"executors", "_gates"},
     {"alerts"},

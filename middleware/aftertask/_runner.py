@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import weakref
 from collections.abc import Awaitable, Callable, Iterable
-from types import AsyncGeneratorType, CoroutineType, FunctionType, GeneratorType
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from starlette.background import BackgroundTask
 from starlette.responses import Response
 
 from . import _clock, _intercept
 from ._context import applied
 from ._dispatch import Dispatch
 from ._failure import error_type, redacted
-from ._gates import Gate
 from ._governed import Governor
 from ._log import emit
+from ._plans import Plans
 from ._run import _current, _live
 from ._shutdown import Supervisor, reporter
 from ._timer import on_trio
@@ -34,7 +32,6 @@ from .events import (
     Failure,
     HazardFound,
     Lost,
-    Plan,
     Rejected,
     Request,
     Retrying,
@@ -49,15 +46,7 @@ from .events import (
 from .executors.process import check as check_serializable
 from .executors.thread import SharedThreads
 from .policies import (
-    STUCK_AFTER,
-    Limit,
-    PolicyBook,
     code_name,
-    executor_of,
-    is_async,
-    registered_tasks,
-    registration,
-    unwrap,
 )
 
 if TYPE_CHECKING:
@@ -73,15 +62,6 @@ _DOES_NOTHING = {
     CoroutineType: ("unawaited_coroutine", "it returned a coroutine that nobody awaits: make it `async def`"),
 }
 
-#: The gates of limits that several tasks share, of whatever app.
-_shared_gates: weakref.WeakKeyDictionary[Limit, Gate] = weakref.WeakKeyDictionary()
-
-#: With one of these a run is more than a call.
-_GOVERNS = ("timeout", "retry", "limit", "expires", "on_error")
-
-#: Functions made on the fly must not be kept for ever.
-_PLANS = 2000
-
 
 class Engine:
     """
@@ -94,7 +74,6 @@ class Engine:
 
     def __init__(self, settings: Settings, signals: Iterable[Signal]) -> None:
         self.settings = settings
-        self.policies = PolicyBook(settings.policies)
         self.dispatch = Dispatch(signals, self.broken)
         self.gives_context = settings.context == "endpoint"
         self.stopping = False
@@ -105,13 +84,11 @@ class Engine:
         self.watch = Watch(self.dispatch, self._is_mine, settings.redact, self.broken, self._forget_plans)
         self.serving.append(self._see_loop)
         self.admissions: list[Admission] = self._offered("admit")
-        self.gates: dict[str, Gate] = {}
         self.governor = Governor(self, settings.thread_limit)
         self._watch: list[Callable[..., None]] = self._offered("watch")
-        self._know_timeout: list[Callable[[str, float], None]] = self._offered("know_timeout")
         self.unseen = bool(self._watch)
-        self._plans: dict[object, Plan] = {}
-        self._functions: dict[FunctionType, Plan] = {}
+        self.plans = Plans(settings, self.governor.threads, self.watch.know, self._watch, self._offered("know_timeout"))
+        self.plan = self.plans.of
         self._scheduled = self.dispatch.to(Scheduled)
         self._started = self.dispatch.to(Started)
         self._succeeded = self.dispatch.to(Succeeded)
@@ -127,21 +104,6 @@ class Engine:
         self._abandoned = self.dispatch.to(Abandoned)
         self._abandoned_ended = self.dispatch.to(AbandonedEnded)
         self._hazard = self.dispatch.to(HazardFound)
-        self._know_registered()
-
-    def _know_registered(self) -> None:
-        """What is known before the first run: limits and time limits of registered tasks."""
-        policies = {entry.name: entry.policy for entry in registered_tasks()}
-        for task in {*policies, *self.policies.named}:
-            policy = self.policies.policy(task, None, policies.get(task))
-            if policy.limit is not None:
-                self._gate(policy.limit, task)
-            if policy.timeout is not None:
-                self._know(task, policy.timeout)
-
-    def _know(self, task: str, timeout: float) -> None:
-        for know in self._know_timeout:
-            know(task, timeout)
 
     def broken(self, component: str, on: str, error: Exception) -> None:
         """Tell that a part of ours raised, and count it; nothing that we do may break a task."""
@@ -163,24 +125,11 @@ class Engine:
     def open(self) -> None:
         """The app starts; on its event loop."""
         self.stopping = False
-        self._tell_policies()
+        self.plans.tell()
         self.see_threads()
         reporter().open(self)
         self.watch.open()
         self._each_signal("open")
-
-    def _tell_policies(self) -> None:
-        """Say in the log which policies are in force, where there are any."""
-        declared = {entry.name: entry.policy for entry in registered_tasks()}
-        told = {
-            task: policy
-            for task in sorted({*declared, *self.policies.named})
-            if (policy := self.policies.policy(task, None, declared.get(task)).told())
-        }
-        patterns = {pattern: policy.told() for pattern, policy in self.policies.patterns}
-        default = self.settings.on_failure
-        if told or patterns or default != "stop":
-            emit("info", "lifecycle.policies", on_failure=default, policies=told, patterns=patterns or None)
 
     def see_threads(self) -> None:
         """Have the numbers tell this event loop's threads."""
@@ -206,8 +155,7 @@ class Engine:
         return getattr(run.request, "_engine", None) is self
 
     def _forget_plans(self) -> None:
-        self._plans.clear()
-        self._functions.clear()
+        self.plans.forget()
 
     def _offered(self, name: str) -> list[Any]:
         found = (getattr(signal, name, None) for signal in self.dispatch.signals)
@@ -219,113 +167,6 @@ class Engine:
                 method()
             except Exception as error:
                 self.broken(code_name(method), name, error)
-
-    def plan(self, target: Any, *, inside: bool = False) -> Plan:
-        """
-        What holds for a task: its name and its policy, put together once for each function.
-
-        Args:
-            target: A `BackgroundTask`, or anything else that was given as a background.
-            inside: The function of a task class that calls it itself, not the class.
-        """
-        if type(target) is BackgroundTask:
-            func = target.func
-            plan = self._functions.get(func) if type(func) is FunctionType else None
-            return plan or self._plan(func, False)
-        whole = not inside and (not isinstance(target, BackgroundTask) or _intercept.is_whole(target))
-        return self._plan(
-            (type(target) if isinstance(target, BackgroundTask) else target) if whole else target.func, whole
-        )
-
-    def _plan(self, func: Any, whole: bool) -> Plan:
-        if type(func) is FunctionType:
-            key: object = (func.__module__, func.__qualname__, registration(func), whole, func.__code__.co_flags)
-        else:
-            inner, call = unwrap(func)
-            key = (code_name(inner), registration(inner), call, whole, is_async(func))
-        plan = self._plans.get(key)
-        if plan is None:
-            if len(self._plans) >= _PLANS:
-                self._plans.clear()
-            plan = self._plans[key] = self._make_plan(func, whole)
-        if (
-            type(func) is FunctionType
-            and not whole
-            and func.__closure__ is None
-            and "<locals>" not in func.__qualname__
-        ):
-            if len(self._functions) >= _PLANS:
-                self._functions.clear()
-            self._functions[func] = plan  # as good as for ever anyway: it belongs to its module
-        return plan
-
-    def _make_plan(self, func: Any, whole: bool) -> Plan:
-        inner, call = unwrap(func)
-        entry, code = registration(inner), code_name(inner)
-        task = entry.name if entry is not None else code
-        policy = self.policies.policy(task, call, entry.policy if entry is not None else None)
-        executor = "inline" if whole else executor_of(func, policy)
-        own_thread = executor == "thread" and policy.executor == "thread"
-        on_failure = policy.on_failure or self.settings.on_failure
-        if own_thread:
-            for watch in self._watch:
-                watch(self.governor.threads, threads=True)
-        if policy.timeout is not None and call is None:
-            for know in self._know_timeout:
-                know(policy.name or task, policy.timeout)
-        governed = own_thread or executor == "process" or any(getattr(policy, field) is not None for field in _GOVERNS)
-        plan = Plan(
-            task=policy.name or task,
-            registered=entry is not None or self.policies.names(task),
-            code=code,
-            executor=executor,
-            own_thread=own_thread,
-            whole=whole,
-            observe=policy.observe is not False,
-            owner=policy.owner,
-            expected=policy.classes,
-            trace=policy.trace,
-            timeout=policy.timeout,
-            retry=None if whole else policy.retry,
-            gate=None if policy.limit is None else self._gate(policy.limit, policy.name or task),
-            max_waiting=self._max_waiting(policy.limit),
-            priority=policy.priority or 0,
-            on_failure=on_failure,
-            expires=policy.expires,
-            run_on_error=policy.run_on_error is True,
-            idempotent=policy.idempotent is True,
-            on_error=policy.on_error,
-            alert=policy.alert is not False,
-            severity=policy.severity,
-            alert_after=policy.alert_after or 1,
-            slow_after=policy.slow_after,
-            stuck_after=policy.stuck_after or (2 * policy.timeout if policy.timeout else STUCK_AFTER),
-            governed=governed,
-            plain=not (governed or policy.priority) and on_failure == "stop",
-        )
-        if plan.observe:
-            self.watch.know(plan)
-        return plan
-
-    def _gate(self, limit: int | Limit, task: str) -> Gate:
-        """The gate of a limit: a number's belongs to this app's task, a `Limit`'s to all that share it."""
-        if isinstance(limit, Limit):
-            gate = _shared_gates.get(limit)
-            if gate is None:
-                gate = _shared_gates[limit] = Gate(limit.name, limit.size)
-        else:
-            gate = self.gates.get(task) or Gate(task, limit)
-            if gate.size != limit:  # options(limit=…) says another number: that is a gate of its own
-                gate = self.gates.get(f"{task}:{limit}") or Gate(f"{task}:{limit}", limit)
-        if gate.name not in self.gates:
-            self.gates[gate.name] = gate
-            for watch in self._watch:
-                watch(gate, threads=False)
-        return gate
-
-    def _max_waiting(self, limit: int | Limit | None) -> int | None:
-        own = limit.max_waiting if isinstance(limit, Limit) else None
-        return self.settings.max_waiting if own is None else own
 
     def schedule(self, request: Request, target: Any, parent: TaskRun | None = None) -> TaskRun | None:
         """
