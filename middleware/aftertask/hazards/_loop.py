@@ -21,7 +21,8 @@ import anyio
 import anyio.to_thread
 
 from .. import _timer
-from ..events import LoopBlocked, LoopListener, TaskRun, _live
+from .._run import _live
+from ..events import LoopBlocked, LoopListener, TaskRun
 from ._stacks import Place, place_of
 
 #: From one beat to the next, as a share of the threshold: while there are runs, and while there are none, when an idle

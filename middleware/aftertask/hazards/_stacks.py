@@ -13,8 +13,9 @@ from typing import Any
 
 from .._failure import LONGEST_STACK, is_library, redacted
 from .._governed import Governor
+from .._run import _current
 from .._runner import Engine
-from ..events import TaskRun, _current
+from ..events import TaskRun
 
 #: The functions in whose frames `run` is the run that they call.
 _CALLERS = {function.__code__ for function in (Engine.run, Engine.run_sync)} | {

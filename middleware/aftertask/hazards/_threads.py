@@ -7,7 +7,8 @@ from time import monotonic
 
 from anyio import CapacityLimiter
 
-from ..events import TaskRun, _live
+from .._run import _live
+from ..events import TaskRun
 
 #: Tasks that hold more than this share of the threads leave too few for endpoints.
 SHARE = 0.8
