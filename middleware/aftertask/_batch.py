@@ -71,10 +71,13 @@ class Batch:
             raise error
         errors = [failure for _, failure in sorted(self._failures, key=lambda kept: kept[0])]
         self._failures = []
-        if len(errors) > 1:
-            raise ExceptionGroup(f"{len(errors)} of {total} background tasks failed", errors)
-        if errors:
-            raise errors[0]
+        try:
+            if len(errors) > 1:
+                raise ExceptionGroup(f"{len(errors)} of {total} background tasks failed", errors)
+            if errors:
+                raise errors[0]
+        finally:
+            del errors, error  # their tracebacks hold this frame: there would be a cycle
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

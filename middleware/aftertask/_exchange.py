@@ -350,11 +350,13 @@ class Exchange(Request):
             return
         spawn = None if on_failure == "stop" else batch.spawn
         error = await self._engine.governor.run(run, spawn, _forget if contained else keep)
-        if error is None or contained:
-            return
-        if on_failure == "stop":
-            raise error
-        keep(error)
+        try:
+            if error is not None and on_failure == "stop":
+                raise error
+            if error is not None and not contained:
+                keep(error)
+        finally:
+            del error  # its traceback holds this frame: there would be a cycle
 
     def _take(self, key: int) -> TaskRun:
         waiting = self._waiting[key]

@@ -75,11 +75,14 @@ class Governor:
                     error = TaskTimeout(f"{run.task} took longer than its time limit of {plan.timeout:g} s")
                     error.__cause__ = raised.__cause__
                 delay = self._delay(run, error)
-                if delay is None:
-                    engine.fail(run, error, timed_out=timed_out)
-                    await self._tell_owner(run, error)
-                    return error
-                engine.retrying(run, error, delay)
+                try:
+                    if delay is None:
+                        engine.fail(run, error, timed_out=timed_out)
+                        await self._tell_owner(run, error)
+                        return error
+                    engine.retrying(run, error, delay)
+                finally:
+                    del error  # its traceback holds this frame: there would be a cycle
             except BaseException:
                 engine.cut_off(run)
                 raise

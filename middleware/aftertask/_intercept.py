@@ -253,7 +253,9 @@ def responses_in(error: BaseException) -> Iterator[tuple[Response, Scope]]:
         seen.add(id(chain))
         trace = chain.__traceback__
         while trace is not None:
-            thing = trace.tb_frame.f_locals.get("self")
+            # Not ours: reading a frame's locals keeps a copy of them in it, and ours hold the error: a cycle.
+            ours = trace.tb_frame.f_globals.get("__package__") == __package__
+            thing = None if ours else trace.tb_frame.f_locals.get("self")
             scope = scope_of(trace.tb_frame, thing) if isinstance(thing, Response) else None
             if scope is not None and id(thing) not in seen:
                 seen.add(id(thing))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from typing import Any
 
@@ -415,3 +416,40 @@ async def test_precedence_field_by_field(env: Env) -> None:
     await drive(env.app(answering(BackgroundTask(sf))))
     assert env.seen.runs()[-1].plan.on_failure == "continue"
     assert env.seen.runs()[-1].plan.timeout == 3
+
+
+# --- what is left over
+
+
+class Counted(ValueError):
+    """An error that knows how many of its kind there are."""
+
+    alive = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        Counted.alive += 1
+
+    def __del__(self) -> None:
+        Counted.alive -= 1
+
+
+async def raises_counted() -> None:
+    """A task that fails."""
+    raise Counted
+
+
+@pytest.mark.parametrize("on_failure", ["stop", "continue", "contain"])
+async def test_no_cycle_keeps_an_error_alive(env: Env, on_failure: Any) -> None:
+    """Its traceback holds our frames: none of them holds it, or it would stay until the collector comes by."""
+    env.signals = [lambda event: None]
+    governed = options(raises_counted, retry=Retry(attempts=2, wait_initial=0), timeout=9, on_failure=on_failure)
+    app = env.app(answering(tasks_of(governed, options(raises_counted, on_failure=on_failure))))
+    gc.collect()
+    gc.disable()
+    try:
+        before = Counted.alive
+        (await drive(app)).exc = None  # the driver's own frame holds it, too
+        assert Counted.alive == before
+    finally:
+        gc.enable()
