@@ -22,8 +22,9 @@ class Overrun(Exception):
 
 def on_trio() -> bool:
     """Whether this code runs in a task of trio's."""
-    trio = sys.modules.get("trio")
-    return trio is not None and bool(trio.lowlevel.in_trio_task())
+    # Another thread may be importing it just now.
+    in_trio_task = getattr(sys.modules.get("trio.lowlevel"), "in_trio_task", None)
+    return in_trio_task is not None and bool(in_trio_task())
 
 
 def calls_soon() -> Callable[[Callable[[], object]], object]:
