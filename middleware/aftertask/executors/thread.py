@@ -195,8 +195,9 @@ class Thread:
             # How many run is counted by us: anyio frees a left thread's token at once on asyncio.
             return await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(math.inf))
         except BaseException:
+            left = call.leave()  # before it is cancelled: it may end at once
             if own is not None:
                 own.cancel()
-            if call.leave():
+            if left:
                 self._left(run, call)
             raise
