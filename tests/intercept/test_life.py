@@ -616,9 +616,10 @@ async def test_a_signal_that_raises_leaves_the_task_and_the_others_alone(caplog:
 
     assert LOG == ["af"]
     assert [type(event).__name__ for event in seen] == calls == ["Scheduled", "Started", "Succeeded"]
-    assert [record.message for record in caplog.records] == ["signal.failed"] * 3
-    assert "broken" in caplog.records[0].signal  # type: ignore[attr-defined]  # an extra of ours
-    component = caplog.records[0].signal  # type: ignore[attr-defined]  # same
+    records: list[Any] = [record for record in caplog.records if not record.message.startswith("alert.")]
+    assert [record.message for record in records] == ["signal.failed"] * 3
+    assert "broken" in records[0].signal
+    component = records[0].signal
     assert registry.get_sample_value("aftertask_self_errors_total", {"component": component}) == 3
 
 
