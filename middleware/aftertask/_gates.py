@@ -27,7 +27,11 @@ class Gate:
         self.size = size
         self.in_use = 0
         self._accepted = 0
-        self._lock = threading.Lock()
+        # The garbage collector may end a run, and so give a place back, while this very thread is in here: that one is
+        # let out when the other has done.
+        self._lock = threading.RLock()
+        self._busy = False
+        self._leaving: list[tuple[Place, bool]] = []
         self._queue: list[_Entry] = []
         self._gone = 0
         self._order = 0
@@ -54,19 +58,30 @@ class Gate:
     def _enter(self, place: Place, *, queue: bool) -> bool:
         """Whether it is in; else it stands in the queue now, where it wants to."""
         with self._lock:
+            self._busy = True
             if self.in_use < self.size:
                 self.in_use += 1
                 place.inside = True
-                return True
-            if not queue:
-                return False
-            self._order += 1
-            place.entry = [place.priority, self._order, place]
-            heapq.heappush(self._queue, place.entry)
-            return False
+            elif queue:
+                self._order += 1
+                place.entry = [place.priority, self._order, place]
+                heapq.heappush(self._queue, place.entry)
+            if self._leaving:
+                self._let_out()
+            self._busy = False
+            return place.inside
 
     def _leave(self, place: Place, *, for_good: bool) -> None:
         with self._lock:
+            self._leaving.append((place, for_good))
+            if not self._busy:
+                self._busy = True
+                self._let_out()
+                self._busy = False
+
+    def _let_out(self) -> None:
+        while self._leaving:
+            place, for_good = self._leaving.pop()
             if place.inside:
                 place.inside = False
                 self._next()
@@ -126,11 +141,11 @@ class Place:
 
     def wake(self) -> bool:
         """Tell the one that waits that it is in; False where its event loop is no more."""
-        if threading.get_ident() == self._thread:
-            self._event.set()
-            return True
         try:
-            self._soon(self._event.set)
+            if threading.get_ident() == self._thread:
+                self._event.set()
+            else:
+                self._soon(self._event.set)
         except RuntimeError:
             return False
         return True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import heapq
+import threading
 from typing import Any
 
 import anyio
@@ -336,3 +338,60 @@ def test_no_slot_is_lost_or_given_twice(size: int, steps: list[Step]) -> None:
         assert gate.waiting == len(plain.queue)
         assert gate._accepted == len(places)
         assert len(gate._queue) <= 2 * gate.waiting + 1
+
+
+def test_the_collector_may_end_a_run_while_the_gate_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs in whatever thread allocates, also inside the gate: what it gives back there is let out all the same."""
+    gate = Gate("x", 1)
+    first, garbage, waiter = (Wakeless(gate, 0, accepted=True) for _ in range(3))
+    gate._accepted = 3
+    assert first.enter_now()
+    push = heapq.heappush
+
+    def collecting(queue: Any, entry: Any) -> None:
+        first.give_back()
+        garbage.give_back()
+        push(queue, entry)
+
+    def in_a_thread() -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr("aftertask._gates.heapq.heappush", collecting)
+            entered.append(gate._enter(waiter, queue=True))
+
+    entered: list[bool] = []
+    thread = threading.Thread(target=in_a_thread, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive(), "the gate waits for itself"
+    assert entered == [True]
+    assert (gate.in_use, gate.waiting, gate._accepted) == (1, 0, 1)
+
+
+def test_a_waiter_whose_loop_was_closed_is_passed_over() -> None:
+    """In the same thread, too: who leaves after that does not fail, and the next one gets the slot."""
+    gate = Gate("x", 1)
+    first, second, third = gate.accept(0), gate.accept(0), gate.accept(0)
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    closed = asyncio.new_event_loop()
+
+    async def begin() -> Any:
+        await first.enter()
+        waiting = asyncio.ensure_future(second.enter())
+        await anyio.wait_all_tasks_blocked()
+        return waiting
+
+    waiting = closed.run_until_complete(begin())
+    closed.close()
+
+    async def go_on() -> None:
+        entering = asyncio.ensure_future(third.enter())
+        await anyio.wait_all_tasks_blocked()
+        first.give_back()
+        await asyncio.wait_for(entering, 5)
+
+    asyncio.run(go_on())
+    assert third.inside
+    assert gate.in_use == 1
+    waiting._log_destroy_pending = False  # it can never end: its loop is gone
