@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from types import FunctionType
@@ -30,6 +32,18 @@ if TYPE_CHECKING:
 
 #: The gates of limits that several tasks share, of whatever app.
 _shared_gates: weakref.WeakKeyDictionary[Limit, Gate] = weakref.WeakKeyDictionary()
+
+# Two requests may schedule a task's first run at once, in threads: they must find one gate.
+_making = threading.RLock()
+
+
+def _after_fork() -> None:
+    global _making
+    _making = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 #: With one of these a run is more than a call.
 _GOVERNS = ("timeout", "retry", "limit", "expires", "on_error")
@@ -62,6 +76,7 @@ class Plans:
         self._watch, self._know_timeout = watch, know_timeout
         self._policies = PolicyBook(settings.policies)
         self._gates: dict[str, Gate] = {}
+        self._watched: set[str] = set()
         self._plans: dict[object, Plan] = {}
         self._functions: dict[FunctionType, Plan] = {}
         self._know_registered()
@@ -123,9 +138,11 @@ class Plans:
             key = (code_name(inner), registration(inner), call, whole, is_async(func))
         plan = self._plans.get(key)
         if plan is None:
-            if len(self._plans) >= _PLANS:
-                self._plans.clear()
-            plan = self._plans[key] = self._make_plan(func, whole)
+            with _making:
+                plan = self._plans.get(key) or self._make_plan(func, whole)
+                if len(self._plans) >= _PLANS:
+                    self._plans.clear()
+                self._plans[key] = plan
         if (
             type(func) is FunctionType
             and not whole
@@ -192,13 +209,19 @@ class Plans:
             if gate is None:
                 gate = _shared_gates[limit] = Gate(limit.name, limit.size)
         else:
-            gate = self._gates.get(task) or Gate(task, limit)
+            gate = self._own_gate(task, limit)
             if gate.size != limit:  # options(limit=…) says another number: that is a gate of its own
-                gate = self._gates.get(f"{task}:{limit}") or Gate(f"{task}:{limit}", limit)
-        if gate.name not in self._gates:
-            self._gates[gate.name] = gate
+                gate = self._own_gate(f"{task}:{limit}", limit)
+        if gate.name not in self._watched:
+            self._watched.add(gate.name)
             for watch in self._watch:
                 watch(gate, threads=False)
+        return gate
+
+    def _own_gate(self, name: str, size: int) -> Gate:
+        gate = self._gates.get(name)
+        if gate is None:
+            gate = self._gates[name] = Gate(name, size)
         return gate
 
     def _max_waiting(self, limit: int | Limit | None) -> int | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anyio
@@ -395,3 +397,40 @@ def test_a_waiter_whose_loop_was_closed_is_passed_over() -> None:
     assert third.inside
     assert gate.in_use == 1
     waiting._log_destroy_pending = False  # it can never end: its loop is gone
+
+
+def test_two_threads_that_are_first_find_one_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sync endpoints schedule a task's first run in threads: with two gates the limit would be exceeded."""
+    smtp = Limit("smtp", 2)
+    engine: Any = Env().mw(None)._engine
+    plans, together = engine.plans, threading.Barrier(2, timeout=10)
+    make = Gate
+
+    def slow(*args: Any) -> Gate:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            together.wait(0.2)  # both are here at once, if both can be
+        return make(*args)
+
+    monkeypatch.setattr("aftertask._plans.Gate", slow)
+    for limit in (2, smtp):
+        together.reset()
+        target = BackgroundTask(options(print, limit=limit))
+        with ThreadPoolExecutor(2) as pool:
+            found = [pool.submit(plans.of, target) for _ in range(2)]
+            assert found[0].result(10).gate is found[1].result(10).gate
+
+
+async def test_a_limit_is_not_the_one_of_a_task_by_its_name(env: Env) -> None:
+    """A task may be called like a `Limit` of others, and have a number of its own."""
+
+    async def other() -> None: ...
+
+    async def own() -> None: ...
+
+    app = env.app(answering(BackgroundTask(options(other, limit=Limit("smtp", 1)))), answering(BackgroundTask(own)))
+    await drive(app)
+    task(name="smtp", limit=1)(own)
+    await drive(app, "/1")
+    gates: list[Any] = [run.plan.gate for run in env.seen.runs()]
+    assert [gate.name for gate in gates] == ["smtp", "smtp"]
+    assert gates[0] is not gates[1]
