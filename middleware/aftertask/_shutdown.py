@@ -28,6 +28,8 @@ TELL_EVERY = 5.0
 #: How often it is looked whether the last one has ended, in seconds; only once the process is asked to end.
 _LOOK_EVERY = 0.1
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 #: So many runs are told one by one.
 _AT_MOST = 50
 
@@ -70,7 +72,6 @@ class Reporter:
 
     def __init__(self) -> None:
         self._engines: tuple[Engine, ...] = ()
-        self._before: dict[int, Any] = {}
         # A signal's handler may interrupt anything: this queue's `put` takes no lock that could be held then.
         self._noticed: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -82,7 +83,7 @@ class Reporter:
         if engine not in self._engines:
             self._engines = (*self._engines, engine)
         if threading.current_thread() is threading.main_thread():  # nobody else may
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in _SIGNALS:
                 self._chain(number)
 
     def close(self, engine: Engine) -> None:
@@ -90,36 +91,34 @@ class Reporter:
         self._look()
         self._engines = tuple(other for other in self._engines if other is not engine)
         if not self._engines and threading.current_thread() is threading.main_thread():
-            for number, before in self._before.items():
-                if signal.getsignal(number) == self._on_signal:
+            for number in _SIGNALS:
+                before = handler = signal.getsignal(number)
+                while isinstance(before, _Heard):
+                    before = before.before
+                if before is not handler:
                     signal.signal(number, before)
-            self._before = {}
 
-    def notice(self, why: str) -> None:
-        """The process is to end: say what holds it up."""
-        for engine in self._engines:
-            engine.stopping = True
+    def notice(self, engine: Engine, why: str) -> None:
+        """This app is to end: say what holds it up."""
+        engine.stopping = True
         self._start_thread()
         self._noticed.put(why)
+
+    def heard(self, number: int) -> None:
+        """The process is to end, so all of its apps; called by a signal's handler."""
+        for engine in self._engines:
+            engine.stopping = True
+        self._noticed.put(signal.Signals(number).name)
 
     def _chain(self, number: int) -> None:
         before = signal.getsignal(number)
         # None: set by no Python code, so that it cannot be called; and who ignores a signal does not end by it.
-        if before not in (None, signal.SIG_IGN, self._on_signal):
+        if before not in (None, signal.SIG_IGN) and not isinstance(before, _Heard):
             self._start_thread()
-            self._before[number] = before
-            signal.signal(number, self._on_signal)
+            signal.signal(number, _Heard(self, before))
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        for engine in self._engines:
-            engine.stopping = True
-        self._noticed.put(signal.Signals(number).name)
-        before = self._before.get(number, signal.SIG_DFL)
-        if callable(before):
-            before(number, frame)
-        elif before == signal.SIG_DFL:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+    def _holding(self) -> list[TaskRun]:
+        return runs_of([engine for engine in self._engines if engine.stopping])
 
     def _start_thread(self) -> None:
         if self._thread is None or not self._thread.is_alive():
@@ -130,7 +129,7 @@ class Reporter:
         while True:
             why = self._noticed.get()
             tell_at = 0.0
-            while runs_of(self._engines):
+            while self._holding():
                 now = _clock.monotonic()
                 if now >= tell_at:
                     tell_at = now + TELL_EVERY
@@ -143,7 +142,7 @@ class Reporter:
 
     def _tell(self, why: str | None) -> None:
         with self._lock:
-            runs = runs_of(self._engines)
+            runs = self._holding()
             if runs:
                 self._told = self._told or _clock.monotonic()
                 waited = round(_clock.monotonic() - self._told, 3)
@@ -152,9 +151,29 @@ class Reporter:
     def _look(self) -> None:
         """Where runs held up the shutdown, and none does any more, say so once."""
         with self._lock:
-            if self._told and not runs_of(self._engines):
+            if self._told and not self._holding():
                 emit("info", "lifecycle.drained", waited_s=round(_clock.monotonic() - self._told, 3))
                 self._told = 0.0
+
+
+class _Heard:
+    """
+    A signal's handler, in front of the one that was there before.
+
+    Each keeps its own: where another server in this process, or the app, has set one over ours meanwhile, and sets ours
+    again or calls it, all that follow are called, each once.
+    """
+
+    def __init__(self, reporter: Reporter, before: Any) -> None:
+        self._reporter, self.before = reporter, before
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self._reporter.heard(number)
+        if callable(self.before):
+            self.before(number, frame)
+        elif self.before == signal.SIG_DFL:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
 
 _reporter = Reporter()
@@ -197,10 +216,10 @@ class Supervisor:
 
     async def run(self, batch: Callable[[], Awaitable[None]]) -> None:
         """Run a batch, and wait for it; what it raises comes out. A cancelled wait leaves it running."""
-        done, raised = anyio.Event(), list[BaseException]()
+        begun, done, raised = anyio.Event(), anyio.Event(), list[BaseException]()
 
         async def supervised() -> None:
-            self._active += 1
+            begun.set()
             try:
                 await batch()
             except Exception as error:
@@ -216,14 +235,21 @@ class Supervisor:
                     for event in list(self._idle):
                         event.set()
 
+        self._active += 1
         self._group.start_soon(supervised)
-        await done.wait()
+        try:
+            await done.wait()
+        except anyio.get_cancelled_exc_class():
+            # A request that ended before its batch began would take it for one that never will.
+            with anyio.CancelScope(shield=True):
+                await begun.wait()
+            raise
         if raised:
             raise raised.pop()
 
     async def drain(self, engine: Engine) -> None:
         """The app is to end: give its runs their time, then cut off what is left."""
-        reporter().notice("lifespan.shutdown")
+        reporter().notice(engine, "lifespan.shutdown")
         try:
             await _timer.within(self._timeout, self._until_idle())
         except _timer.Overrun:
