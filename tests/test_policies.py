@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
 
 from aftertask import Failed, Limit, NameClash, Policy, Retry, Scheduled, Settings, TaskEvent, options, task
-from aftertask.policies import PolicyBook, code_name
+from aftertask.policies import PolicyBook, code_name, registration
 
 ClientFor = Callable[..., TestClient]
 
@@ -283,3 +283,21 @@ def test_options_work_with_sync_and_async_functions(client_for: ClientFor) -> No
 
     assert ran == ["sync", "asynchronous"]
     assert [event.run.plan.executor for event in seen if isinstance(event, Scheduled)] == ["thread", "inline"]
+
+
+def test_task_stands_above_the_decorators_of_a_class() -> None:
+    """As well as below them: the function is marked, and is found through the class and through an object."""
+
+    class Shop:
+        @task(priority=3)
+        @classmethod
+        def of_class(cls) -> None: ...
+
+        @task(priority=4)
+        @staticmethod
+        def static() -> None: ...
+
+    for func, priority in ((Shop.of_class, 3), (Shop().of_class, 3), (Shop.static, 4), (Shop().static, 4)):
+        entry = registration(func)
+        assert entry is not None
+        assert entry.policy.priority == priority

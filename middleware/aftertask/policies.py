@@ -353,9 +353,9 @@ def task(func: Any = None, /, **policy: Any) -> Any:
 
 
 def _register(func: F, *, policy: Policy) -> F:
-    if not callable(func):
-        raise TypeError(f"@task registers a function, got {func!r}")
     target = getattr(func, "__func__", func)  # a static or class method, where @task stands above that decorator
+    if not callable(target):
+        raise TypeError(f"@task registers a function, got {func!r}")
     code = code_name(target)
     entry = Registered(policy.name or code, code, policy, executor_of(target, policy))
     known = _registry.get(entry.name)
