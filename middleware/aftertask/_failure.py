@@ -19,6 +19,10 @@ LONGEST_STACK = 10_000
 WITHHELD = "[redaction failed: text withheld]"
 
 _OURS = str(Path(__file__).parent)
+
+#: What calls a task for us, in a thread too.
+_CARRIERS = ("anyio", "starlette", "trio", "outcome")
+
 _LIBRARIES = tuple(
     {path for name in ("stdlib", "platstdlib", "purelib", "platlib") if (path := sysconfig.get_path(name))}
 )
@@ -44,7 +48,8 @@ def stack(error: BaseException, redact: Redact) -> str:
     """
     The traceback as Python prints it, with causes and groups, from the task's own first frame on; without locals.
 
-    The frames between the runner and the task (ours, anyio's) are left out. Redacted; a long one loses its middle.
+    The frames between the runner and the task (ours, those of anyio and trio) are left out. Redacted; a long one loses
+    its middle.
     """
     try:
         told = traceback.TracebackException.from_exception(error, limit=None, compact=True)
@@ -92,7 +97,7 @@ def _frames_before_the_task(trace: TracebackType | None) -> int:
         frame: FrameType = trace.tb_frame
         if frame.f_code.co_filename.startswith(_OURS):
             ours, skipped = True, count
-        elif ours and frame.f_globals.get("__name__", "").partition(".")[0] in ("anyio", "starlette"):
+        elif ours and frame.f_globals.get("__name__", "").partition(".")[0] in _CARRIERS:
             skipped = count
         else:
             break

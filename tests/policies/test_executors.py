@@ -29,6 +29,7 @@ from aftertask import (
     Settings,
     Started,
     Succeeded,
+    TaskEvent,
     TimedOut,
     current_run,
     options,
@@ -264,3 +265,20 @@ async def test_a_local_function_is_refused_at_hand_over(env: Env) -> None:
     r = await drive(env.app(answering(BackgroundTask(options(local, executor="process")))))
     assert r.exc is None
     assert [event.reason for event in env.seen.of(Rejected)] == ["not_serializable"]
+
+
+async def test_the_stack_of_a_failure_in_a_thread_begins_with_the_task(env: Env) -> None:
+    """What carries the call into the thread is left out, on asyncio and trio."""
+
+    def fails() -> None:
+        raise LookupError("no such order")
+
+    first: list[str] = []
+
+    def read(event: TaskEvent) -> None:
+        if isinstance(event, Failed):  # at once, as the log does: the traceback grows on its way out
+            first.append(event.failure.stack.splitlines()[1].rpartition(" ")[2])
+
+    for func in (fails, options(fails, executor="thread"), options(fails, timeout=5)):
+        await drive(env.app_with_signals([env.seen, read], answering(BackgroundTask(func))))
+    assert first == ["fails"] * 3
