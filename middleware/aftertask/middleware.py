@@ -106,7 +106,28 @@ class AftertaskMiddleware:
 
     async def _live(self, engine: Engine, scope: Scope, receive: Receive, send: Send) -> None:
         """The app's lifespan, which owns its runs where they are to outlive the server's cancellation."""
-        receive = self._lifespan(engine, receive)
+        is_open = False
+
+        async def watched() -> Message:
+            nonlocal is_open
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                engine.open()
+                is_open = True
+            elif message["type"] == "lifespan.shutdown":
+                if engine.supervisor is not None:
+                    await engine.supervisor.drain(engine)
+                engine.close()
+                is_open = False
+            return message
+
+        try:
+            await self._supervised(engine, scope, watched, send)
+        finally:
+            if is_open:  # it failed to start, or ended without being asked to
+                engine.close()
+
+    async def _supervised(self, engine: Engine, scope: Scope, receive: Receive, send: Send) -> None:
         timeout = self._settings.drain_timeout
         if timeout is None:
             await self.app(scope, receive, send)
@@ -122,20 +143,6 @@ class AftertaskMiddleware:
                 engine.supervisor = None
         if raised is not None:
             raise raised
-
-    @staticmethod
-    def _lifespan(engine: Engine, receive: Receive) -> Receive:
-        async def watched() -> Message:
-            message = await receive()
-            if message["type"] == "lifespan.startup":
-                engine.open()
-            elif message["type"] == "lifespan.shutdown":
-                if engine.supervisor is not None:
-                    await engine.supervisor.drain(engine)
-                engine.close()
-            return message
-
-        return watched
 
 
 def _warn_if_twice(app: object) -> None:

@@ -14,7 +14,7 @@ import pytest
 from starlette.background import BackgroundTask, BackgroundTasks
 
 from aftertask import Cancelled, Failed, Scheduled, Skipped, Started
-from aftertask._shutdown import Reporter, Supervisor
+from aftertask._shutdown import Reporter, Supervisor, reporter
 from aftertask.testing import Recorder
 from intercept.driver import Env, answering, boom, drive, sf
 
@@ -160,6 +160,33 @@ async def test_a_batch_counts_from_the_moment_it_is_handed_over() -> None:
         await anyio.wait_all_tasks_blocked()
         await slow.given.pop()()
     assert ended == ["batch", "idle"]
+
+
+@pytest.mark.parametrize("drain_timeout", [None, 5])
+async def test_an_app_that_fails_to_start_is_forgotten(env: Env, drain_timeout: float | None) -> None:
+    """Nobody asks it to shut down: else its signal handler, and the app, would be kept."""
+    env.settings["drain_timeout"] = drain_timeout
+
+    @contextlib.asynccontextmanager
+    async def life(app: Any) -> AsyncIterator[None]:
+        assert len(reporter()._engines) == before + 1
+        raise OSError("no database")
+        yield
+
+    before = len(reporter()._engines)
+    answers: list[str] = []
+
+    async def receive() -> dict[str, str]:
+        return {"type": "lifespan.startup"}
+
+    async def send(message: Any) -> None:
+        answers.append(message["type"])
+
+    scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
+    with pytest.raises(OSError, match="no database"):
+        await env.app(answering(None), lifespan=life)(scope, receive, send)
+    assert answers == ["lifespan.startup.failed"]
+    assert len(reporter()._engines) == before
 
 
 def http() -> dict[str, Any]:
