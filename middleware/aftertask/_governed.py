@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import _clock, _gates, _intercept, _timer
 from .errors import TaskTimeout
-from .events import TaskRun
+from .events import Plan, TaskRun
 from .executors import Executor
 from .executors.process import Process
 from .executors.thread import SharedPlace, Thread, ThreadCall
@@ -53,7 +53,7 @@ class Governor:
         plan = run.plan
         if plan.own_thread:
             run.places = (*run.places, _gates.Place(self.threads, plan.priority))
-        elif plan.executor == "thread" and plan.timeout is not None:
+        elif plan.executor == "thread" and _counted(plan):
             run.places = (*run.places, SharedPlace())
         late = plan.expires is not None and _left(run, plan.expires) <= 0
         if (late or not _enter_now(run)) and not await self._in_time(run):
@@ -151,7 +151,7 @@ class Governor:
     def _call(self, run: TaskRun) -> Awaitable[Any]:
         plan = run.plan
         executor = plan.executor
-        if executor == "inline" or (executor == "thread" and plan.timeout is None and not plan.own_thread):
+        if executor == "inline" or (executor == "thread" and not _counted(plan)):
             return _intercept.call(run.target, self._engine.spanned)
         return self._executors[executor](run)
 
@@ -193,6 +193,11 @@ class Governor:
             self._engine.end_abandoned(run, _clock.monotonic() - started)
 
         call.at_end(ended)
+
+
+def _counted(plan: Plan) -> bool:
+    """Whether its thread may be left behind with something that it keeps until it ends: asyncio can cancel any."""
+    return plan.own_thread or plan.timeout is not None or plan.gate is not None
 
 
 def _left(run: TaskRun, expires: float) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 import anyio
 import anyio.lowlevel
+import anyio.to_thread
 import pytest
 from fastapi import BackgroundTasks as Injected
 from fastapi import FastAPI
@@ -21,6 +22,8 @@ from prometheus_client import CollectorRegistry
 from starlette.background import BackgroundTask, BackgroundTasks
 
 from aftertask import (
+    Abandoned,
+    AbandonedEnded,
     AftertaskMiddleware,
     Cancelled,
     Limit,
@@ -434,3 +437,48 @@ async def test_a_limit_is_not_the_one_of_a_task_by_its_name(env: Env) -> None:
     gates: list[Any] = [run.plan.gate for run in env.seen.runs()]
     assert [gate.name for gate in gates] == ["smtp", "smtp"]
     assert gates[0] is not gates[1]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_cancelled_thread_keeps_its_slot(env: Env) -> None:
+    """A server cancels asyncio's task, which nothing can shield a thread from: the next one waits for its end."""
+    begun, may_end = threading.Event(), threading.Event()
+
+    def work() -> None:
+        LOG.append("begins")
+        begun.set()
+        assert may_end.wait(10)
+        LOG.append("ends")
+
+    app = env.app(answering(BackgroundTask(options(work, limit=1))))
+    first = asyncio.ensure_future(drive(app))
+    await anyio.to_thread.run_sync(begun.wait, 10)
+    first.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await first
+    second = asyncio.ensure_future(drive(app))
+    await anyio.wait_all_tasks_blocked()
+    assert LOG == ["begins"]
+    may_end.set()
+    await second
+    assert LOG == ["begins", "ends", "begins", "ends"]
+    assert len(env.seen.of(Cancelled)) == len(env.seen.of(Succeeded)) == len(env.seen.of(AbandonedEnded)) == 1
+
+
+async def test_a_thread_is_waited_for_where_a_scope_is_cancelled(env: Env) -> None:
+    """A limit alone changes nothing about that."""
+    begun, may_end = threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        assert may_end.wait(10)
+        LOG.append("ends")
+
+    with anyio.CancelScope() as scope:
+        async with anyio.create_task_group() as group:
+            group.start_soon(drive, env.app(answering(BackgroundTask(options(work, limit=1)))))
+            await anyio.to_thread.run_sync(begun.wait, 10)
+            scope.cancel()
+            may_end.set()
+    assert LOG == ["ends"]
+    assert not env.seen.of(Abandoned)

@@ -191,9 +191,13 @@ class Thread:
         function = functools.partial(target.func, *target.args, **target.kwargs)
         own = OwnLoop(function) if is_async(function) else None
         call = ThreadCall(own or function)
+        # With a limit alone it is waited for as by Starlette, where that can be: not where asyncio's task is cancelled.
+        leave = run.plan.own_thread or run.plan.timeout is not None
         try:
             # How many run is counted by us: anyio frees a left thread's token at once on asyncio.
-            return await anyio.to_thread.run_sync(call, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(math.inf))
+            return await anyio.to_thread.run_sync(
+                call, abandon_on_cancel=leave, limiter=anyio.CapacityLimiter(math.inf)
+            )
         except BaseException:
             left = call.leave()  # before it is cancelled: it may end at once
             if own is not None:
