@@ -230,12 +230,12 @@ class Exchange(Request):
         """Run a response's background: a framework container's elements one after another, anything else as one run."""
         supervisor = self._engine.supervisor
         if supervisor is not None and supervisor.is_here:
+            self._away += 1  # from now on: the request may end before the batch has begun
             return supervisor.run(functools.partial(self._elsewhere, value, served))
         return self._serve(value, served)
 
     async def _elsewhere(self, value: Any, served: Scope) -> None:
         """The same in a task that is not the request's, and that may outlive it."""
-        self._away += 1
         error: BaseException | None = None
         try:
             await self._serve(value, served)

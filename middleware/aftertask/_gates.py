@@ -66,21 +66,20 @@ class Gate:
                 self._order += 1
                 place.entry = [place.priority, self._order, place]
                 heapq.heappush(self._queue, place.entry)
+            self._busy = False
             if self._leaving:
                 self._let_out()
-            self._busy = False
             return place.inside
 
     def _leave(self, place: Place, *, for_good: bool) -> None:
         with self._lock:
             self._leaving.append((place, for_good))
             if not self._busy:
-                self._busy = True
                 self._let_out()
-                self._busy = False
 
     def _let_out(self) -> None:
         while self._leaving:
+            self._busy = True
             place, for_good = self._leaving.pop()
             if place.inside:
                 place.inside = False
@@ -93,6 +92,7 @@ class Gate:
             if for_good and place.accepted:
                 place.accepted = False
                 self._accepted -= 1
+            self._busy = False  # in the loop: one that came while it was True is seen by its condition
 
     def _next(self) -> None:
         while self._queue:

@@ -76,7 +76,6 @@ class Plans:
         self._watch, self._know_timeout = watch, know_timeout
         self._policies = PolicyBook(settings.policies)
         self._gates: dict[str, Gate] = {}
-        self._watched: set[str] = set()
         self._plans: dict[object, Plan] = {}
         self._functions: dict[FunctionType, Plan] = {}
         self._know_registered()
@@ -212,10 +211,8 @@ class Plans:
             gate = self._own_gate(task, limit)
             if gate.size != limit:  # options(limit=…) says another number: that is a gate of its own
                 gate = self._own_gate(f"{task}:{limit}", limit)
-        if gate.name not in self._watched:
-            self._watched.add(gate.name)
-            for watch in self._watch:
-                watch(gate, threads=False)
+        for watch in self._watch:
+            watch(gate, threads=False)
         return gate
 
     def _own_gate(self, name: str, size: int) -> Gate:

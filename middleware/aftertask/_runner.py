@@ -403,5 +403,5 @@ def _lasted(run: TaskRun) -> float:
 
 
 def _stopped(run: TaskRun) -> None:
-    if run.parent is None:
+    if run.batch:  # not a child, nor one that went on beside its siblings: those end no batch
         run.request.stopped_by = run

@@ -216,10 +216,9 @@ class Supervisor:
 
     async def run(self, batch: Callable[[], Awaitable[None]]) -> None:
         """Run a batch, and wait for it; what it raises comes out. A cancelled wait leaves it running."""
-        begun, done, raised = anyio.Event(), anyio.Event(), list[BaseException]()
+        done, raised = anyio.Event(), list[BaseException]()
 
         async def supervised() -> None:
-            begun.set()
             try:
                 await batch()
             except Exception as error:
@@ -237,13 +236,7 @@ class Supervisor:
 
         self._active += 1
         self._group.start_soon(supervised)
-        try:
-            await done.wait()
-        except anyio.get_cancelled_exc_class():
-            # A request that ended before its batch began would take it for one that never will.
-            with anyio.CancelScope(shield=True):
-                await begun.wait()
-            raise
+        await done.wait()
         if raised:
             raise raised.pop()
 

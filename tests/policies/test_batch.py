@@ -149,6 +149,22 @@ async def test_a_retry_under_way_outlives_a_sibling_that_stops(env: Env, clock: 
     assert outcomes(env) == [("ends", "failed"), ("retried", "failed"), ("sf", "skipped sibling_failed")]
 
 
+async def test_a_sibling_that_stopped_is_the_cause_though_a_back_off_is_cancelled_later(
+    env: Env, clock: VirtualClock
+) -> None:
+    """What never started was skipped because of it, not cancelled."""
+    retried = options(failing("retried", KeyError()), retry=Retry(attempts=2), on_failure="continue")
+    async with anyio.create_task_group() as group:
+        group.start_soon(drive, env.app(answering(tasks_of(retried, failing("ends", ValueError()), sf))))
+        await env.seen.until(Failed)
+        await clock.until_waiting()
+        group.cancel_scope.cancel()
+    assert outcomes(env) == [("ends", "failed"), ("retried", "cancelled"), ("sf", "skipped sibling_failed")]
+    (skipped,) = env.seen.of(Skipped)
+    assert skipped.caused_by is not None
+    assert skipped.caused_by.task.endswith("ends")
+
+
 class Stop(BaseException):
     """What is no Exception."""
 
