@@ -251,8 +251,6 @@ class Exchange(Request):
     async def _serve(self, value: Any, served: Scope) -> None:
         # No local here may be called `scope`: the hooks would take this frame for an ASGI app's.
         _intercept.install()
-        if self._engine.unseen:
-            self._guarded("threads", self._engine.see_threads)
         batch, outer = Batch(id(value)), _current.get()
         self._guarded("hand-over", self._hand_over, value, served)
         for serving in self._engine.serving:

@@ -21,7 +21,7 @@ WITHHELD = "[redaction failed: text withheld]"
 _OURS = str(Path(__file__).parent)
 
 #: What calls a task for us, in a thread too.
-_CARRIERS = ("anyio", "starlette", "trio", "outcome")
+CARRIERS = ("anyio", "starlette", "trio", "outcome")
 
 _LIBRARIES = tuple(
     {path for name in ("stdlib", "platstdlib", "purelib", "platlib") if (path := sysconfig.get_path(name))}
@@ -97,7 +97,7 @@ def _frames_before_the_task(trace: TracebackType | None) -> int:
         frame: FrameType = trace.tb_frame
         if frame.f_code.co_filename.startswith(_OURS):
             ours, skipped = True, count
-        elif ours and frame.f_globals.get("__name__", "").partition(".")[0] in _CARRIERS:
+        elif ours and frame.f_globals.get("__name__", "").partition(".")[0] in CARRIERS:
             skipped = count
         else:
             break

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from . import _clock, _gates, _intercept, _timer
+from ._frames import calls_run
 from .errors import TaskTimeout
 from .events import Plan, TaskRun
 from .executors import Executor
@@ -38,6 +39,7 @@ class Governor:
         self._thread = Thread(self._left_running)
         self._executors: dict[str, Executor] = {"thread": self._thread, "process": Process()}
 
+    @calls_run
     async def run(self, run: TaskRun, spawn: Spawn | None, settle: Settle) -> Exception | None:
         """
         Run a scheduled run to its end.
@@ -60,6 +62,7 @@ class Governor:
             return None
         return await self._attempts(run, spawn, settle)
 
+    @calls_run
     async def _attempts(self, run: TaskRun, spawn: Spawn | None, settle: Settle) -> Exception | None:
         """Call the function, again after each failure that its policy wants that for; what it has failed with."""
         engine, plan = self._engine, run.plan
@@ -99,6 +102,7 @@ class Governor:
                 return None
             await self._back_off(run, delay)
 
+    @calls_run
     async def _rest(self, run: TaskRun, delay: float, settle: Settle) -> None:
         await self._back_off(run, delay)
         error = await self._attempts(run, None, settle)
@@ -165,6 +169,7 @@ class Governor:
             return None  # its thread goes on: a second one beside it would do the work twice
         return retry.delay_s(run.attempt)
 
+    @calls_run
     async def _tell_owner(self, run: TaskRun, error: Exception) -> None:
         callback = run.plan.on_error
         if callback is None:
@@ -183,7 +188,7 @@ class Governor:
         run.abandoned = call
         places, started = run.places, run.started_s or 0.0
         run.places = tuple(place.again() for place in places)
-        self._engine.abandon(run, call.stack())
+        self._engine.abandon(run)
 
         def ended() -> None:
             for place in places:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from ._run import Plan
 from .policies import (
     STUCK_AFTER,
     Limit,
+    Policy,
     PolicyBook,
     code_name,
     executor_of,
@@ -82,13 +83,17 @@ class Plans:
 
     def _know_registered(self) -> None:
         """What is known before the first run: limits and time limits of registered tasks."""
-        policies = {entry.name: entry.policy for entry in registered_tasks()}
-        for task in {*policies, *self._policies.named}:
-            policy = self._policies.policy(task, None, policies.get(task))
+        for task, policy in self._registered():
             if policy.limit is not None:
                 self._gate(policy.limit, task)
             if policy.timeout is not None:
                 self._know(task, policy.timeout)
+
+    def _registered(self) -> Iterator[tuple[str, Policy]]:
+        """Each task that is known by name, and its policy put together."""
+        declared = {entry.name: entry.policy for entry in registered_tasks()}
+        for task in sorted({*declared, *self._policies.named}):
+            yield task, self._policies.policy(task, None, declared.get(task))
 
     def _know(self, task: str, timeout: float) -> None:
         for know in self._know_timeout:
@@ -96,12 +101,7 @@ class Plans:
 
     def tell(self) -> None:
         """Say in the log which policies are in force, where there are any."""
-        declared = {entry.name: entry.policy for entry in registered_tasks()}
-        told = {
-            task: policy
-            for task in sorted({*declared, *self._policies.named})
-            if (policy := self._policies.policy(task, None, declared.get(task)).told())
-        }
+        told = {task: said for task, policy in self._registered() if (said := policy.told())}
         patterns = {pattern: policy.told() for pattern, policy in self._policies.patterns}
         default = self._settings.on_failure
         if told or patterns or default != "stop":
@@ -165,8 +165,7 @@ class Plans:
             for watch in self._watch:
                 watch(self._threads, threads=True)
         if policy.timeout is not None and call is None:
-            for know in self._know_timeout:
-                know(policy.name or task, policy.timeout)
+            self._know(policy.name or task, policy.timeout)
         governed = own_thread or executor == "process" or any(getattr(policy, field) is not None for field in _GOVERNS)
         plan = Plan(
             task=policy.name or task,

@@ -12,7 +12,8 @@ from starlette.responses import Response
 from . import _clock, _intercept
 from ._context import applied
 from ._dispatch import Dispatch
-from ._failure import error_type, redacted
+from ._failure import error_type
+from ._frames import calls_run
 from ._governed import Governor
 from ._log import emit
 from ._plans import Plans
@@ -45,9 +46,7 @@ from .events import (
 )
 from .executors.process import check as check_serializable
 from .executors.thread import SharedThreads
-from .policies import (
-    code_name,
-)
+from .policies import code_name
 
 if TYPE_CHECKING:
     from .settings import Settings
@@ -86,7 +85,6 @@ class Engine:
         self.admissions: list[Admission] = self._offered("admit")
         self.governor = Governor(self, settings.thread_limit)
         self._watch: list[Callable[..., None]] = self._offered("watch")
-        self.unseen = bool(self._watch)
         self.plans = Plans(settings, self.governor.threads, self.watch.know, self._watch, self._offered("know_timeout"))
         self.plan = self.plans.of
         self._scheduled = self.dispatch.to(Scheduled)
@@ -126,17 +124,10 @@ class Engine:
         """The app starts; on its event loop."""
         self.stopping = False
         self.plans.tell()
-        self.see_threads()
+        self._see_loop()
         reporter().open(self)
         self.watch.open()
         self._each_signal("open")
-
-    def see_threads(self) -> None:
-        """Have the numbers tell this event loop's threads."""
-        self.unseen = False
-        self._shared_threads = SharedThreads()
-        for watch in self._watch:
-            watch(self._shared_threads, threads=True)
 
     def close(self) -> None:
         """The app has stopped serving."""
@@ -146,8 +137,11 @@ class Engine:
         self._each_signal("close")
 
     def _see_loop(self) -> None:
-        """Once: asyncio's tasks can be asked where they are if their loop is known."""
+        """Once a start, or where nobody runs the lifespan at the first batch: the loop's threads, and who is on it."""
         self.serving = [each for each in self.serving if each != self._see_loop]
+        self._shared_threads = SharedThreads()
+        for watch in self._watch:
+            watch(self._shared_threads, threads=True)
         if not on_trio():
             self.watch.loop = asyncio.get_running_loop()
 
@@ -206,6 +200,7 @@ class Engine:
                 raise QueueFull(f"{run.task}: its limit accepts no more runs for now, {plan.max_waiting} may wait")
             run.places = (place,)
 
+    @calls_run
     async def run(self, run: TaskRun, call: Callable[[], Awaitable[Any]] | None = None) -> Any:
         """
         Call a scheduled run's function and tell what becomes of it; whatever it raises comes out unchanged.
@@ -229,6 +224,7 @@ class Engine:
         finally:
             self.leave(run, outer)
 
+    @calls_run
     def run_sync(self, run: TaskRun, call: Callable[[], T]) -> T:
         """The same for a function that user code calls without awaiting it, maybe in a thread."""
         outer = self.begin(run)
@@ -324,11 +320,11 @@ class Engine:
         """A task that came with its response was not accepted; nobody but the log can be told why."""
         emit("error", "task.refused", error_type=error_type(error), error_message=str(error))
 
-    def abandon(self, run: TaskRun, stack: str | None) -> None:
+    def abandon(self, run: TaskRun) -> None:
         """Nobody waits for its thread any more, which goes on."""
         if self._abandoned is not None:
-            text = None if stack is None else redacted(stack, self.settings.redact)
-            self._abandoned(Abandoned(run, _clock.timestamp(), _lasted(run), run.plan.timeout or 0.0, text))
+            stack = self.watch.stack_of(run)
+            self._abandoned(Abandoned(run, _clock.timestamp(), _lasted(run), run.plan.timeout or 0.0, stack))
 
     def end_abandoned(self, run: TaskRun, lasted: float) -> None:
         """That thread has come to its end."""

@@ -6,7 +6,6 @@ Waiting and time limits, on asyncio and trio; tests turn the clock by replacing 
 from __future__ import annotations
 
 import asyncio
-import math
 import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -42,9 +41,7 @@ def calls_soon() -> Callable[[Callable[[], object]], object]:
 
 
 def real_call_later(seconds: float, function: Callable[[], object]) -> Callable[[], object]:
-    """Have a function called on this event loop; returns what takes that back. Never, for an infinite time."""
-    if seconds == math.inf:
-        return _nothing
+    """Have a function called on this event loop; returns what takes that back."""
     if not on_trio():
         return asyncio.get_running_loop().call_later(seconds, function).cancel
     scope = anyio.CancelScope()
@@ -107,7 +104,3 @@ async def within(seconds: float, call: Awaitable[T]) -> T:
         return result
     finally:
         take_back()
-
-
-def _nothing() -> None:
-    pass

@@ -13,29 +13,21 @@ import math
 import os
 import sys
 import threading
-import traceback
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import Context
 from types import CoroutineType, FrameType
 from typing import Any
 
-from . import _clock
+from . import _clock, _frames
 from ._dispatch import Dispatch
-from ._failure import LONGEST_STACK, redacted
 from ._run import _current, _live
 from .events import Plan, Slow, Stuck, TaskRun
 
 #: Seconds between two looks: at least, so that many limits make no busy loop, and at most.
 SHORTEST, LONGEST = 0.25, 60.0
 
-#: So many of a stack's innermost frames are told.
-FRAMES = 30
-
-_OURS = __name__.partition(".")[0]
-_CALLERS = (f"{_OURS}._runner", f"{_OURS}._governed")
-_OWN_LOOP = f"{_OURS}.executors.thread"
-_CARRIERS = (_OURS, "anyio", "asyncio", "starlette", "trio", "threading")
+_OWN_LOOP = f"{__name__.partition('.')[0]}.executors.thread"
 
 
 class Watch:
@@ -134,8 +126,7 @@ class Watch:
         stacks = _stacks({run for run, _ in found}, self.loop)
         for run, running in found:
             kept = self._told.setdefault((run, run.attempt), set())
-            frames = stacks.get(run)
-            stack = None if frames is None else _text(frames, self._redact)
+            stack = self._text_of(stacks, run)
             slow, stuck = run.plan.slow_after, run.plan.stuck_after
             at = _clock.timestamp()
             if slow is not None and running >= slow and Slow not in kept:
@@ -146,6 +137,14 @@ class Watch:
                 kept.add(Stuck)
                 if self._stuck is not None:
                     self._stuck(Stuck(run, at, running, stuck, stack))
+
+    def stack_of(self, run: TaskRun) -> str | None:
+        """Where a run is now, in another thread than this one; None where that cannot be found."""
+        return self._text_of(_stacks({run}, self.loop, besides=threading.get_ident()), run)
+
+    def _text_of(self, stacks: dict[TaskRun, list[FrameType]], run: TaskRun) -> str | None:
+        frames = stacks.get(run)
+        return None if frames is None else _text(frames, self._redact)
 
 
 class _Thread:
@@ -200,20 +199,22 @@ def _install() -> None:
 # --- where a run is
 
 
-def _stacks(runs: set[TaskRun], loop: asyncio.AbstractEventLoop | None) -> dict[TaskRun, list[FrameType]]:
+def _stacks(
+    runs: set[TaskRun], loop: asyncio.AbstractEventLoop | None, besides: int | None = None
+) -> dict[TaskRun, list[FrameType]]:
     """The frames of these runs, the innermost last, as far as they can be found: in threads, and in asyncio's tasks."""
     found: dict[TaskRun, list[FrameType]] = {}
-    for innermost in sys._current_frames().values():
-        frames = _outwards(innermost)
+    for thread, innermost in sys._current_frames().items():
+        frames = [] if thread == besides else _frames.outwards(innermost)
         for frame in frames:
-            run = _run_of_thread(frame) or _run_of_caller(frame)  # in a thread of its own; on the loop, which it blocks
+            run = _run_of_thread(frame) or _frames.run_of(frame)  # in a thread of its own; on the loop, which it blocks
             if run in runs:
                 found[run] = _in_own_loop(frames) or frames
     if loop is not None and not loop.is_closed():
         for task in asyncio.all_tasks(loop):
             frames = list(_awaited(task.get_coro()))
             for frame in frames:
-                run = _run_of_caller(frame)
+                run = _frames.run_of(frame)
                 if run in runs and run not in found:  # a sync one is told where its thread is, not who waits for it
                     found[run] = frames
     return found
@@ -231,26 +232,12 @@ def _in_own_loop(frames: list[FrameType]) -> list[FrameType] | None:
     return None
 
 
-def _outwards(frame: FrameType | None) -> list[FrameType]:
-    frames: list[FrameType] = []
-    while frame is not None:
-        frames.append(frame)
-        frame = frame.f_back
-    return frames[::-1]
-
-
 def _run_of_thread(frame: FrameType) -> TaskRun | None:
     """The run in whose context anyio, or trio, calls a function in this thread."""
-    if _module(frame) not in ("anyio", "trio"):
+    if _frames.module_of(frame) not in ("anyio", "trio"):
         return None
     context = frame.f_locals.get("context")
     return context.get(_current) if isinstance(context, Context) else None
-
-
-def _run_of_caller(frame: FrameType) -> TaskRun | None:
-    """The run that this frame of the runner's calls."""
-    run = frame.f_locals.get("run") if frame.f_globals.get("__name__") in _CALLERS else None
-    return run if isinstance(run, TaskRun) else None
 
 
 def _awaited(coroutine: Any) -> Iterable[FrameType]:
@@ -261,18 +248,7 @@ def _awaited(coroutine: Any) -> Iterable[FrameType]:
 
 
 def _text(frames: list[FrameType], redact: Callable[[str], str]) -> str | None:
-    """As Python prints a stack, from the task's own first frame on; None where that has none."""
-    ours = [at for at, frame in enumerate(frames) if _run_of_caller(frame) or _run_of_thread(frame)]
-    at = ours[-1] + 1 if ours else 0
-    while at < len(frames) and _module(frames[at]) in _CARRIERS:
-        at += 1
-    own = frames[at:][-FRAMES:]
-    if not own:
-        return None
-    told = traceback.StackSummary.extract(((frame, frame.f_lineno or 0) for frame in own), lookup_lines=True)
-    return redacted("".join(told.format()), redact)[:LONGEST_STACK]
-
-
-def _module(frame: FrameType) -> str:
-    name: object = frame.f_globals.get("__name__")
-    return name.partition(".")[0] if isinstance(name, str) else ""
+    """A stack from the task's own first frame on; None where that has none."""
+    ours = [at for at, frame in enumerate(frames) if _frames.run_of(frame) or _run_of_thread(frame)]
+    own = frames[_frames.after_carriers(frames, ours[-1] + 1 if ours else 0) :]
+    return _frames.text(own, redact) if own else None

@@ -20,7 +20,7 @@ from fastapi import BackgroundTasks, FastAPI, HTTPException
 from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
 
-from aftertask import AftertaskMiddleware, Policy, Settings, task
+from aftertask import AftertaskMiddleware, Policy, Retry, Settings, task
 from aftertask.alerts import Alert, Alerts, DeliveryFailed, Route, Webhook, _delivery, _groups, _signal, send_test
 from aftertask.signals import Metrics, usual
 from alerts.receivers import Got, Hook
@@ -32,7 +32,7 @@ ClientFor = Callable[..., TestClient]
 def at_a_test_s_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Receivers are on this machine; waits between two attempts are short, so that a test need not take minutes."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(_delivery, "WAIT_INITIAL", 0.01)
+    monkeypatch.setattr(_delivery, "RETRY", Retry(wait_initial=0.02))
     monkeypatch.setattr(_groups, "COOL_DOWN", 0.1)
 
 

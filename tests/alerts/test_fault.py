@@ -13,7 +13,7 @@ import pytest
 from fastapi import BackgroundTasks, FastAPI
 from prometheus_client import CollectorRegistry
 
-from aftertask import AftertaskMiddleware, Settings
+from aftertask import AftertaskMiddleware, Retry, Settings
 from aftertask.alerts import Alert, Alerts, Route, Webhook, _delivery, _groups
 from aftertask.signals import Metrics
 from alerts.receivers import Got, Hook
@@ -84,7 +84,7 @@ def test_while_every_channel_hangs_tasks_take_no_longer(monkeypatch: pytest.Monk
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(_groups, "COOL_DOWN", 0.1)
     monkeypatch.setattr(_groups, "LONGEST_COOL_DOWN", 0.2)
-    monkeypatch.setattr(_delivery, "WAIT_INITIAL", 0.01)
+    monkeypatch.setattr(_delivery, "RETRY", Retry(wait_initial=0.02))
     answering, blocked, got, release = Got(), Got(), Got(), threading.Event()
 
     def blocks(alert: Alert) -> None:

@@ -198,6 +198,7 @@ async def test_a_sync_attempt_is_abandoned_at_its_limit(env: Env, clock: Virtual
     (left,) = env.seen.of(Abandoned)
     assert (left.running_s, left.limit_s) == (5, 5)
     assert left.stack is not None
+    assert left.stack.splitlines()[0].endswith("in slow")  # the task's own first frame
     assert "may_end.wait(10)" in left.stack
     assert env.seen.of(AbandonedEnded) == []
     clock.advance(7)

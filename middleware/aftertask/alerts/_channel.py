@@ -67,7 +67,7 @@ class Route:
             belongs to no task and no owner, so it goes to channels that name neither.
         name: How it is called in metrics and logs; by default after its kind: `webhook`, `slack`.
         timeout: Seconds for one attempt to deliver, in all.
-        attempts: How often one delivery is tried, with waits that grow from 1 to 30 s, spread by full jitter. What
+        attempts: How often one delivery is tried, with waits of up to 2, 4, … 30 s, by full jitter. What
             could not be delivered then is kept, and told again a minute later and, at last, every ten minutes.
         rate, per: At most so many messages in so many seconds; what is left out is told as a number in the next.
 

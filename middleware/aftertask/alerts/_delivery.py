@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import inspect
 import math
-import random
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -17,6 +16,7 @@ from opentelemetry import context as otel
 from .. import _clock
 from .._log import emit
 from ..events import Failure
+from ..policies import Retry
 from ._alert import Alert
 from ._channel import DeliveryFailed, Route
 from ._groups import Groups, Key, Message, Pace
@@ -24,8 +24,8 @@ from ._groups import Groups, Key, Message, Pace
 Status: TypeAlias = Literal["sent", "failed", "deduplicated", "rate_limited", "dropped"]
 STATUSES: tuple[Status, ...] = ("sent", "failed", "deduplicated", "rate_limited", "dropped")
 
-#: Waits between two attempts to deliver one message: drawn from 0 to twice as much each time, from 1 to 30 s.
-WAIT_INITIAL, WAIT_MAX = 1.0, 30.0
+#: Waits between two attempts to deliver one message.
+RETRY = Retry(wait_initial=2.0, wait_max=30.0)
 
 #: A thread with nothing to do ends after so many seconds.
 IDLE = 30.0
@@ -180,11 +180,11 @@ class Outbox:
                 self._sent(message, time.monotonic() - started)
                 return
             asked = error.retry_after if isinstance(error, DeliveryFailed) else None
-            permanent = isinstance(error, DeliveryFailed) and (error.permanent or (asked or 0.0) > WAIT_MAX)
+            permanent = isinstance(error, DeliveryFailed) and (error.permanent or (asked or 0.0) > RETRY.wait_max)
             if permanent or attempt == self.route.attempts or self._left() <= 0:
                 self._failed(message, error, attempt, asked, last=last)
                 return
-            self._rest(random.uniform(0.0, min(WAIT_MAX, WAIT_INITIAL * 2.0**attempt)) if asked is None else asked)
+            self._rest(RETRY.delay_s(attempt) if asked is None else asked)
 
     def _rest(self, seconds: float) -> None:
         """Wait before another attempt; not any longer once this is to be closed."""

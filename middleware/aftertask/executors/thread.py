@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 import threading
-import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -16,9 +14,6 @@ import anyio.to_thread
 from .. import _timer
 from ..events import TaskRun
 from ..policies import is_async
-
-#: The stack of a thread is told up to so many of its innermost frames.
-_FRAMES = 30
 
 
 class ThreadCall:
@@ -32,7 +27,6 @@ class ThreadCall:
         self._call = call
         self._lock = threading.Lock()
         self._state = "new"
-        self._thread: int | None = None
         self._soon = _timer.calls_soon()
         self._at_end: list[Callable[[], object]] = []
 
@@ -41,12 +35,12 @@ class ThreadCall:
         with self._lock:
             if self._state == "left":  # before it had begun
                 return None
-            self._state, self._thread = "running", threading.get_ident()
+            self._state = "running"
         try:
             return self._call()
         finally:
             with self._lock:
-                left, self._state, self._thread = self._state == "left", "ended", None
+                left, self._state = self._state == "left", "ended"
             if left:
                 self._soon_or_now(self._ended)
 
@@ -65,12 +59,6 @@ class ThreadCall:
                 self._at_end.append(function)
                 return
         function()
-
-    def stack(self) -> str | None:
-        """Where its thread is now, as Python prints a stack, without frame locals; None where it is nowhere."""
-        with self._lock:
-            frame = None if self._thread is None else sys._current_frames().get(self._thread)
-        return None if frame is None else "".join(traceback.format_stack(frame, limit=-_FRAMES))
 
     def _soon_or_now(self, function: Callable[[], object]) -> None:
         try:

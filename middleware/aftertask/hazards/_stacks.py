@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
-from types import FrameType, FunctionType
+from types import FrameType
 from typing import Any
 
-from .._failure import LONGEST_STACK, is_library, redacted
-from .._governed import Governor
+from .. import _frames
+from .._failure import is_library
 from .._run import _current
-from .._runner import Engine
 from ..events import TaskRun
-
-#: The functions in whose frames `run` is the run that they call.
-_CALLERS = {function.__code__ for function in (Engine.run, Engine.run_sync)} | {
-    function.__code__ for function in vars(Governor).values() if isinstance(function, FunctionType)
-}
 
 #: Who stands in the stack when a developer has stopped the program to look at it.
 _DEBUGGERS = {"bdb", "pdb", "ipdb", "pudb", "pydevd", "_pydevd_bundle", "_pydevd_frame_eval", "debugpy"}
-
-#: Between the runner and the task.
-_CARRIERS = {"aftertask", "anyio", "starlette", "asyncio"}
-
-_DEEPEST = 3000
-_SHOWN = 40
 
 
 @dataclass(slots=True)
@@ -50,7 +37,7 @@ class Place:
     @property
     def debugged(self) -> bool:
         """Whether a debugger has stopped it."""
-        return any(_module(frame) in _DEBUGGERS for frame in self.frames)
+        return any(_frames.module_of(frame) in _DEBUGGERS for frame in self.frames)
 
     def where(self) -> str:
         """The app's innermost line: `file:line in function`; Python's own or a library's where the app has none."""
@@ -64,38 +51,20 @@ class Place:
         if self.run is None:
             first = next((at for at, frame in enumerate(frames) if not is_library(frame.f_code)), 0)
             frames = frames[first:]
-        # The outer frames say what the app did, the innermost one what it waits in: a long stack loses its middle.
-        left_out = max(0, len(frames) - _SHOWN)
-        kept = frames[: _SHOWN // 2] + frames[len(frames) - _SHOWN // 2 :] if left_out else frames
-        told = traceback.StackSummary.extract(((frame, frame.f_lineno) for frame in kept), lookup_lines=True)
-        lines = told.format()
-        if left_out:
-            lines.insert(_SHOWN // 2, f"  [{left_out} frames left out]\n")
-        return redacted("".join(lines), redact)[:LONGEST_STACK]
+        return _frames.text(frames, redact)
 
 
 def place_of(thread: int, loop: Any) -> Place | None:
     """Where a thread is that runs this event loop (None on trio); None where there is no such thread."""
-    frame = sys._current_frames().get(thread)
-    if frame is None:
+    innermost = sys._current_frames().get(thread)
+    if innermost is None:
         return None
-    frames: list[FrameType] = []
-    while frame is not None and len(frames) < _DEEPEST:
-        frames.append(frame)
-        frame = frame.f_back
-    frames.reverse()
+    frames = _frames.outwards(innermost)
     for at in range(len(frames) - 1, -1, -1):
-        if frames[at].f_code in _CALLERS:
-            run = frames[at].f_locals.get("run")
-            if isinstance(run, TaskRun):
-                return Place(run, frames, _after_carriers(frames, at + 1))
+        run = _frames.run_of(frames[at])
+        if run is not None:
+            return Place(run, frames, min(_frames.after_carriers(frames, at + 1), len(frames) - 1))
     return Place(_run_in(_context(frames, loop)), frames, 0)
-
-
-def _after_carriers(frames: Sequence[FrameType], at: int) -> int:
-    while at < len(frames) - 1 and _module(frames[at]) in _CARRIERS:
-        at += 1
-    return at
 
 
 def _run_in(context: Context | None) -> TaskRun | None:
@@ -114,13 +83,8 @@ def _context(frames: Sequence[FrameType], loop: Any) -> Context | None:
         code = frame.f_code
         if code is asyncio.Handle._run.__code__:
             return getattr(frame.f_locals.get("self"), "_context", None)
-        if code.co_name == "unrolled_run" and _module(frame) == "trio":
+        if code.co_name == "unrolled_run" and _frames.module_of(frame) == "trio":
             return getattr(frame.f_locals.get("task"), "context", None)
     task = None if loop is None else asyncio.current_task(loop)
     get_context = getattr(task, "get_context", None)  # since Python 3.12
     return None if get_context is None else get_context()
-
-
-def _module(frame: FrameType) -> str:
-    name: object = frame.f_globals.get("__name__")
-    return name.partition(".")[0] if isinstance(name, str) else ""
