@@ -4,71 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx2
-import pytest
 import yaml
 
-from live.servers import Server, eventually, free_port, process
+from live.servers import Receiver, Server, daemon, prometheus_with
 
 STACK = Path(__file__).parents[2] / "grafana"
 
 
-def program(name: str) -> str:
-    """A server's program; its absence is a failure where servers are required, else a skip."""
-    if (path := shutil.which(name)) is None:
-        word = f"no {name} here; Debian's packages are called prometheus and prometheus-alertmanager"
-        if os.environ.get("AFTERTASK_TEST_REQUIRE_SERVERS"):
-            pytest.fail(word)
-        pytest.skip(word)
-    return path
-
-
-class People:
+class People(Receiver):
     """Who Alertmanager tells: keeps each alert's last status, by its labels."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.told: dict[frozenset[tuple[str, str]], str] = {}
         self.alerts: list[dict[str, Any]] = []
-        people = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                for alert in json.loads(self.rfile.read(int(self.headers["content-length"])))["alerts"]:
-                    people.alerts.append(alert)
-                    people.told[frozenset(alert["labels"].items())] = alert["status"]
-                self.send_response(200)
-                self.send_header("content-length", "0")
-                self.end_headers()
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/"
+    def take(self, body: bytes) -> None:
+        """One message, with some alerts."""
+        for alert in json.loads(body)["alerts"]:
+            self.alerts.append(alert)
+            self.told[frozenset(alert["labels"].items())] = alert["status"]
 
     def statuses(self, alert: str, **labels: str) -> set[str]:
         """The last statuses of the alerts of this name with these labels."""
         wanted = {("alertname", f"Aftertask{alert}"), *labels.items()}
         return {status for known, status in list(self.told.items()) if wanted <= known}
-
-    def __enter__(self) -> People:
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
 
 @contextlib.contextmanager
@@ -80,15 +46,8 @@ def alertmanager(folder: Path, people: People) -> Iterator[Server]:
         receiver["webhook_configs"] = [{"url": people.url, "send_resolved": True}]
     path = folder / "alertmanager.yml"
     path.write_text(yaml.safe_dump(config))
-    port = free_port()
-    command = [
-        *(program("prometheus-alertmanager"), f"--config.file={path}", f"--storage.path={folder / 'alertmanager'}"),
-        *(f"--web.listen-address=127.0.0.1:{port}", "--cluster.listen-address=", "--log.level=warn"),
-    ]
-    log = folder / "alertmanager.log"
-    with process(*command, log=log) as child:
-        server = Server(f"http://127.0.0.1:{port}", child, log)
-        eventually(lambda: server.answers("/-/ready"), what="Alertmanager being ready")
+    options = (f"--config.file={path}", f"--storage.path={folder / 'alertmanager'}", "--cluster.listen-address=")
+    with daemon("prometheus-alertmanager", folder, *options) as server:
         yield server
 
 
@@ -105,17 +64,7 @@ def prometheus(
     (job,) = config["scrape_configs"]
     job |= {"scrape_interval": every, "scrape_timeout": every}
     job["static_configs"][0]["targets"] = [target.url.removeprefix("http://") for target in targets]
-    path = folder / "prometheus.yml"
-    path.write_text(yaml.safe_dump(config))
-    port = free_port()
-    command = [
-        *(program("prometheus"), f"--config.file={path}", f"--storage.tsdb.path={folder / 'tsdb'}"),
-        *(f"--web.listen-address=127.0.0.1:{port}", "--enable-feature=exemplar-storage", "--log.level=warn"),
-    ]
-    log = folder / "prometheus.log"
-    with process(*command, log=log) as child:
-        server = Server(f"http://127.0.0.1:{port}", child, log)
-        eventually(lambda: server.answers("/-/ready"), what="Prometheus being ready")
+    with prometheus_with(folder, yaml.safe_dump(config)) as server:
         yield server
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import httpx2
 import pytest
@@ -91,49 +91,61 @@ def uvicorn(app: str, folder: Path, log: Path, *options: str, ready: str = "/met
         yield server
 
 
-@contextlib.contextmanager
-def prometheus(folder: Path, *targets: str) -> Iterator[Server]:
-    """A Prometheus that scrapes these addresses every second, and keeps exemplars."""
-    program = shutil.which("prometheus")
-    if program is None:
-        word = "no prometheus program here; Debian's package is called prometheus"
+def program(name: str) -> str:
+    """A server's program; its absence is a failure where servers are required, else a skip."""
+    if (path := shutil.which(name)) is None:
+        word = f"no {name} here; Debian's packages are called prometheus and prometheus-alertmanager"
         if os.environ.get("AFTERTASK_TEST_REQUIRE_SERVERS"):
             pytest.fail(word)
         pytest.skip(word)
-    port = free_port()
-    config = folder / "prometheus.yml"
-    addresses = ", ".join(f"'{target.removeprefix('http://')}'" for target in targets)
-    config.write_text(
-        "global: {scrape_interval: 1s, scrape_timeout: 1s}\n"
-        f"scrape_configs:\n  - job_name: shop\n    static_configs: [{{targets: [{addresses}]}}]\n"
-    )
-    command = [
-        *(program, f"--config.file={config}", f"--storage.tsdb.path={folder / 'tsdb'}"),
-        *(f"--web.listen-address=127.0.0.1:{port}", "--enable-feature=exemplar-storage", "--log.level=warn"),
-    ]
-    log = folder / "prometheus.log"
+    return path
+
+
+@contextlib.contextmanager
+def daemon(name: str, folder: Path, *options: str) -> Iterator[Server]:
+    """A server of Prometheus's kind on a port of its own, its log in the folder."""
+    port, log = free_port(), folder / f"{name}.log"
+    command = [program(name), *options, f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn"]
     with process(*command, log=log) as child:
         server = Server(f"http://127.0.0.1:{port}", child, log)
-        eventually(lambda: server.answers("/-/ready"), what="Prometheus being ready")
+        eventually(lambda: server.answers("/-/ready"), what=f"{name} being ready")
         yield server
 
 
-class Spans:
-    """A receiver of OTLP over HTTP that keeps the spans it gets."""
+@contextlib.contextmanager
+def prometheus_with(folder: Path, config: str) -> Iterator[Server]:
+    """A Prometheus with this configuration, which keeps exemplars."""
+    path = folder / "prometheus.yml"
+    path.write_text(config)
+    options = (f"--config.file={path}", f"--storage.tsdb.path={folder / 'tsdb'}", "--enable-feature=exemplar-storage")
+    with daemon("prometheus", folder, *options) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def prometheus(folder: Path, *targets: str) -> Iterator[Server]:
+    """A Prometheus that scrapes these addresses every second."""
+    addresses = ", ".join(f"'{target.removeprefix('http://')}'" for target in targets)
+    config = (
+        "global: {scrape_interval: 1s, scrape_timeout: 1s}\n"
+        f"scrape_configs:\n  - job_name: shop\n    static_configs: [{{targets: [{addresses}]}}]\n"
+    )
+    with prometheus_with(folder, config) as server:
+        yield server
+
+
+class Receiver:
+    """Takes what is posted to it; `url` says where."""
 
     def __init__(self) -> None:
-        self.spans: list[Any] = []
-        kept = self.spans
+        take = self.take
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
-                if self.headers.get("content-encoding") == "gzip":
-                    body = gzip.decompress(body)
-                request = ExportTraceServiceRequest.FromString(body)
-                kept.extend(span for r in request.resource_spans for s in r.scope_spans for span in s.spans)
+                take(gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body)
                 self.send_response(200)
-                self.send_header("content-type", "application/x-protobuf")
+                self.send_header("content-type", self.headers.get("content-type", "text/plain"))
                 self.send_header("content-length", "0")
                 self.end_headers()
 
@@ -143,11 +155,11 @@ class Spans:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
-    def trace_ids(self) -> set[str]:
-        """The traces that were seen."""
-        return {span.trace_id.hex() for span in self.spans}
+    def take(self, body: bytes) -> None:
+        """What was posted."""
+        raise NotImplementedError
 
-    def __enter__(self) -> Spans:
+    def __enter__(self) -> Self:
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
         return self
@@ -156,3 +168,20 @@ class Spans:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class Spans(Receiver):
+    """A receiver of OTLP over HTTP that keeps the spans it gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spans: list[Any] = []
+
+    def take(self, body: bytes) -> None:
+        """Spans, of however many resources and scopes."""
+        request = ExportTraceServiceRequest.FromString(body)
+        self.spans.extend(span for r in request.resource_spans for s in r.scope_spans for span in s.spans)
+
+    def trace_ids(self) -> set[str]:
+        """The traces that were seen."""
+        return {span.trace_id.hex() for span in self.spans}
