@@ -327,7 +327,8 @@ async def test_on_error_is_called_once_the_run_has_failed(env: Env) -> None:
 async def test_an_expected_error_has_failed_and_is_not_bad(env: Env) -> None:
     """Under a policy as without one."""
     func = options(failing("told", KeyError()), expected=LookupError, timeout=9, on_failure="contain")
-    await drive(env.app(answering(BackgroundTask(func))))
+    r = await drive(env.app(answering(BackgroundTask(func))))
+    assert r.exc is None
     (failed,) = env.seen.of(Failed)
     assert (failed.expected, failed.bad) == (True, False)
 

@@ -243,5 +243,6 @@ async def test_each_attempt_has_a_span_linked_to_the_first(env: Env, clock: Virt
     labels = {"task": env.seen.runs()[0].task, "engine": "local"}
     assert registry.get_sample_value("aftertask_retries_total", labels) == 2
     assert registry.get_sample_value("aftertask_queue_wait_seconds_count", labels) == 1
+    assert registry.get_sample_value("aftertask_queue_wait_seconds_sum", labels) == 0  # until its first attempt
     assert registry.get_sample_value("aftertask_attempt_duration_seconds_count", {**labels, "result": "error"}) == 2
     assert registry.get_sample_value("aftertask_end_to_end_seconds_sum", labels) == 3

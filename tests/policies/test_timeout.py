@@ -9,6 +9,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 import pytest
+from prometheus_client import CollectorRegistry
 from starlette.background import BackgroundTask, BackgroundTasks
 
 from aftertask import (
@@ -25,6 +26,7 @@ from aftertask import (
     TimedOut,
     task,
 )
+from aftertask.signals import Metrics
 from aftertask.testing import VirtualClock
 from intercept.driver import LOG, Env, Result, answering, drive, sf
 
@@ -211,11 +213,15 @@ async def test_a_sync_attempt_is_abandoned_at_its_limit(env: Env, clock: Virtual
 
 async def test_a_left_thread_keeps_its_slots(env: Env, clock: VirtualClock) -> None:
     """Its limit's and its thread's: until the thread ends nobody else gets them."""
-    blocking = Blocking()
+    blocking, registry = Blocking(), CollectorRegistry()
+    env.signals = [Metrics(registry), env.seen]
 
-    @task(timeout=5, limit=1)
+    @task(name="slow", timeout=5, limit=1)
     def slow() -> None:
         blocking()
+
+    def told(metric: str, **labels: str) -> float | None:
+        return registry.get_sample_value(f"aftertask_{metric}", labels)
 
     before = anyio.to_thread.current_default_thread_limiter().borrowed_tokens
     await abandon(env, clock, slow, blocking)
@@ -223,9 +229,12 @@ async def test_a_left_thread_keeps_its_slots(env: Env, clock: VirtualClock) -> N
     assert gate is not None
     limiter = anyio.to_thread.current_default_thread_limiter()
     assert (gate.in_use, limiter.borrowed_tokens) == (1, before + 1)
+    assert told("abandoned_threads", task="slow") == told("concurrency_in_use", limiter="slow") == 1
+    assert told("task_timeout_seconds", task="slow") == 5
     blocking.may_end.set()
     await env.seen.until(AbandonedEnded)
     assert (gate.in_use, limiter.borrowed_tokens) == (0, before)
+    assert told("abandoned_threads", task="slow") == told("concurrency_in_use", limiter="slow") == 0
 
 
 async def test_a_left_attempt_is_not_tried_again(env: Env, clock: VirtualClock) -> None:

@@ -29,7 +29,8 @@ def sampled(run: TaskRun) -> SpanContext | None:
 
 def queue_wait(run: TaskRun) -> float | None:
     """Seconds in the queue; None where the run never started, or was in none since user code called it."""
-    started, queued = run.first_s or run.started_s, run.queued_s
+    first, queued = run.first_s, run.queued_s
+    started = run.started_s if first is None else first
     if started is None or run.parent is not None:
         return None
     return 0.0 if queued is None or queued > started else started - queued
