@@ -44,6 +44,7 @@ NEEDS = [
 TESTS = [
     "tests/test_route.py",
     "tests/intercept",
+    "tests/policies",
     "tests/test_metrics.py",
     "tests/test_logs.py",
     "tests/test_tracing.py",
