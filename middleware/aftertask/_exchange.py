@@ -99,21 +99,14 @@ class Exchange(Request):
 
     # --- the response, watched through its messages
 
-    def sender(self, send: Send) -> Send:
-        """`send`, and we notice when the response starts and when its last byte is out."""
-
-        attached = -1 if _intercept.shared else _intercept.attached
-
-        def watched(message: Message) -> Awaitable[None]:
-            if self._waiting or _intercept.attached != attached:
-                kind = message["type"]
-                if kind in _STARTS:
-                    return self._start(send, message)
-                if kind in _BODIES and not message.get("more_body", False):
-                    return self._finish(send, message)
-            return send(message)
-
-        return watched
+    def pass_on(self, send: Send, message: Message) -> Awaitable[None]:
+        """Send a message, and notice when the response starts and when its last byte is out."""
+        kind = message["type"]
+        if kind in _STARTS:
+            return self._start(send, message)
+        if kind in _BODIES and not message.get("more_body", False):
+            return self._finish(send, message)
+        return send(message)
 
     async def _start(self, send: Send, message: Message) -> None:
         self._guarded("response start", self._see_start, sys._getframe(1))
@@ -132,10 +125,12 @@ class Exchange(Request):
         response = _intercept.response_in(frame, self)
         if response is None:
             return
-        self.answered()
         background = _intercept.background_of(response[0])
+        if background is None or background is not self._container:
+            self.answered()
         if background is not None:
-            self._note(response[1] or self.scope or {})
+            if self.http_method is None:
+                self._note(response[1] or self.scope or {})
             self._reserve(background)
 
     async def _finish(self, send: Send, message: Message) -> None:
@@ -402,6 +397,7 @@ class Exchange(Request):
                     self._keep(run)
 
     def _keep(self, run: TaskRun) -> None:
+        _intercept.attached += 1
         if self._waiting is _NOTHING:
             self._waiting = {}
         key = id(run.target)

@@ -138,8 +138,10 @@ def loop_of(value: Any) -> Loop | None:
     kind = type(value)
     if kind is BackgroundTask:
         return None
-    owner = next((cls for cls in kind.__mro__ if "__call__" in cls.__dict__), object)
-    return owner.__dict__["__call__"] if (owner.__module__, owner.__name__) in _LOOPS else None
+    for owner in kind.__mro__:
+        if "__call__" in owner.__dict__:
+            return owner.__dict__["__call__"] if (owner.__module__, owner.__name__) in _LOOPS else None
+    return None
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -177,7 +179,8 @@ def call(target: Any, spanned: Callable[[Any], bool] | None) -> Awaitable[Any]:
     if type(target) is BackgroundTask:
         if BackgroundTask.__call__ is _hooked and _hooked_is_plain:
             if target.is_async:
-                return cast(Awaitable[Any], target.func(*target.args, **target.kwargs))
+                called: Awaitable[Any] = target.func(*target.args, **target.kwargs)  # cast() is a call
+                return called
             return run_in_threadpool(_in_thread, target)
         unwrapped = getattr(BackgroundTask, "_otel_original_call", None)
         if unwrapped is not None and spanned is not None and spanned(_contrib_tracer(BackgroundTask.__call__)):
@@ -269,7 +272,10 @@ def scope_of(frame: FrameType | None, response: Any) -> Scope | None:
     for _ in range(5):
         if frame is None:
             return None
-        names, local = frame.f_code.co_varnames, frame.f_locals
+        local = frame.f_locals
+        if local.get("self") is response and isinstance(local.get("scope"), dict):
+            return local["scope"]  # type: ignore[no-any-return]  # as the framework names them
+        names = frame.f_code.co_varnames
         own = frame.f_code.co_name == "__call__" and frame.f_code.co_argcount > 1
         if local.get("self", local.get(names[0]) if own else None) is not response:
             return None
@@ -280,15 +286,22 @@ def scope_of(frame: FrameType | None, response: Any) -> Scope | None:
     return None
 
 
-def background_of(response: Response) -> Any:
+def background_of(response: Any) -> Any:
     """What was put on the response, whoever asks."""
-    return response.__dict__.get("background")
+    return None if response._aftertask_none else response.__dict__.get("background")
 
 
 class _Background:
-    """`Response.background`: the value lives in the instance's `__dict__`, as it does without us."""
+    """
+    `Response.background`: a task lives in the instance's `__dict__`, as it does without us.
 
-    def __get__(self, response: Response | None, owner: type) -> Any:
+    None, which most responses have, is kept as an attribute of another name: Python keeps an instance whose `__dict__`
+    was asked for in a slower way, and that is more than all the rest that a request without tasks costs.
+    """
+
+    def __get__(self, response: Any, owner: type) -> Any:
+        if response is not None and response._aftertask_none:
+            return _answered(sys._getframe(1), response) if injected or owing else None
         try:
             value = response.__dict__["background"]
         except (AttributeError, KeyError):
@@ -300,17 +313,28 @@ class _Background:
         exchange = None if scope is None else scope.get(KEY)
         return value if exchange is None else Runner(value, functools.partial(exchange.serve, served=scope))
 
-    def __set__(self, response: Response, value: Any) -> None:
+    def __set__(self, response: Any, value: Any) -> None:
+        if value is None:
+            response._aftertask_none = True
+            return
         response.__dict__["background"] = value
-        if value is not None:
-            global attached
-            attached += 1
+        response._aftertask_none = False
+        global attached
+        attached += 1
 
-    def __delete__(self, response: Response) -> None:
-        try:
-            del response.__dict__["background"]
-        except KeyError:
-            raise AttributeError("background") from None
+    def __delete__(self, response: Any) -> None:
+        held = response.__dict__.pop("background", self)
+        if held is self and not response._aftertask_none:
+            raise AttributeError("background")
+        response._aftertask_none = False
+
+
+def _getstate(response: Any) -> dict[str, Any]:
+    """What a response is copied and pickled by: as without us, for it may be read where we are not."""
+    state = {**response.__dict__}
+    if state.pop("_aftertask_none", False):
+        state["background"] = None
+    return state
 
 
 def _answered(frame: FrameType, response: Any) -> Any:
@@ -407,6 +431,8 @@ def install() -> None:
         return
     BackgroundTasks.__init__ = _hook_init(BackgroundTasks.__init__)  # type: ignore[method-assign]  # the hook
     BackgroundTasks.add_task = _hook_add_task(BackgroundTasks.add_task)  # type: ignore[method-assign]  # the hook
+    Response._aftertask_none = False  # type: ignore[attr-defined]  # the hook's own
+    Response.__getstate__ = _getstate  # type: ignore[method-assign, assignment]  # goes with it
     Response.background = _Background()  # type: ignore[assignment]  # the hook
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 
 import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -68,7 +68,7 @@ class AftertaskMiddleware:
                 return await self._live(engine, scope, receive, send)
             return await self.app(scope, receive, send)
         path = self._metrics_path
-        if path is not None and scope["path"].endswith(path) and self._is_scrape(scope, path):
+        if path is not None and path in scope["path"] and self._is_scrape(scope, path):
             return await _scrape.answer(scope, receive, send, self._settings.registry)
         outer = scope.get(_intercept.KEY)
         if self._excluded is not None and self._excluded.fullmatch(route_path(scope)):
@@ -78,8 +78,13 @@ class AftertaskMiddleware:
             finally:
                 scope[_intercept.KEY] = outer
         scope[_intercept.KEY] = exchange = Exchange(engine, scope)
+        attached = -1 if _intercept.shared else _intercept.attached
+
+        def watched(message: Message) -> Awaitable[None]:
+            return send(message) if _intercept.attached == attached else exchange.pass_on(send, message)
+
         try:
-            await self.app(scope, receive, exchange.sender(send))
+            await self.app(scope, receive, watched)
         except BaseException as error:
             exchange.close(error)
             if exchange.owed is not None and not (exchange.waits_for_the_answer and "app" in scope):

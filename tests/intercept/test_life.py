@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
+import pickle
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -687,6 +689,28 @@ async def test_a_request_leaves_no_garbage(env: Env) -> None:
         assert alive() - before < 5  # the worker thread's last call may still be held
     finally:
         gc.enable()
+
+
+async def test_a_response_is_copied_and_pickled_as_without_us(env: Env) -> None:
+    """It may be read by a process that has no aftertask: a cache, shared while a new version is rolled out."""
+    env.mw(PlainTextResponse("installs the hooks"))
+    task = BackgroundTask(af)
+    empty, carrying = PlainTextResponse("x"), PlainTextResponse("x", background=task)
+    for response, background in ((empty, None), (carrying, task)):
+        state: Any = response.__getstate__()
+        assert state["background"] is background
+        assert state.keys() == {"status_code", "background", "body", "raw_headers"}
+        assert copy.copy(response).background is background
+    assert pickle.loads(pickle.dumps(empty)).background is None
+    carrying.background = None
+    assert carrying.background is None
+    assert copy.copy(carrying).background is None
+    for response in (empty, carrying):
+        del response.background
+        with pytest.raises(AttributeError, match="background"):
+            response.background  # noqa: B018  # the read is what is tried
+        with pytest.raises(AttributeError, match="background"):
+            del response.background
 
 
 # --- context
