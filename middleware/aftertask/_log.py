@@ -20,19 +20,19 @@ from . import _clock
 logger = logging.getLogger("aftertask")
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
-_second = ("", "")
+_second = (-1, "")
 
 
 def iso(timestamp: float) -> str:
     """Seconds since the epoch as ISO 8601, UTC, with microseconds; the part up to the second is made once a second."""
     global _second
-    digits = f"{timestamp:.6f}"
-    whole, text = _second
-    if digits[:-6] != whole:
-        whole = digits[:-6]
-        text = time.strftime("%Y-%m-%dT%H:%M:%S.", time.gmtime(int(whole[:-1])))
-        _second = whole, text  # as one: another thread must not see the parts of two seconds
-    return f"{text}{digits[-6:]}Z"
+    now = int(timestamp)
+    second, text = _second
+    if now != second:
+        text = time.strftime("%Y-%m-%dT%H:%M:%S.", time.gmtime(now))
+        _second = now, text  # as one: another thread must not see the parts of two seconds
+    # Digits by way of a number with one more in front: a third of what a format takes.
+    return f"{text}{str(int((timestamp - now) * 1e6) + 1_000_000)[1:]}Z"
 
 
 def emit(level: str, event: str, *, timestamp: float | None = None, **keys: Any) -> None:

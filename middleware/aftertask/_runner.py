@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.responses import Response
 
@@ -246,16 +246,15 @@ class Engine:
         """An attempt starts; returns what `leave` puts back."""
         outer = _current.get()
         _current.set(run)
-        again = run.attempt
-        if again and run.first_s is None:
-            run.first_s = run.started_s
-        run.attempt = again + 1
+        run.attempt += 1
         started = run.started_s = _clock.monotonic()
+        if run.attempt == 1 and run.parent is None:
+            queued = run.queued_s
+            run.queue_wait_s = 0.0 if queued is None or queued > started else started - queued
         variables = run.context or run.bound
         restore = None if variables is None else applied(variables)
         if self._started is not None:
-            queued = run.queued_s
-            wait = None if run.parent is not None or again else 0.0 if queued is None else max(0.0, started - queued)
+            wait = run.queue_wait_s if run.attempt == 1 else None
             self._started(Started(run, _clock.timestamp(), run.attempt, wait))
         return outer, restore
 
@@ -265,7 +264,8 @@ class Engine:
             self._look_at(run, result)
         run.outcome = "succeeded"
         if self._succeeded is not None:
-            self._succeeded(Succeeded(run, _clock.timestamp(), run.attempt, _lasted(run)))
+            lasted = _clock.monotonic() - (run.started_s or 0.0)
+            self._succeeded(Succeeded(run, _clock.timestamp(), run.attempt, lasted))
 
     def retrying(self, run: TaskRun, error: Exception, delay: float) -> None:
         """The attempt raised, and another will follow after `delay` seconds."""
@@ -395,7 +395,7 @@ class Engine:
 
 
 def _lasted(run: TaskRun) -> float:
-    return _clock.monotonic() - cast(float, run.started_s)
+    return _clock.monotonic() - (run.started_s or 0.0)
 
 
 def _stopped(run: TaskRun) -> None:

@@ -21,7 +21,7 @@ from ..errors import RegistryClash
 from ..events import OUTCOMES, Ended, Failed, LoopBlocked, Retrying, Succeeded, TaskRun, TimedOut
 from ..policies import registered_tasks
 from . import families as f
-from ._series import STATES, Series, ages, queue_wait, whole_life
+from ._series import STATES, Series, ages, whole_life
 from .families import Family
 from .metrics import OTHER, Bounds, Watched, build_info
 
@@ -261,7 +261,7 @@ class SharedSeries:
             labels(*self.labels).set(age or 0.0)
 
     def _waited(self, run: TaskRun) -> None:
-        wait = queue_wait(run)
+        wait = run.queue_wait_s
         if wait is not None:
             self._wait.observe(wait)
 

@@ -27,15 +27,6 @@ def sampled(run: TaskRun) -> SpanContext | None:
     return span if span is not None and span.trace_flags & 1 else None
 
 
-def queue_wait(run: TaskRun) -> float | None:
-    """Seconds in the queue; None where the run never started, or was in none since user code called it."""
-    first, queued = run.first_s, run.queued_s
-    started = run.started_s if first is None else first
-    if started is None or run.parent is not None:
-        return None
-    return 0.0 if queued is None or queued > started else started - queued
-
-
 def whole_life(event: Succeeded | Failed | TimedOut) -> float:
     """Seconds from being scheduled to the end of the last attempt."""
     run = event.run
@@ -142,10 +133,10 @@ class Series:
         """The most frequent end."""
         run, timestamp, lasted = event.run, event.timestamp, event.duration_s
         span = run.span_context
-        if span is not None and not span.trace_flags & 1:
+        if span is not None and not span[3] & 1:
             span = None
         started = run.started_s or 0.0
-        wait = queue_wait(run)
+        wait = run.queue_wait_s
         self.lock.acquire()
         try:
             self.live.pop(run, None)
@@ -171,7 +162,7 @@ class Series:
             self.live.pop(run, None)
             self.finished[event.outcome] += 1
             self.bad += event.bad
-            wait = queue_wait(run)
+            wait = run.queue_wait_s
             if wait is not None:
                 self.wait.observe(wait, sampled(run), event.timestamp)
             if isinstance(event, (Failed, TimedOut)):
@@ -213,7 +204,7 @@ class Series:
         """The waits of all runs that have started: those that are still running are counted when they end."""
         told, now = self.wait.copy(), _clock.timestamp()
         for run in running:
-            wait = queue_wait(run)
+            wait = run.queue_wait_s
             if wait is not None:
                 told.observe(wait, sampled(run), now)
         return told

@@ -40,7 +40,6 @@ from ..events import (
     TimedOut,
     current_run,
 )
-from ._series import queue_wait
 from .families import NO_TASK
 
 # What every line of ours carries, and what a task's own lines are given.
@@ -78,6 +77,25 @@ def _values(run: TaskRun) -> tuple[Any, ...]:
     )
 
 
+class _Same(dict[tuple[Plan, str | None, str | None], str]):
+    """What is the same in the lines of all runs of a task that come from one route, as JSON; so many are kept."""
+
+    most = 2000
+
+    def of(self, run: TaskRun) -> str:
+        """The text for this run."""
+        request = run.request
+        key = run.plan, request.http_route, request.http_method
+        text = self.get(key)
+        if text is None:
+            names = ("task", "engine", "http_route", "http_method")
+            known = zip(names, (run.task, run.engine, request.http_route, request.http_method), strict=True)
+            if len(self) >= self.most:
+                self.clear()
+            text = self[key] = json.dumps({name: value for name, value in known if value is not None})[1:-1]
+        return text
+
+
 class _Bound:
     """
     What is bound for the runs of a batch, or for one run, and what was bound before.
@@ -86,10 +104,27 @@ class _Bound:
     differs is set.
     """
 
-    __slots__ = ("attempt", "before", "ids_text", "plan", "same", "span", "to_stderr", "trace_id", "trace_text")
+    __slots__ = (
+        "attempt",
+        "batch",
+        "before",
+        "ids_text",
+        "plan",
+        "request",
+        "run",
+        "run_id",
+        "same",
+        "span",
+        "texts",
+        "to_stderr",
+        "trace_id",
+        "trace_text",
+    )
 
-    def __init__(self, to_stderr: bool) -> None:
-        self.to_stderr = to_stderr
+    def __init__(self, run: TaskRun, texts: _Same, to_stderr: bool) -> None:
+        self.run, self.request, self.batch = run, run.request, run.batch
+        self.texts, self.to_stderr = texts, to_stderr
+        self.run_id = ""
         self.before = [get(...) for get in _GET]
         self.plan: Plan | None = None
         self.attempt = 0
@@ -100,13 +135,15 @@ class _Bound:
     def bind(self, run: TaskRun) -> None:
         """Bind the keys of this run."""
         span = run.span_context or run.request.span_context
+        self.run = run
+        run_id = self.run_id = run.id
         if run.plan is not self.plan or run.attempt != self.attempt:
             self._bind_all(run, span)
         elif span is self.span:
-            _bind_run_id(run.id)
-        elif span is not None and span.trace_id == self.trace_id:
-            _bind_run_id(run.id)
-            span_id = span.span_id.to_bytes(8).hex()
+            _bind_run_id(run_id)
+        elif span is not None and span[0] == self.trace_id:
+            _bind_run_id(run_id)
+            span_id = span[1].to_bytes(8).hex()
             _bind_span_id(span_id)
             self.ids_text = f'{self.trace_text}{span_id}"'
             self.span = span
@@ -120,15 +157,10 @@ class _Bound:
                 put(value)
             elif self.plan is not None:
                 put(before)  # an earlier run of the batch may have had it
-        _, _, _, engine, route, method, request_id, trace_id, span_id = values
-        known = {
-            "task": run.task,
-            "engine": engine,
-            "http_route": route,
-            "http_method": method,
-            "request_id": request_id,
-        }
-        self.same = json.dumps({key: value for key, value in known.items() if value is not None})[1:-1]
+        request_id, trace_id, span_id = values[6:]
+        self.same = self.texts.of(run)
+        if request_id is not None:
+            self.same += f', "request_id": {json.dumps(request_id)}'
         self.trace_text = f', "trace_id": "{trace_id}", "span_id": "'
         self.ids_text = "" if span is None else f'{self.trace_text}{span_id}"'
         self.plan, self.attempt, self.span = run.plan, run.attempt, span
@@ -190,6 +222,8 @@ class Logs:
         self._window = self._said = self._suppressed = 0
         self._hazards: set[tuple[str, str]] = set()
         self._bound: dict[TaskRun | tuple[Request, int], _Bound] = {}
+        self._same = _Same()
+        self._last: _Bound | None = None  # of those, the one that was looked up last
         self.handlers: dict[type[TaskEvent], Callable[[Any], None]] = {
             Scheduled: self._on_scheduled,
             Started: self._on_started,
@@ -221,22 +255,30 @@ class Logs:
 
     def _on_started(self, event: Started) -> None:
         run = event.run
-        key = (run.request, run.batch) if run.batch else run
-        bound = self._bound.get(key)
-        if bound is None:
-            self._to_stderr = to_stderr()
-            bound = self._bound[key] = _Bound(self._to_stderr)
+        bound = self._last
+        if bound is None or bound.request is not run.request or bound.batch != run.batch or not run.batch:
+            bound = self._find(run)
         bound.bind(run)
         if not bound.to_stderr:
             self._say("debug", "task.started", event, queue_wait_s=event.queue_wait_s)
+
+    def _find(self, run: TaskRun) -> _Bound:
+        key = (run.request, run.batch) if run.batch else run
+        bound = self._last = self._bound.get(key)
+        if bound is None:
+            self._to_stderr = to_stderr()
+            bound = self._last = self._bound[key] = _Bound(run, self._same, self._to_stderr)
+        return bound
 
     def _on_succeeded(self, event: Succeeded) -> None:
         run = event.run
         suppressed = self._allowed(event.timestamp) if self._rate is not None else 0
         if suppressed is not None:
-            bound = self._bound.get((run.request, run.batch) if run.batch else run)
-            wait = queue_wait(run)
-            if bound is not None and bound.to_stderr and run.progress is None:
+            bound = self._last
+            if bound is None or bound.run is not run:
+                bound = self._bound.get((run.request, run.batch) if run.batch else run)
+            wait = run.queue_wait_s
+            if bound is not None and bound.run is run and bound.to_stderr and run.progress is None:
                 # The line that most tasks end with, put together by hand: a fifth of what a general encoder takes.
                 waited = "" if wait is None else f', "queue_wait_s": {wait:.6f}'
                 more = f', "suppressed_count": {suppressed}' if suppressed else ""
@@ -244,7 +286,7 @@ class Logs:
                     waited += f', "thread_wait_s": {run.thread_wait_s:.6f}'
                 write(
                     f'{{"event": "task.succeeded", "level": "info", "timestamp": "{iso(event.timestamp)}", '
-                    f'{bound.same}, "run_id": "{run.id}", "attempt": {event.attempt}{bound.ids_text}, '
+                    f'{bound.same}, "run_id": "{bound.run_id}", "attempt": {event.attempt}{bound.ids_text}, '
                     f'"duration_s": {event.duration_s:.6f}{waited}{more}}}\n'
                 )
             else:
@@ -339,15 +381,18 @@ class Logs:
 
     def _unbind(self, run: TaskRun) -> None:
         if not run.batch:
-            bound = self._bound.pop(run, None)
-            if bound is not None:  # None: it was never started
-                bound.restore()
+            self._restore(run)  # nothing, where it was never started
 
     def batch_ended(self, request: Request, batch: int) -> None:
         """Put back what was bound before the batch."""
-        bound = self._bound.pop((request, batch), None)
+        self._restore((request, batch))
+
+    def _restore(self, key: TaskRun | tuple[Request, int]) -> None:
+        bound = self._bound.pop(key, None)
         if bound is not None:
             bound.restore()
+            if bound is self._last:
+                self._last = None  # or it would keep the request
 
 
 class RunFilter(logging.Filter):

@@ -61,7 +61,7 @@ _SPAN_KEY = next(iter(trace.set_span_in_context(INVALID_SPAN, Context())))
 class _Origin:
     """Where the spans of a request's runs belong, and what is known of its tasks."""
 
-    __slots__ = ("context", "known", "sampled", "span_context")
+    __slots__ = ("batch", "context", "known", "outer", "sampled", "span_context")
 
     def __init__(self, context: Context) -> None:
         span_context = trace.get_current_span(context).get_span_context()
@@ -69,6 +69,8 @@ class _Origin:
         self.span_context = span_context if span_context.is_valid else None
         self.sampled = bool(span_context.trace_flags & 1)
         self.known: dict[Plan, tuple[str, dict[str, Any]]] = {}
+        self.batch = 0  # of the batch that runs
+        self.outer: Context | None = None  # what was current before it
 
 
 class Tracing:
@@ -168,10 +170,17 @@ class Tracing:
         else:
             live = self._start_otherwise(tracer, run, mode, name, origin, attributes)
         run.span_context = live[1]
-        key = (request, run.batch) if run.batch else run
-        outer = self._outer.get(key)
-        if outer is None:
-            outer = self._outer[key] = otel.get_current()
+        batch = run.batch
+        if batch and origin.batch == batch:
+            outer = origin.outer
+        elif batch and not origin.batch:
+            outer = origin.outer = otel.get_current()
+            origin.batch = batch
+        else:
+            key = (request, batch) if batch else run
+            outer = self._outer.get(key)
+            if outer is None:
+                outer = self._outer[key] = otel.get_current()
         self._open[run] = live
         current = Context(outer)
         dict.__setitem__(current, _SPAN_KEY, live[0])  # nobody has seen it yet: nobody sees it change
@@ -280,7 +289,12 @@ class Tracing:
 
     def batch_ended(self, request: Request, batch: int) -> None:
         """Make current again what was before the batch."""
-        self._put_back((request, batch))
+        origin: Any = request.span_parent
+        if origin is not None and origin.batch == batch:
+            self._attach(origin.outer)
+            origin.batch = 0
+        else:
+            self._put_back((request, batch))
 
     def _put_back(self, key: TaskRun | tuple[Request, int]) -> None:
         outer = self._outer.pop(key, None)
