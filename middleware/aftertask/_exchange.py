@@ -154,6 +154,8 @@ class Exchange(Request):
         self.touched = True
         self._container = container
         self._served = scope
+        self._complete_s = None  # in the instance, where `add` finds it sooner than in the class
+        self._serving = False
         self.exits = exits
         self._thread = threading.get_ident()
         _intercept.injected[id(container)] = self

@@ -144,6 +144,7 @@ class Arguments:
         self._tell = tell
         self._kinds: dict[type, str] = {}
         self._harmless: set[type] = set()
+        self._plain: set[type] = set()
 
     def look(self, run: TaskRun) -> None:
         """Look at a run's arguments."""
@@ -156,6 +157,8 @@ class Arguments:
         bare = type(func) is FunctionType and func.__closure__ is None
         if not bare and type(func).__name__ not in _BARE:
             return self._look_at_each(run, target)
+        if not target.kwargs and self._plain.issuperset(map(type, target.args)):
+            return None
         kinds, others = self._kinds, False
         given: tuple[Iterable[Any], ...] = (target.args, target.kwargs.values()) if target.kwargs else (target.args,)
         for values in given:
@@ -181,9 +184,12 @@ class Arguments:
         if len(self._kinds) >= _CLASSES:
             self._kinds.clear()
             self._harmless.clear()
+            self._plain.clear()
         found = self._kinds[kind] = kind_of(kind)
         if found in ("plain", "text"):
             self._harmless.add(kind)
+        if found == "plain":
+            self._plain.add(kind)
         return found
 
     def _look_at_each(self, run: TaskRun, target: Any) -> None:

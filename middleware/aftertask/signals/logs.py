@@ -108,13 +108,13 @@ class _Bound:
         "attempt",
         "batch",
         "before",
-        "ids_text",
+        "head",
         "plan",
         "request",
         "run",
         "run_id",
-        "same",
         "span",
+        "tail",
         "texts",
         "to_stderr",
         "trace_id",
@@ -130,7 +130,7 @@ class _Bound:
         self.attempt = 0
         self.span: SpanContext | None = None
         self.trace_id: int | None = None
-        self.same = self.ids_text = self.trace_text = ""
+        self.head = self.tail = self.trace_text = ""  # of a line that is put together by hand
 
     def bind(self, run: TaskRun) -> None:
         """Bind the keys of this run."""
@@ -145,7 +145,7 @@ class _Bound:
             _bind_run_id(run_id)
             span_id = span[1].to_bytes(8).hex()
             _bind_span_id(span_id)
-            self.ids_text = f'{self.trace_text}{span_id}"'
+            self.tail = f'{self.trace_text}{span_id}", "duration_s": '
             self.span = span
         else:
             self._bind_all(run, span)
@@ -158,11 +158,11 @@ class _Bound:
             elif self.plan is not None:
                 put(before)  # an earlier run of the batch may have had it
         request_id, trace_id, span_id = values[6:]
-        self.same = self.texts.of(run)
-        if request_id is not None:
-            self.same += f', "request_id": {json.dumps(request_id)}'
-        self.trace_text = f', "trace_id": "{trace_id}", "span_id": "'
-        self.ids_text = "" if span is None else f'{self.trace_text}{span_id}"'
+        id_text = "" if request_id is None else f', "request_id": {json.dumps(request_id)}'
+        self.head = f'", {self.texts.of(run)}{id_text}, "run_id": "'
+        attempt = f'", "attempt": {run.attempt}'
+        self.trace_text = f'{attempt}, "trace_id": "{trace_id}", "span_id": "'
+        self.tail = (attempt if span is None else f'{self.trace_text}{span_id}"') + ', "duration_s": '
         self.plan, self.attempt, self.span = run.plan, run.attempt, span
         self.trace_id = None if span is None else span.trace_id
 
@@ -285,9 +285,8 @@ class Logs:
                 if run.thread_s is not None and run.thread_wait_s is not None:
                     waited += f', "thread_wait_s": {run.thread_wait_s:.6f}'
                 write(
-                    f'{{"event": "task.succeeded", "level": "info", "timestamp": "{iso(event.timestamp)}", '
-                    f'{bound.same}, "run_id": "{bound.run_id}", "attempt": {event.attempt}{bound.ids_text}, '
-                    f'"duration_s": {event.duration_s:.6f}{waited}{more}}}\n'
+                    f'{{"event": "task.succeeded", "level": "info", "timestamp": "{iso(event.timestamp)}'
+                    f"{bound.head}{bound.run_id}{bound.tail}{event.duration_s:.6f}{waited}{more}}}\n"
                 )
             else:
                 self._say(

@@ -223,9 +223,12 @@ class Tracing:
         return known
 
     def _on_succeeded(self, event: Succeeded) -> None:
-        live = self._leave(event.run)
+        run = event.run
+        if run.batch and run not in self._open and event.attempt == 1:
+            return  # it has no span
+        live = self._leave(run)
         if event.attempt > 1:
-            self._first.pop(event.run, None)
+            self._first.pop(run, None)
         if live is not None:
             self._end(live, "succeeded")
 
