@@ -33,15 +33,17 @@ class Dispatch:
 
     def to(self, kind: type[TaskEvent]) -> Callable[[TaskEvent], None] | None:
         """The way to tell this kind of event; None where nobody listens, so that it need not be built."""
-        handlers, on_error = self._handlers[kind], self._on_error
-        if not handlers:
+        found, on_error = self._handlers[kind], self._on_error
+        if not found:
             return None
+        handlers = [handler for handler, _ in found]
 
         def tell(event: TaskEvent) -> None:
-            for handler, name in handlers:
+            for handler in handlers:
                 try:
                     handler(event)
                 except Exception as error:
+                    name = next(name for each, name in found if each is handler)
                     on_error(name, type(event).__name__, error)
 
         return tell

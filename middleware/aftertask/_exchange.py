@@ -151,6 +151,7 @@ class Exchange(Request):
     def inject(self, container: BackgroundTasks, scope: Scope, exits: object) -> None:
         """FastAPI made this container for the request; on `exits` is what its dependencies close."""
         _intercept.install()
+        _intercept.change = object()
         self.touched = True
         self._container = container
         self._served = scope
@@ -367,9 +368,8 @@ class Exchange(Request):
         self._serving = True
         if self._complete_s is None:  # a response that carried nothing we knew of, or went out around us
             self._complete()
+            # Is its last byte still to come? Not where its client is gone.
             self._early = next((runs[0] for runs in self._waiting.values() if runs), None)
-            if self._early is not None:  # is its last byte still to come? Not where its client is gone
-                self._waiting.setdefault(0, [])  # the body is looked at as long as this is not empty
 
     def _reserve(self, background: Any) -> None:
         """Schedule what a background holds and is not scheduled yet; a task listed twice is two runs."""
@@ -399,7 +399,7 @@ class Exchange(Request):
                     self._keep(run)
 
     def _keep(self, run: TaskRun) -> None:
-        _intercept.attached += 1
+        _intercept.change = object()
         if self._waiting is _NOTHING:
             self._waiting = {}
         key = id(run.target)

@@ -80,8 +80,9 @@ class Exchange(Protocol):
 #: The containers that FastAPI injected into the requests now in flight, by identity.
 injected: dict[int, Exchange] = {}
 
-#: How many backgrounds were ever put on a response: while it stands still, no response can carry one.
-attached = 0
+#: Another one each time a background is put on a response, a container injected or a run kept, in any thread: while it
+#: is the one that a request began with, there is nothing to look for in that request.
+change = object()
 
 #: How many requests wait for their error response, to run something after it.
 owing = 0
@@ -319,8 +320,8 @@ class _Background:
             return
         response.__dict__["background"] = value
         response._aftertask_none = False
-        global attached
-        attached += 1
+        global change
+        change = object()
 
     def __delete__(self, response: Any) -> None:
         held = response.__dict__.pop("background", self)

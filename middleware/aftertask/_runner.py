@@ -248,13 +248,13 @@ class Engine:
         _current.set(run)
         run.attempt += 1
         started = run.started_s = _clock.monotonic()
+        wait = None
         if run.attempt == 1 and run.parent is None:
             queued = run.queued_s
-            run.queue_wait_s = 0.0 if queued is None or queued > started else started - queued
+            wait = run.queue_wait_s = 0.0 if queued is None or queued > started else started - queued
         variables = run.context or run.bound
         restore = None if variables is None else applied(variables)
         if self._started is not None:
-            wait = run.queue_wait_s if run.attempt == 1 else None
             self._started(Started(run, _clock.timestamp(), run.attempt, wait))
         return outer, restore
 

@@ -78,10 +78,10 @@ class AftertaskMiddleware:
             finally:
                 scope[_intercept.KEY] = outer
         scope[_intercept.KEY] = exchange = Exchange(engine, scope)
-        attached = -1 if _intercept.shared else _intercept.attached
+        before = None if _intercept.shared else _intercept.change
 
         def watched(message: Message) -> Awaitable[None]:
-            return send(message) if _intercept.attached == attached else exchange.pass_on(send, message)
+            return send(message) if _intercept.change is before else exchange.pass_on(send, message)
 
         try:
             await self.app(scope, receive, watched)
@@ -91,7 +91,7 @@ class AftertaskMiddleware:
                 await exchange.compensate()
             raise
         else:
-            if exchange.touched:
+            if _intercept.change is not before and exchange.touched:
                 exchange.close(None)
                 if exchange.owed is not None:
                     await exchange.compensate()

@@ -25,7 +25,7 @@ from starlette.background import BackgroundTask
 from aftertask import Settings
 from aftertask._exchange import Exchange
 from aftertask._runner import Engine
-from aftertask.events import TaskRun
+from aftertask.events import Scheduled, TaskRun
 from aftertask.hazards._arguments import Arguments
 
 #: Microseconds a task, once its arguments' classes are known.
@@ -63,12 +63,13 @@ def look(args: tuple[Any, ...], kwargs: dict[str, Any], rounds: int = 7, times: 
     exchange = Exchange(engine, {"type": "http", "route": None, "fastapi_inner_astack": None})
     target = BackgroundTask(task, *args, **kwargs)
     run = TaskRun(engine.plan(target), exchange, target)
-    arguments.look(run)
+    event = Scheduled(run, run.timestamp)
+    arguments.look(event)
     best = float("inf")
     for _ in range(rounds):
         start = time.perf_counter()
         for _ in range(times):
-            arguments.look(run)
+            arguments.look(event)
         best = min(best, time.perf_counter() - start)
     return best / times * 1e6
 

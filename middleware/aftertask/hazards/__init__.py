@@ -58,12 +58,12 @@ class Hazards:
         self._engine: Engine | None = None
         self._subscriber: _loop.Subscriber | None = None
         self._watch: _loop.Watch | None = None
-        self.handlers: dict[type[TaskEvent], Callable[[Any], None]] = {Scheduled: self._on_scheduled}
+        self.handlers: dict[type[TaskEvent], Callable[[Any], None]] = {Scheduled: self._arguments.look}
 
     def __call__(self, event: TaskEvent) -> None:
         """Look at what is scheduled; other events are passed over."""
         if isinstance(event, Scheduled):
-            self._on_scheduled(event)
+            self._arguments.look(event)
 
     def attach(self, engine: Engine) -> None:
         """Tell what is found through this engine."""
@@ -116,9 +116,6 @@ class Hazards:
         argument, kind, advice = found[0]
         self.tell(run, kind, argument, advice)
         return advice if argument is None else f"argument {argument!r}: {advice}"
-
-    def _on_scheduled(self, event: Scheduled) -> None:
-        self._arguments.look(event.run)
 
     def _on_blocked(self, run: TaskRun, where: str, stack: str) -> None:
         engine = self._engine

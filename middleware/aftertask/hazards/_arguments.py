@@ -17,7 +17,7 @@ from typing import Any
 from starlette.background import BackgroundTask
 from starlette.requests import Request
 
-from ..events import TaskRun
+from ..events import Scheduled, TaskRun
 from ..policies import unwrap
 
 #: Told with the task's name: the kind, the argument's name, what is wrong and what to do.
@@ -146,8 +146,9 @@ class Arguments:
         self._harmless: set[type] = set()
         self._plain: set[type] = set()
 
-    def look(self, run: TaskRun) -> None:
-        """Look at a run's arguments."""
+    def look(self, event: Scheduled) -> None:
+        """Look at the arguments of a run that is scheduled."""
+        run = event.run
         target = run.target
         if type(target) is not BackgroundTask:
             if isinstance(target, BackgroundTask):

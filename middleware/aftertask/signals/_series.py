@@ -135,17 +135,32 @@ class Series:
         span = run.span_context
         if span is not None and not span[3] & 1:
             span = None
-        started = run.started_s or 0.0
-        wait = run.queue_wait_s
+        wait, whole = run.queue_wait_s, (run.started_s or 0.0) - run.scheduled_s + lasted
         self.lock.acquire()
         try:
             self.live.pop(run, None)
             self.finished["succeeded"] += 1
             self.last_success = timestamp
+            # Counts.observe three times, written out: the calls would be a fifth of what is done here (make bench).
             if wait is not None:
-                self.wait.observe(wait, span, timestamp)
-            self.ok.observe(lasted, span, timestamp)
-            self.end_to_end.observe(started - run.scheduled_s + lasted, span, timestamp)
+                counts = self.wait
+                at = bisect_left(counts.bounds, wait)
+                counts.counts[at] += 1
+                counts.sum += wait
+                if span is not None:
+                    counts.exemplars[at] = (span, wait, timestamp)
+            counts = self.ok
+            at = bisect_left(counts.bounds, lasted)
+            counts.counts[at] += 1
+            counts.sum += lasted
+            if span is not None:
+                counts.exemplars[at] = (span, lasted, timestamp)
+            counts = self.end_to_end
+            at = bisect_left(counts.bounds, whole)
+            counts.counts[at] += 1
+            counts.sum += whole
+            if span is not None:
+                counts.exemplars[at] = (span, whole, timestamp)
         finally:
             self.lock.release()
 
