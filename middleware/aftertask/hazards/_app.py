@@ -70,7 +70,6 @@ class Subject:
                 self.mistake = str(error)
         self.added = [one for module in self._modules() for one in module.added()]
         self._book = PolicyBook(self.settings.policies if self.settings is not None else {})
-        self._functions = {entry.name: None for entry in registered_tasks()}
         self.functions: dict[str, Any] = {}
         for one in self.added:
             if callable(one.func):

@@ -13,7 +13,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from .._failure import is_library
-from ..policies import code_name, is_async, unwrap
+from ..policies import is_async, unwrap
 from ._arguments import kind_of
 
 #: Calls that keep a thread waiting, as they are written once imports are resolved, and what does not. A trailing dot
@@ -239,11 +239,6 @@ def place_of(func: Any) -> tuple[str | None, int | None]:
     """The file and line where a function begins."""
     code = getattr(inspect.unwrap(unwrap(func)[0]) if callable(func) else func, "__code__", None)
     return (None, None) if code is None else (code.co_filename, code.co_firstlineno)
-
-
-def name_of(func: Any) -> str:
-    """A task's name."""
-    return code_name(func)
 
 
 def _is_sync_session(kind: type) -> bool:
