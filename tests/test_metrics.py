@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -340,3 +343,40 @@ def test_excluded_routes_are_not_observed(registry: CollectorRegistry) -> None:
         assert client.get(path).status_code == 200
 
     assert [event.run.http_route for event in seen][::3] == ["/items/{id}/x", "/seen"]
+
+
+TWO_REGISTRIES = """
+from fastapi import BackgroundTasks, FastAPI
+from prometheus_client import CollectorRegistry, generate_latest
+from starlette.testclient import TestClient
+
+from aftertask import AftertaskMiddleware, Settings
+from aftertask.signals._multiprocess import all_processes
+
+def mail():
+    pass
+
+def app():
+    app = FastAPI()
+    app.add_middleware(AftertaskMiddleware, settings=Settings(registry=CollectorRegistry()))
+
+    @app.get("/")
+    def endpoint(tasks: BackgroundTasks):
+        tasks.add_task(mail)
+
+    return TestClient(app)
+
+one, other = app(), app()
+for client in (one, other, one, other, other):
+    client.get("/")
+print(generate_latest(all_processes()).decode())
+"""
+
+
+def test_apps_with_registries_of_their_own_count_together_in_one_directory(tmp_path: Path) -> None:
+    """The files of `PROMETHEUS_MULTIPROC_DIR` are kept by process and family: one book writes them."""
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", TWO_REGISTRIES], env=env, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    of = 'engine="local",outcome="succeeded",task="__main__.mail"'
+    assert f"aftertask_tasks_finished_total{{{of}}} 5.0" in done.stdout

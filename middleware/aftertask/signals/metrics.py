@@ -294,6 +294,9 @@ def build_info() -> tuple[str, str, str]:
 
 
 _books: weakref.WeakKeyDictionary[CollectorRegistry, Any] = weakref.WeakKeyDictionary()
+# By directory, whatever the registry: prometheus-client keeps the files by process and family, and two books would
+# write over each other's values.
+_shared_books: dict[str, Any] = {}
 _books_lock = threading.Lock()
 
 
@@ -302,10 +305,13 @@ def _book(registry: CollectorRegistry) -> Any:
     with _books_lock:
         book = _books.get(registry)
         if book is None:
-            if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+            directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+            if directory:
                 from ._multiprocess import SharedBook
 
-                book = SharedBook(registry)
+                book = _shared_books.get(directory)
+                if book is None:
+                    book = _shared_books[directory] = SharedBook(registry)
             else:
                 book = PlainBook(registry)
                 _warn_if_one_of_several()
