@@ -14,6 +14,9 @@ What a task costs is (a route that adds ten of them - a route that adds one) / 9
 subtracts bare, "of floor" divides by what the floor adds, both in the same round. The floor is the same signals as ours
 (span, counters, histogram, gauge, log lines) written by hand around the task, each by its own library's API, as well as
 can be done without private names.
+
+What is done once for all tasks of a response is in no task's figure but in that of a request with one task, which the
+table tells beside.
 """
 
 from __future__ import annotations
@@ -472,6 +475,10 @@ class Results:
         """What a variant adds, divided by what another adds."""
         return [a / b for a, b in zip(self.added(name), self.added(other), strict=True)]
 
+    def one(self, name: str) -> list[float]:
+        """Microseconds that a request with one task takes beyond bare's: what is done once for a batch is in it."""
+        return [r[name]["1"] - r["bare"]["1"] for r in self.rounds]
+
     def request(self, name: str) -> list[float]:
         """A request without tasks, divided by bare's."""
         return [r[name]["0"] / r["bare"]["0"] for r in self.rounds]
@@ -484,13 +491,14 @@ class Results:
             f"{middle(self.task('bare')):.2f} us. "
             f"Rounds: {len(self.rounds)}; each figure is their median, with their spread.",
             "",
-            f"{'':16}{'added us/task':>13}{'':18}{'of floor':>9}{'':16}{'request, x bare':>16}",
+            f"{'':16}{'added us/task':>13}{'':18}{'of floor':>9}{'':16}{'one task, added us':>18}{'':16}"
+            f"{'no task, x bare':>16}",
         ]
         for name in self.names:
-            added, ratio, request = self.added(name), self.of(name, "floor"), self.request(name)
+            added, ratio, request, one = self.added(name), self.of(name, "floor"), self.request(name), self.one(name)
             lines.append(
                 f"{name:16}{middle(added):13.2f}  {_spread(added):16}{middle(ratio):9.3f}  {_spread(ratio):14}"
-                f"{middle(request):16.3f}  {_spread(request)}"
+                f"{middle(one):18.1f}  {_spread(one):14}{middle(request):16.3f}  {_spread(request)}"
             )
         return "\n".join(lines)
 
