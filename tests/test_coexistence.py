@@ -374,18 +374,7 @@ def test_tasks_that_user_code_runs_are_seen_after_contrib_is_gone(order: str, pa
 
 
 @has_fastapi_package
-@pytest.mark.parametrize(
-    "order",
-    [
-        "theirs, ours",
-        pytest.param(
-            "our hooks first",
-            marks=pytest.mark.xfail(
-                strict=True, reason="contrib's wrapper is then around our hook: its span comes first"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("order", ORDERS)
 def test_a_child_run_beside_contrib(order: str) -> None:
     """A task that a task awaits is one span too, under its parent run's."""
     (looked,) = do(*ORDERS[order], ["look", "/nested"])

@@ -210,7 +210,7 @@ def inner(target: BackgroundTask, spanned: Callable[[Any], bool] | None = None) 
     `spanned` as in `call`: OpenTelemetry's own wrapper, where it is under our hook, is left out.
     """
     unwrapped = getattr(BackgroundTask, "_otel_original_call", None)
-    if unwrapped is not None and _shipped(unwrapped, _LOOPS_IN) and spanned is not None:
+    if unwrapped is not None and (unwrapped in _hooks or _shipped(unwrapped, _LOOPS_IN)) and spanned is not None:
         tracer = _contrib_tracer(_original)
         if tracer is not None and spanned(tracer):
             return cast(Awaitable[None], unwrapped(target))
@@ -411,23 +411,29 @@ def _hook_add_task(original: Callable[..., None]) -> Any:
 _hooked: Any = None
 _original: Any = None
 _hooked_is_plain = False
+#: Every hook that was ever set, with what it was set around.
+_hooks: dict[Any, Any] = {}
 
 
 def install() -> None:
     """
     Set the hooks, once per process. They stay: another library may have wrapped ours since, and would be undone.
 
-    Only where `BackgroundTask.__call__` is again what it was without us it is set anew: OpenTelemetry's FastAPI package
-    puts back what it found when it is taken away. So this is called again with each batch.
+    Only `BackgroundTask.__call__` is looked at again with each batch, because of OpenTelemetry's FastAPI package: put
+    around our hook its span would come before ours, so we go around it; taken away, it puts back what it once found.
     """
     global _hooked, _original, _hooked_is_plain
     first, found = _hooked is None, BackgroundTask.__call__
     if found is _hooked:
         return
-    if first or found is _original or _shipped(found, _LOOPS_IN):
-        _original, _hooked_is_plain = found, _shipped(found, _LOOPS_IN)
-        _hooked = _hook_call(found)
-        BackgroundTask.__call__ = _hooked  # type: ignore[method-assign]  # the hook
+    is_around_ours = getattr(BackgroundTask, "_otel_original_call", None) in _hooks
+    if found not in _hooks and (first or found is _original or _shipped(found, _LOOPS_IN) or is_around_ours):
+        hook = _hook_call(found)
+        _hooks[hook] = found
+        BackgroundTask.__call__ = found = hook  # type: ignore[method-assign]  # the hook
+    if found in _hooks:
+        _hooked, _original = found, _hooks[found]
+        _hooked_is_plain = _shipped(_original, _LOOPS_IN)
     if not first:
         return
     BackgroundTasks.__init__ = _hook_init(BackgroundTasks.__init__)  # type: ignore[method-assign]  # the hook
