@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import anyio
+import fastapi
 import pytest
 from fastapi import BackgroundTasks as Injected
 from fastapi import Depends
@@ -199,6 +200,10 @@ async def test_at_shutdown_what_has_not_started_is_lost(env: Env) -> None:
     assert len(env.seen.of(Cancelled)) == len(env.seen.of(Lost)) == 1
 
 
+@pytest.mark.skipif(
+    tuple(map(int, fastapi.__version__.split(".")[:2])) < (0, 118),
+    reason="before 0.118 dependencies with yield end before the tasks run",
+)
 async def test_an_exception_group_escapes_except_value_error_in_a_dependency(env: Env) -> None:
     """What the table in the docs says: `except ValueError` there sees one failure, and misses a group of two."""
     env.settings["on_failure"] = "continue"
