@@ -151,12 +151,9 @@ class Exchange(Request):
     def inject(self, container: BackgroundTasks, scope: Scope, exits: object) -> None:
         """FastAPI made this container for the request; on `exits` is what its dependencies close."""
         _intercept.install()
-        _intercept.change = object()
         self.touched = True
         self._container = container
         self._served = scope
-        self._complete_s = None  # in the instance, where `add` finds it sooner than in the class
-        self._serving = False
         self.exits = exits
         self._thread = threading.get_ident()
         _intercept.injected[id(container)] = self

@@ -80,8 +80,8 @@ class Exchange(Protocol):
 #: The containers that FastAPI injected into the requests now in flight, by identity.
 injected: dict[int, Exchange] = {}
 
-#: Another one each time a background is put on a response, a container injected or a run kept, in any thread: while it
-#: is the one that a request began with, there is nothing to look for in that request.
+#: Another one each time a background is put on a response or a run is kept, in any thread: while it is the one that a
+#: request began with, there is nothing to look for in its messages.
 change = object()
 
 #: How many requests wait for their error response, to run something after it.
@@ -273,10 +273,7 @@ def scope_of(frame: FrameType | None, response: Any) -> Scope | None:
     for _ in range(5):
         if frame is None:
             return None
-        local = frame.f_locals
-        if local.get("self") is response and isinstance(local.get("scope"), dict):
-            return local["scope"]  # type: ignore[no-any-return]  # as the framework names them
-        names = frame.f_code.co_varnames
+        names, local = frame.f_code.co_varnames, frame.f_locals
         own = frame.f_code.co_name == "__call__" and frame.f_code.co_argcount > 1
         if local.get("self", local.get(names[0]) if own else None) is not response:
             return None
@@ -330,12 +327,14 @@ class _Background:
         response._aftertask_none = False
 
 
-def _getstate(response: Any) -> dict[str, Any]:
+def _getstate(response: Any) -> Any:
     """What a response is copied and pickled by: as without us, for it may be read where we are not."""
-    state = {**response.__dict__}
-    if state.pop("_aftertask_none", False):
-        state["background"] = None
-    return state
+    state: Any = object.__getstate__(response)
+    fields, *slots = state if isinstance(state, tuple) else (state,)  # a subclass may have slots
+    fields = {**fields}
+    if fields.pop("_aftertask_none", False):
+        fields["background"] = None
+    return (fields, *slots) if slots else fields
 
 
 def _answered(frame: FrameType, response: Any) -> Any:

@@ -226,8 +226,8 @@ class TaskRun:
         context: The endpoint's whole context, with `Settings(context="endpoint")`; else None.
     """
 
-    # Slots: what most runs never get is looked at twenty times in a run's life, and a default of the class takes five
-    # times as long to find as a slot takes to set and to read.
+    # Slots: what most runs never get is looked at twenty times in a run's life, and a default of the class takes longer
+    # to find than a slot takes to set and to read (tests/bench/instructions.py).
     __slots__ = (
         "__weakref__",
         "_bits",

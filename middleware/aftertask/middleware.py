@@ -91,7 +91,7 @@ class AftertaskMiddleware:
                 await exchange.compensate()
             raise
         else:
-            if _intercept.change is not before and exchange.touched:
+            if exchange.touched:
                 exchange.close(None)
                 if exchange.owed is not None:
                     await exchange.compensate()

@@ -328,8 +328,11 @@ async def test_a_run_exists_from_add_task_on(env: Env) -> None:
 
 
 @pytest.mark.parametrize("spec", ["2.3", "2.4"])
-async def test_a_run_of_a_response_exists_from_its_start_on(env: Env, spec: str) -> None:
+async def test_a_run_of_a_response_exists_from_its_start_on(
+    env: Env, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before the body is sent; also below ASGI 2.4, where the stream is a task of its own."""
+    monkeypatch.setattr(_intercept, "shared", False)  # another test's shared response would have every start looked at
     at_first_chunk: list[int] = []
 
     async def chunks() -> Any:
@@ -691,6 +694,12 @@ async def test_a_request_leaves_no_garbage(env: Env) -> None:
         gc.enable()
 
 
+class Slotted(PlainTextResponse):
+    """A response that keeps something outside of its `__dict__`."""
+
+    __slots__ = ("extra",)
+
+
 async def test_a_response_is_copied_and_pickled_as_without_us(env: Env) -> None:
     """It may be read by a process that has no aftertask: a cache, shared while a new version is rolled out."""
     env.mw(PlainTextResponse("installs the hooks"))
@@ -702,6 +711,9 @@ async def test_a_response_is_copied_and_pickled_as_without_us(env: Env) -> None:
         assert state.keys() == {"status_code", "background", "body", "raw_headers"}
         assert copy.copy(response).background is background
     assert pickle.loads(pickle.dumps(empty)).background is None
+    slotted = Slotted("x")
+    slotted.extra = 3
+    assert copy.copy(slotted).extra == 3 and copy.copy(slotted).background is None
     carrying.background = None
     assert carrying.background is None
     assert copy.copy(carrying).background is None

@@ -141,7 +141,7 @@ class Series:
             self.live.pop(run, None)
             self.finished["succeeded"] += 1
             self.last_success = timestamp
-            # Counts.observe three times, written out: the calls would be a fifth of what is done here (make bench).
+            # Counts.observe three times, written out: the calls would be a tenth of what is done here.
             if wait is not None:
                 counts = self.wait
                 at = bisect_left(counts.bounds, wait)
