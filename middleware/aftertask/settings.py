@@ -28,10 +28,8 @@ _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 def request_id_from_state(scope: MutableMapping[str, Any]) -> str | None:
     """The request id that an earlier middleware left in `scope["state"]["request_id"]`; None where there is none."""
     state = scope.get("state")
-    if isinstance(state, (dict, Mapping)):  # a dict is known at once, where the ABC has to look
-        value = state.get("request_id")
-    else:
-        value = getattr(state, "request_id", None)
+    # A dict is known at once, where the ABC has to look.
+    value = state.get("request_id") if isinstance(state, (dict, Mapping)) else getattr(state, "request_id", None)
     return None if value is None else str(value)
 
 
