@@ -20,6 +20,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from aftertask import AftertaskMiddleware, HazardFound, Settings, task
+from aftertask.hazards._threads import Threads
 from aftertask.signals import usual
 from aftertask.testing import Recorder
 from intercept.driver import drive
@@ -67,16 +68,39 @@ class Pool:
         return [event for event in self.events.of(HazardFound) if event.kind == "starved_threads"]
 
 
-async def test_tasks_that_hold_most_of_the_threads_are_told() -> None:
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How many threads were busy each time that the pool was looked at, and looked through."""
+    seen: list[float] = []
+    look = Threads.look
+
+    def looked(threads: Threads, limiter: anyio.CapacityLimiter) -> Any:
+        seen.append(limiter.borrowed_tokens)
+        return look(threads, limiter)
+
+    monkeypatch.setattr("aftertask.hazards._threads.LOOK_EVERY", 0.0)
+    monkeypatch.setattr(Threads, "look", looked)
+    return seen
+
+
+async def looked_twice(looks: list[float]) -> None:
+    """Until the threads that are busy now were looked at twice."""
+    looks.clear()
+    with anyio.fail_after(5):
+        while len(looks) < 2:  # noqa: ASYNC110  # another thread looks
+            await anyio.sleep(0.01)
+
+
+async def test_tasks_that_hold_most_of_the_threads_are_told(looks: list[float]) -> None:
     """Ten threads, nine of them held by tasks: once, with the task, the number and the remedy."""
     anyio.to_thread.current_default_thread_limiter().total_tokens = 10
     pool = Pool()
     async with anyio.create_task_group() as group:
         await pool.hold(group, 9, 9)
         with anyio.fail_after(5):
-            while not pool.found():  # noqa: ASYNC110  # it is seen at a heartbeat
+            while not pool.found():  # noqa: ASYNC110  # the watching thread sees it
                 await anyio.sleep(0.01)
-        await anyio.sleep(0.2)
+        await looked_twice(looks)
         pool.go.set()
     (found,) = pool.found()
     assert found.run.task == "holds"
@@ -84,18 +108,20 @@ async def test_tasks_that_hold_most_of_the_threads_are_told() -> None:
 
 
 @pytest.mark.parametrize(("count", "policy"), [(8, {}), (9, {"executor": "thread"})])
-async def test_fewer_threads_and_threads_of_ones_own_are_fine(count: int, policy: dict[str, Any]) -> None:
+async def test_fewer_threads_and_threads_of_ones_own_are_fine(
+    count: int, policy: dict[str, Any], looks: list[float]
+) -> None:
     """Eighty per cent are not more than eighty per cent; and our threads are nobody else's."""
     anyio.to_thread.current_default_thread_limiter().total_tokens = 10
     pool = Pool(**policy)
     async with anyio.create_task_group() as group:
         await pool.hold(group, count, count)
-        await anyio.sleep(0.2)  # a few heartbeats
+        await looked_twice(looks)
         pool.go.set()
     assert pool.found() == []
 
 
-async def test_endpoints_that_hold_them_are_not_the_tasks_fault() -> None:
+async def test_endpoints_that_hold_them_are_not_the_tasks_fault(looks: list[float]) -> None:
     """Threads that no task holds."""
     anyio.to_thread.current_default_thread_limiter().total_tokens = 10
     pool = Pool()
@@ -103,7 +129,7 @@ async def test_endpoints_that_hold_them_are_not_the_tasks_fault() -> None:
         for _ in range(9):
             group.start_soon(anyio.to_thread.run_sync, pool.go.wait)
         await pool.hold(group, 1, 1)
-        await anyio.sleep(0.2)
+        await looked_twice(looks)
         pool.go.set()
     assert pool.found() == []
 

@@ -74,7 +74,7 @@ class Hazards:
             threshold=self._threshold,
             listeners=listeners,
             found=self._on_blocked,
-            beat=self._on_beat,
+            looked=self._on_look,
             redact=engine.settings.redact,
             broken=self._broken,
         )
@@ -95,9 +95,7 @@ class Hazards:
         if watch is None or watch.ended or not _loop.is_here(watch):
             if self._subscriber is None:
                 return
-            watch = self._watch = _loop.watch(self._subscriber)
-        if watch is not None:
-            watch.hurry()
+            self._watch = _loop.watch(self._subscriber)
 
     def tell(self, run: TaskRun, kind: str, argument: str | None, advice: str) -> None:
         """Have a hazard told."""
@@ -122,7 +120,7 @@ class Hazards:
         if engine is not None and getattr(run.request, "_engine", None) is self._engine:
             engine.tell_hazard(run, "blocked_loop", BLOCKED.format(where=where), stack=stack)
 
-    def _on_beat(self, limiter: Any) -> None:
+    def _on_look(self, limiter: Any) -> None:
         found = self._threads.look(limiter)
         if found is not None:
             self.tell(found[0], KIND, None, found[1])

@@ -39,6 +39,9 @@ _PLAIN = {
     *("datetime.datetime", "datetime.date", "datetime.timedelta", "pathlib.PosixPath", "enum.EnumType"),
 }
 
+#: Told apart from mappings at once: to ask Mapping takes a third of the time that a look may take.
+_SEQUENCES = frozenset((list, tuple, set, frozenset))
+
 #: What an argument is, by the full name of its class or of one of its bases.
 _UPLOADS = {"starlette.datastructures.UploadFile", "tempfile.SpooledTemporaryFile"}
 _DATABASE = {
@@ -175,11 +178,12 @@ class Arguments:
 
     def _is_harmless(self, container: Any) -> bool:
         """Whether nothing need be looked at in a container: the usual case, made fast."""
-        if len(container) >= MANY:
+        size, kind = len(container), type(container)
+        if size >= MANY:
             return False
-        kind = type(container)
-        elements = container.values() if kind is dict or isinstance(container, Mapping) else container
-        return self._harmless.issuperset(map(type, islice(elements, ELEMENTS)))
+        if kind is dict or (kind not in _SEQUENCES and isinstance(container, Mapping)):
+            container = container.values()
+        return self._harmless.issuperset(map(type, container if size <= ELEMENTS else islice(container, ELEMENTS)))
 
     def _new(self, kind: type) -> str:
         if len(self._kinds) >= _CLASSES:

@@ -1,8 +1,12 @@
 """
 Each event loop, watched: how late it is, and which run is on it when it does not answer.
 
-A heartbeat on the loop says that it is alive; one thread of the process looks only when a beat is overdue by
-`block_threshold`. Real time throughout: a clock that tests turn says nothing of a loop.
+One thread of the process wakes some times a second and sees what each loop's thread does. A loop that waits for
+something to happen is alive, and sleeps on; any other is asked for a sign of life, and when that takes
+`block_threshold`, the thread's stack says which run is on it. So an idle process wakes one thread, which finds that
+the other has used no processor time since it was seen to wait: that is the cheapest that could be found.
+
+Real time throughout: a clock that tests turn says nothing of a loop.
 """
 
 from __future__ import annotations
@@ -21,16 +25,18 @@ import anyio
 import anyio.to_thread
 
 from .. import _timer
-from .._run import _live
 from ..events import LoopBlocked, LoopListener, TaskRun
-from ._stacks import Place, place_of
+from ._stacks import Place, caller_of_callbacks, place_of, rests
 
-#: From one beat to the next, as a share of the threshold: while there are runs, and while there are none, when an idle
-#: process shall sleep. So many seconds at least, and at most.
-BUSY, IDLE = 0.4, 0.8
+#: From one look to the next, as a share of the threshold: a run that blocks for 1 + 0.55 times the threshold is always
+#: found, with the default that is 0.39 s. So many seconds at least, and at most.
+SHARE = 0.55
 SHORTEST, LONGEST = 0.01, 0.2
 
-#: A run is blamed when it is still there at the next look, so many seconds later: no step of a busy loop takes so long.
+#: A loop that waits is asked every so many seconds all the same: what runs on it may have no frame (C called by C).
+ASK_EVERY = 5.0
+
+#: A run is blamed when it was there at two looks, so many seconds apart: no step of a busy loop takes so long.
 NEXT_LOOK = 0.03
 
 #: A loop that has been blocked for so many seconds is told of while it still is.
@@ -43,8 +49,11 @@ _TASKS = 1000
 #: The thread ends when it has had nothing to watch for so many seconds.
 LINGER = 1.0
 
-#: The watching thread is late when it wakes so many seconds after it wanted to.
+#: The watching thread is late when it wakes so many seconds after it wanted to: it, or the machine, was kept busy.
 _OVERSLEPT = 0.02
+
+#: Woken in less than this, it knows that no other thread keeps the interpreter from the loop either.
+_PROMPT = 0.003
 
 Broken = Callable[[str, Exception], None]
 
@@ -57,7 +66,7 @@ class Subscriber:
         threshold: Seconds without an answer from which on the loop is blocked.
         listeners: Who is told.
         found: Told of each run that blocks the loop, where it is, and its stack; once a block.
-        beat: Called with each beat, on the loop, with its limiter of threads.
+        looked: Called at each look, in the watching thread, with the loop's limiter of threads.
         redact: For the stack.
         broken: Told of a listener that raised.
     """
@@ -67,14 +76,14 @@ class Subscriber:
         threshold: float,
         listeners: list[LoopListener],
         found: Callable[[TaskRun, str, str], None],
-        beat: Callable[[anyio.CapacityLimiter], None],
+        looked: Callable[[anyio.CapacityLimiter], None],
         redact: Callable[[str], str],
         broken: Broken,
     ) -> None:
         self.threshold = threshold
         self.listeners = listeners
         self.found = found
-        self.beat = beat
+        self.looked = looked
         self.redact = redact
         self.broken = broken
 
@@ -112,18 +121,22 @@ class Watch:
 
     def __init__(self, loop: Any, subscriber: Subscriber) -> None:
         self.loop = loop
-        self.thread, self._clock = threading.get_ident(), _thread_clock()
-        self._burnt, self._excused = 0.0, False
+        self.thread, self._clock = threading.get_ident(), _clock_of_this_thread()
+        self._burnt, self._excused = self._clock(), False
         self._context = Context()  # empty: a request's would be kept for as long as the loop lives
+        self._token = None if loop is not None else sys.modules["trio"].lowlevel.current_trio_token()
+        self._stop: Callable[[], object] = _nothing
         self.limiter = anyio.to_thread.current_default_thread_limiter()
         self.ended = self.paused = False
+        self.asked: float | None = None
+        self._ask_at, self._caller = 0.0, 0
+        self._rested, self._calm = False, list[float]()
         self.subscribers: tuple[Subscriber, ...] = ()
         self._listeners: tuple[tuple[LoopListener, Broken], ...] = ()
         self._block: _Block | None = None
+        self._suspect: tuple[float, float, TaskRun | None] | None = None
         self._late = (0.0, 0.0)
-        self._stop: Callable[[], object] = _nothing
         self.join(subscriber)
-        self.due = monotonic() + self.every
 
     def join(self, subscriber: Subscriber) -> None:
         """One more who wants to know."""
@@ -143,69 +156,45 @@ class Watch:
         unique = {id(listener): (listener, one.broken) for one in subscribers for listener in one.listeners}
         self._listeners = tuple(unique.values())
         self.threshold = min((one.threshold for one in subscribers), default=1.0)
-        self._busy, self._idle = (min(LONGEST, max(SHORTEST, self.threshold * share)) for share in (BUSY, IDLE))
-        self.every = self._busy
+        self.every = min(LONGEST, max(SHORTEST, self.threshold * SHARE))
 
     def end(self) -> None:
         """It is watched no more; what it held may go."""
-        self.ended, self.loop, self._block = True, None, None
+        self.ended, self.loop, self._token, self._block, self._suspect = True, None, None, None, None
         self.subscribers = self._listeners = ()
 
     # --- on the loop
 
     def start(self) -> None:
-        """Beat from now on."""
-        if self.loop is not None:
-            self._beat_again()
-        else:
+        """Watch it from now on."""
+        if self.loop is None:
             scope = anyio.CancelScope()
             self._stop = scope.cancel
-            sys.modules["trio"].lowlevel.spawn_system_task(self._beat_on_trio, scope, context=self._context)
+            sys.modules["trio"].lowlevel.spawn_system_task(self._until_trio_ends, scope, context=self._context)
 
-    async def _beat_on_trio(self, scope: anyio.CancelScope) -> None:
+    async def _until_trio_ends(self, scope: anyio.CancelScope) -> None:
         try:
             with scope:
-                while True:
-                    await anyio.sleep(self.every)
-                    self._beat()
+                await anyio.sleep_forever()
         finally:
             self.end()
 
-    def _beat_on_asyncio(self) -> None:
-        if not self.ended:
-            self._beat()
-            self._beat_again()
-
-    def _beat_again(self) -> None:
-        self._stop = self.loop.call_later(self.every, self._beat_on_asyncio, context=self._context).cancel
-
-    def hurry(self) -> None:
-        """A batch starts: from now on a run may block. On the loop."""
-        if self.every > self._busy and self.loop is not None and not self.paused:
-            self._stop()
-            self.every = self._busy
-            self.due = monotonic() + self.every
-            self._beat_again()
-
-    def _beat(self) -> None:
-        now, due = monotonic(), self.due
-        if self.loop is not None:
-            self.every = self._busy if _live else self._idle
-        self.due = now + self.every
-        if self.thread != threading.get_ident():
-            self.thread, self._clock = threading.get_ident(), _thread_clock()
-        lag = max(0.0, now - due)
+    def _answer(self) -> None:
+        now, asked = monotonic(), self.asked
+        if asked is None or self.ended:
+            return
+        lag = max(0.0, now - asked)
         if lag >= self.threshold:
-            self._late = (due, now)
+            self._late = (asked, now)
+        self.asked = None
+        if self.loop is not None:
+            self._caller = caller_of_callbacks(sys._getframe(1))
+        if self.thread != threading.get_ident():
+            self.thread, self._clock = threading.get_ident(), _clock_of_this_thread()
         if self.paused:  # nobody ran the loop meanwhile, so nobody waited for it
             self.paused = False
-            return
-        self._tell("lag", lag)
-        for one in self.subscribers:
-            try:
-                one.beat(self.limiter)
-            except Exception as error:
-                one.broken("heartbeat", error)
+        else:
+            self._tell("lag", lag)
 
     # --- in the watching thread
 
@@ -217,54 +206,105 @@ class Watch:
             now: Monotonic seconds.
             overslept: How much later this is than was asked for.
         """
-        due, block = self.due, self._block
-        before, self._burnt = self._burnt, _burnt(self._clock)
-        # Late ourselves: the loop's thread kept the interpreter to itself, which is what is to be found. Or the whole
-        # process was stopped, or had no processor: that is nobody's fault, so first let the loop have its turn, once.
+        before, self._burnt = self._burnt, self._clock()
+        if before == self._burnt and self._rested and now < self._ask_at:
+            self._calm.append(overslept)
+            return now + self.every
         burnt = self._burnt - before
-        held = overslept >= self.threshold / 2 and burnt >= 0.9 * (now - due)
+        asked, block, loop = self.asked, self._block, self.loop
         excused, self._excused = self._excused, False
-        if block is not None and block.due != due:
+        if block is not None and block.due != asked:
             self._over(block)
-        loop = self.loop
         if loop is not None and not loop.is_running():
             if self._block is not None:
                 self._over(self._block)
-            self.paused = True
+            self.paused, self._caller = True, 0
             if loop.is_closed():
                 self.end()
+        elif asked is None:
+            self.paused = False
+        self._rested = False
         if self.paused or self.ended:
-            return now + min(self.threshold, 1.0)
-        if now < due + self.threshold:
-            return due + self.threshold
+            return now + self.every
+        self._looked()
+        since = now - overslept if asked is None else asked
+        # Late ourselves: the loop's thread kept the interpreter to itself, which is what is to be found. Or the whole
+        # process was stopped, or had no processor: that is nobody's fault, so first let the loop have its turn, once.
+        held = overslept >= self.threshold / 2 and burnt >= 0.9 * (now - since)
+        if asked is None:
+            self._rested = rests(self.thread, self._caller)
+            if self._rested and now < self._ask_at and overslept < _PROMPT:
+                self._calm.append(overslept)
+                return now + self.every
+            held = held and not self._rested
+            self._ask(since if held else now)
+            if not held:
+                return now + self.every
+        if now < since + self.threshold:
+            return self._look_early(now, since)
         if overslept > _OVERSLEPT and not (excused or block) and burnt < overslept / 5:
             self._excused = True
             return now + self.every / 2
-        return self._look_closer(now, due, sure=held)
+        return self._look_closer(now, since, sure=held)
 
-    def _look_closer(self, now: float, due: float, *, sure: bool) -> float:
+    def _looked(self) -> None:
+        calm, self._calm = self._calm, []
+        for lag in calm:  # as late as this thread, which nobody kept from waking, the loop would have been
+            self._tell("lag", lag)
+        for one in self.subscribers:
+            try:
+                one.looked(self.limiter)
+            except Exception as error:
+                one.broken("event loop: looked", error)
+
+    def _ask(self, since: float) -> None:
+        """Have the loop give a sign of life."""
+        self.asked, self._ask_at = since, since + ASK_EVERY
+        loop, token = self.loop, self._token
+        try:
+            if loop is not None:
+                loop.call_soon_threadsafe(self._answer, context=self._context)
+            elif token is not None:
+                token.run_sync_soon(self._answer)
+        except RuntimeError:  # it is closed, or trio's run is over
+            self.end()
+
+    def _look_early(self, now: float, asked: float) -> float:
+        """It has not answered yet: remember who is on it. Returns when to look again."""
+        place = place_of(self.thread, self.loop)
+        self._suspect = None if place is None else (asked, now, place.run)
+        return min(now + self.every, asked + self.threshold)
+
+    def _look_closer(self, now: float, asked: float, *, sure: bool) -> float:
         """It is blocked: by whom? Returns when to look again."""
         place = place_of(self.thread, self.loop)
-        if place is None or self.due != due:  # it answered in this very moment
+        if place is None or self.asked != asked:  # it answered in this very moment
             return now + self.every
         if place.debugged:
             self._block = None
-            self.paused = True  # until the next beat
+            self.paused = True  # until it answers
             return now + self.every
         block = self._block
         if block is None:
-            block = self._block = _Block(due)
+            block = self._block = _Block(asked)
         culprit = block.culprits.get(place.run)
         if culprit is None:
             culprit = _Culprit(place, place.stack(self.subscribers[0].redact) if self.subscribers else "")
             block.culprits[place.run] = culprit
-        again, block.last = sure or block.last is culprit, culprit
+        again = sure or block.last is culprit or self._was_there(place.run, asked, now)
+        block.last = culprit
         self._count(block, culprit, now)
         if again:
             self._found(culprit)
-        if not block.told and now - due >= STILL_BLOCKED:
+        if not block.told and now - asked >= STILL_BLOCKED:
             self._report(block, over=False)
         return monotonic() + NEXT_LOOK  # this look may have taken its time
+
+    def _was_there(self, run: TaskRun | None, asked: float, now: float) -> bool:
+        if self._suspect is None:
+            return False
+        before, at, suspect = self._suspect
+        return before == asked and suspect is run and now - at >= NEXT_LOOK
 
     def _over(self, block: _Block) -> None:
         """The loop answers again."""
@@ -348,7 +388,7 @@ class _Watcher:
     def add(self, key: int, watch: Watch) -> None:
         """One more loop."""
         with self._changed:
-            self._watches[key] = watch
+            self._watches = {**self._watches, key: watch}
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="aftertask-loops", daemon=True)
                 self._thread.start()
@@ -356,24 +396,30 @@ class _Watcher:
                 self._changed.notify()
 
     def _run(self) -> None:
-        wanted = monotonic()
-        while self._wait(wanted):
-            now = monotonic()
-            overslept, wanted = now - wanted, now + 1.0
-            for watch in list(self._watches.values()):
-                wanted = min(wanted, watch.look(now, overslept))
+        while self._has_any():
+            now = wanted = monotonic()
+            while watches := self._watches:
+                clocks.sleep(wanted - now if wanted > now else 0.001)  # a third cheaper than a wait that can be ended
+                now = monotonic()
+                overslept, wanted = now - wanted, now + LONGEST
+                for watch in watches.values():
+                    again = watch.look(now, overslept)
+                    if again < wanted:
+                        wanted = again
+                    if watch.ended:
+                        self._drop(watch)
 
-    def _wait(self, until: float) -> bool:
-        """Sleep until then, or until there is another loop; False where there is none left and the thread is to end."""
+    def _has_any(self) -> bool:
+        """Wait for a loop for a while; False where there is none and the thread is to end."""
         with self._changed:
-            for key in [key for key, watch in self._watches.items() if watch.ended]:
-                del self._watches[key]
-            if self._watches:
-                self._changed.wait(max(0.001, until - monotonic()))
-            elif not self._changed.wait_for(lambda: self._watches, LINGER):
-                self._thread = None
-                return False
-            return True
+            if self._changed.wait_for(lambda: self._watches, LINGER):
+                return True
+            self._thread = None
+            return False
+
+    def _drop(self, ended: Watch) -> None:
+        with self._changed:
+            self._watches = {key: watch for key, watch in self._watches.items() if watch is not ended}
 
 
 _watcher, _budget = _Watcher(), _Budget()
@@ -426,18 +472,20 @@ def unwatch(subscriber: Subscriber) -> None:
         found.leave(subscriber)
 
 
-def _thread_clock() -> int | None:
-    """The clock of this thread's processor time; None where the system has none."""
+def _clock_of_this_thread() -> Callable[[], float]:
+    """Tells a thread's seconds of processor time; its process's, where threads have no clock or this one has ended."""
     get = getattr(clocks, "pthread_getcpuclockid", None)
-    return None if get is None else get(threading.get_ident())
+    if get is None:
+        return clocks.process_time
+    clock, clock_gettime = get(threading.get_ident()), clocks.clock_gettime
 
+    def burnt() -> float:
+        try:
+            return clock_gettime(clock)
+        except OSError:
+            return clocks.process_time()
 
-def _burnt(clock: int | None) -> float:
-    """Seconds of processor time of a thread; of the process, where threads have no clock or this one has ended."""
-    try:
-        return clocks.process_time() if clock is None else clocks.clock_gettime(clock)
-    except OSError:
-        return clocks.process_time()
+    return burnt
 
 
 def _nothing() -> None:

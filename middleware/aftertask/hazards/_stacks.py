@@ -15,6 +15,9 @@ from .._failure import is_library
 from .._run import _current
 from ..events import TaskRun
 
+#: asyncio's loop, where nobody has patched it.
+_RUN_ONCE = getattr(getattr(asyncio.BaseEventLoop, "_run_once", None), "__code__", None)
+
 #: Who stands in the stack when a developer has stopped the program to look at it.
 _DEBUGGERS = {"bdb", "pdb", "ipdb", "pudb", "pydevd", "_pydevd_bundle", "_pydevd_frame_eval", "debugpy"}
 
@@ -52,6 +55,30 @@ class Place:
             first = next((at for at, frame in enumerate(frames) if not is_library(frame.f_code)), 0)
             frames = frames[first:]
         return _frames.text(frames, redact)
+
+
+def rests(thread: int, caller: int) -> bool:
+    """
+    Whether a thread's event loop waits for something to happen; False where that cannot be told.
+
+    Args:
+        thread: Its identity.
+        caller: The identity of the frame that calls the loop's callbacks, where there is none of asyncio's own: on
+            uvloop that of whoever runs the loop, so it stays. 0: not known.
+    """
+    frame = sys._current_frames().get(thread)
+    if frame is None:
+        return False
+    if frame.f_back is not None and frame.f_back.f_code is _RUN_ONCE:
+        return _frames.module_of(frame) == "selectors"
+    if frame.f_code.co_name == "get_events":
+        return _frames.module_of(frame) == "trio"
+    return id(frame) == caller
+
+
+def caller_of_callbacks(frame: FrameType) -> int:
+    """What `rests` wants to know of the frame that calls a loop's callback; 0 where it is one of asyncio's own."""
+    return 0 if frame.f_code is asyncio.Handle._run.__code__ else id(frame)
 
 
 def place_of(thread: int, loop: Any) -> Place | None:
