@@ -152,6 +152,7 @@ async def test_a_process_that_is_waited_for_blocks_too() -> None:
     """Python waits for it in a selector, as asyncio's loop does when it has nothing to do."""
 
     async def waits() -> None:
+        await until(lambda: app.registry.get_sample_value("aftertask_event_loop_lag_seconds_count"))  # it was asked
         command = [sys.executable, "-c", f"import time; time.sleep({SECONDS})"]
         subprocess.run(command, capture_output=True, timeout=10, check=True)  # noqa: ASYNC221
 
@@ -206,6 +207,50 @@ async def test_what_has_no_frame_is_found_when_the_loop_is_asked(
     await until(lambda: logged)
     assert logged[0]["task"] == "__none__" and 0.25 <= logged[0]["blocked_s"] <= 1.3
     assert not app.found()
+
+
+class ByHand:
+    """A watch of this loop that nobody looks after, so it never answers; and whose thread's clock is turned."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.told: list[tuple[object, ...]] = []
+        self.burnt = 0.0
+        ours = _loop.Subscriber(0.25, [self], self._note, lambda limiter: None, str, self._note)
+        self.watch = _loop.Watch(_loop.this_loop()[1], ours)
+        self.watch._clock = lambda: self.burnt
+        monkeypatch.setattr(_loop, "rests", lambda thread, caller: True)
+
+    def _note(self, *what: object) -> None:
+        self.told.append(what)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *what: self.told.append((name, *what))
+
+
+async def test_a_loop_that_was_asked_and_uses_no_processor_time_is_not_taken_to_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It looks as if it waited, but a loop that waits would have answered."""
+    hand = ByHand(monkeypatch)
+    for now in (100.0, 100.1, 100.25):
+        assert hand.watch.look(now, 0.0) > now
+    assert hand.watch.asked == 100.0
+    ((name, run, seconds),) = hand.told
+    assert name == "blocked_for" and run is None and seconds == pytest.approx(0.25)
+
+
+async def test_a_loop_that_waits_is_asked_where_the_watching_thread_was_kept_from_waking(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who waits for the interpreter looks as if he waited for something to happen."""
+    hand = ByHand(monkeypatch)
+    hand.watch._ask_at = 200.0
+    for now, overslept in ((100.0, 0.0), (100.1, 0.002)):
+        hand.watch.look(now, overslept)
+        hand.burnt += 0.01
+    assert hand.watch.asked is None
+    hand.watch.look(100.2, 0.01)
+    assert hand.watch.asked == 100.2
 
 
 async def test_an_endpoint_that_blocks_is_no_tasks_fault(logged: list[dict[str, Any]]) -> None:

@@ -232,11 +232,12 @@ class Watch:
         # process was stopped, or had no processor: that is nobody's fault, so first let the loop have its turn, once.
         held = overslept >= self.threshold / 2 and burnt >= 0.9 * (now - since)
         if asked is None:
-            self._rested = rests(self.thread, self._caller)
-            if self._rested and now < self._ask_at and overslept < _PROMPT:
+            resting = rests(self.thread, self._caller)
+            if resting and now < self._ask_at and overslept < _PROMPT:
+                self._rested = True
                 self._calm.append(overslept)
                 return now + self.every
-            held = held and not self._rested
+            held = held and not resting
             self._ask(since if held else now)
             if not held:
                 return now + self.every
