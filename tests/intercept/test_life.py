@@ -643,6 +643,26 @@ async def test_the_ids_of_the_runs_can_be_in_a_header() -> None:
     assert without.header("x-run-ids") is None
 
 
+async def test_the_response_to_an_error_names_the_injected_runs_too() -> None:
+    """It carries no background, and they will not run; that they were scheduled is all that its messages know."""
+    from prometheus_client import CollectorRegistry
+
+    from aftertask import AftertaskMiddleware, Settings
+
+    env, inner = Env(), FastAPI()
+
+    @inner.get("/")
+    async def refuses(tasks: Injected) -> None:
+        tasks.add_task(af)
+        raise HTTPException(400)
+
+    settings = Settings(registry=CollectorRegistry(), run_ids_header="X-Run-Ids")
+    r = await drive(AftertaskMiddleware(inner, settings=settings, signals=[env.seen]))
+    (run,) = env.seen.runs()
+    assert r.status == 400 and r.header("x-run-ids") == run.id
+    assert run.outcome is not None and LOG == []
+
+
 async def test_an_admission_is_awaited_before_the_response_and_may_fail_it() -> None:
     """With the runs that the response carries; nothing is sent where it raises, and the runs are told as dropped."""
     from prometheus_client import CollectorRegistry

@@ -7,6 +7,7 @@ task raises, to show that the suites would notice.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from aftertask import AftertaskMiddleware, Settings
+from aftertask import AftertaskMiddleware, HazardFound, Settings, TaskEvent
+from aftertask.signals import usual
 
 _built = 0
+_hazards: list[tuple[str, str, str]] = []
 
 
 def pytest_configure(config: Any) -> None:
@@ -34,10 +37,11 @@ def pytest_configure(config: Any) -> None:
 
 
 def pytest_unconfigure(config: Any) -> None:
-    """Tell how many apps had it; xdist's workers each in a file of their own."""
+    """Tell how many apps had it, and what hazards were found; xdist's workers each in files of their own."""
     folder = os.environ.get("AFTERTASK_TEST_UPSTREAM_COUNTS")
     if folder and _built:
         (Path(folder) / f"{os.getpid()}.count").write_text(str(_built))
+        (Path(folder) / f"{os.getpid()}.hazards").write_text(json.dumps(_hazards))
 
 
 def _instrument(app_class: Any, chosen: str) -> None:
@@ -59,7 +63,14 @@ def _instrument(app_class: Any, chosen: str) -> None:
 def _middleware(chosen: str) -> Middleware:
     if chosen == "control":
         return Middleware(_Swallowing)
-    return Middleware(AftertaskMiddleware, settings=Settings(metrics_path=None, registry=CollectorRegistry()))
+    settings = Settings(metrics_path=None, registry=CollectorRegistry())
+    return Middleware(AftertaskMiddleware, settings=settings, signals=[*usual(settings), _note])
+
+
+def _note(event: TaskEvent) -> None:
+    if isinstance(event, HazardFound):
+        test = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]
+        _hazards.append((test, event.kind, f"{event.run.task}: {event.advice}"))
 
 
 class _Swallowing:

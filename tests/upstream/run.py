@@ -11,6 +11,7 @@ The suites come from the packages' source distributions. Environments and downlo
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -37,6 +38,9 @@ NEEDS = {
 GROUPS = {"fastapi": "tests"}
 
 Outcomes = dict[str, str]
+
+#: The test, the kind, and the task with what it was told.
+Hazard = tuple[str, str, str]
 
 
 def run(*command: str | Path, **kwargs: object) -> None:
@@ -73,8 +77,8 @@ def environment(package: str, version: str, folder: Path) -> Path:
     return python
 
 
-def suite(python: Path, folder: Path, middleware: str | None, workers: int) -> tuple[Outcomes, int]:
-    """Each test's outcome, and how many apps had the middleware."""
+def suite(python: Path, folder: Path, middleware: str | None, workers: int) -> tuple[Outcomes, int, list[Hazard]]:
+    """Each test's outcome, how many apps had the middleware, and the hazards that were found."""
     with tempfile.TemporaryDirectory() as scratch:
         report, counts = Path(scratch) / "report.xml", Path(scratch)
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(folder)])}
@@ -89,7 +93,8 @@ def suite(python: Path, folder: Path, middleware: str | None, workers: int) -> t
         if not report.exists():
             raise SystemExit(f"the suite in {folder.name} did not run:\n{done.stdout[-5000:]}\n{done.stderr[-5000:]}")
         built = sum(int(file.read_text()) for file in counts.glob("*.count"))
-        return outcomes(report), built
+        hazards = [tuple(one) for file in counts.glob("*.hazards") for one in json.loads(file.read_text())]
+        return outcomes(report), built, sorted(hazards)
 
 
 def outcomes(report: Path) -> Outcomes:
@@ -119,14 +124,16 @@ def compare(package: str, version: str, middleware: str) -> bool:
     folder = source(package, version)
     python = environment(package, version, folder)
     workers = max(1, (os.cpu_count() or 2))
-    bare, _ = suite(python, folder, None, workers)
-    with_it, built = suite(python, folder, middleware, workers)
+    bare, _, _ = suite(python, folder, None, workers)
+    with_it, built, hazards = suite(python, folder, middleware, workers)
     losses = worse(bare, with_it)
     print(
         f"{package} {version}: bare {told(bare)}; with {middleware} {told(with_it)}; apps with it {built}", flush=True
     )
     for name in losses:
         print(f"  worse: {name}")
+    for test, kind, what in hazards:
+        print(f"  {kind} in {test}: {what}")
     if built == 0:
         print("  no app was built with the middleware: nothing was tested")
     return not losses and built > 0
