@@ -16,10 +16,10 @@ from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from aftertask import AftertaskMiddleware, HazardFound, Settings, TaskEvent
+from aftertask import AftertaskMiddleware, HazardFound, Scheduled, Settings, TaskEvent
 from aftertask.signals import usual
 
-_built = 0
+_built = _runs = 0
 _hazards: list[tuple[str, str, str]] = []
 
 
@@ -37,11 +37,11 @@ def pytest_configure(config: Any) -> None:
 
 
 def pytest_unconfigure(config: Any) -> None:
-    """Tell how many apps had it, and what hazards were found; xdist's workers each in files of their own."""
+    """Tell how many apps had it, and what it saw there; xdist's workers each in a file of their own."""
     folder = os.environ.get("AFTERTASK_TEST_UPSTREAM_COUNTS")
     if folder and _built:
-        (Path(folder) / f"{os.getpid()}.count").write_text(str(_built))
-        (Path(folder) / f"{os.getpid()}.hazards").write_text(json.dumps(_hazards))
+        seen = {"apps": _built, "runs": _runs, "hazards": _hazards}
+        (Path(folder) / f"{os.getpid()}.seen").write_text(json.dumps(seen))
 
 
 def _instrument(app_class: Any, chosen: str) -> None:
@@ -68,6 +68,8 @@ def _middleware(chosen: str) -> Middleware:
 
 
 def _note(event: TaskEvent) -> None:
+    global _runs
+    _runs += isinstance(event, Scheduled)
     if isinstance(event, HazardFound):
         test = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]
         _hazards.append((test, event.kind, f"{event.run.task}: {event.advice}"))
