@@ -108,6 +108,7 @@ class Governor:
         error = await self._attempts(run, None, settle)
         if error is not None:
             settle(error)
+        del error  # since Python 3.12 the frames of its traceback lead here: there would be a cycle
 
     # --- before an attempt
 
