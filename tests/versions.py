@@ -37,7 +37,7 @@ ENVIRONMENTS: list[tuple[str, str | None]] = [
 NEEDS = [
     *("aiosmtpd", "standardwebhooks"),
     *("pytest>=9", "pytest-timeout", "pytest-randomly", "hypothesis", "trio", "httpx2", "httpx", "sse-starlette"),
-    *("python-multipart", "opentelemetry-instrumentation-fastapi", "uvicorn", "sqlalchemy"),
+    *("python-multipart", "opentelemetry-instrumentation-fastapi", "uvicorn", "sqlalchemy", "uvloop"),
 ]
 
 #: The part of the suite that asks what depends on a version: interception, and the signals on top of it.
@@ -52,8 +52,7 @@ TESTS = [
     "tests/test_coexistence.py",
     "tests/test_watch.py",
     "tests/alerts",
-    "tests/hazards/test_traps.py",
-    "tests/hazards/test_arguments.py",
+    "tests/hazards",
 ]
 
 
