@@ -329,3 +329,42 @@ def test_a_broken_stderr_breaks_no_task(client_for: ClientFor, monkeypatch: pyte
     closed.close()
     monkeypatch.setattr(sys, "stderr", closed)
     assert client_for(ok, broken).get("/").text == "ok"
+
+
+@pytest.mark.parametrize("how", ["structlog", "logging"])
+def test_logging_that_raises_breaks_nothing_and_no_line_is_lost(
+    how: str,
+    client_for: ClientFor,
+    registry: CollectorRegistry,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A processor or a filter of the app's own; the lines go to stderr, and each failure is told and counted."""
+
+    def broken(*given: object) -> Any:
+        raise RuntimeError("cannot log, and says what it was given: secret")
+
+    ran: list[int] = []
+
+    async def works() -> None:
+        ran.append(1)
+
+    async def fails() -> None:
+        ran.append(2)
+        raise KeyError("x")
+
+    caplog.set_level("INFO")
+    if how == "structlog":
+        structlog.configure(processors=[broken])
+    else:
+        logging.getLogger("aftertask").addFilter(broken)
+    try:
+        assert client_for(works, fails).get("/").status_code == 200
+    finally:
+        structlog.reset_defaults()
+        logging.getLogger("aftertask").removeFilter(broken)
+    assert ran == [1, 2]
+    told = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    assert {line["event"] for line in told} >= {"task.succeeded", "task.failed", "signal.failed"}
+    assert {line["logging_error"] for line in told} == {"RuntimeError"}
+    assert registry.get_sample_value("aftertask_self_errors_total", {"component": "aftertask.signals.logs.Logs"})

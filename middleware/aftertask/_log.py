@@ -35,17 +35,30 @@ def iso(timestamp: float) -> str:
     return f"{text}{str(int((timestamp - now) * 1e6) + 1_000_000)[1:]}Z"
 
 
-def emit(level: str, event: str, *, timestamp: float | None = None, **keys: Any) -> None:
-    """Log one event; keys that are None are left out."""
+def emit(level: str, event: str, *, timestamp: float | None = None, **keys: Any) -> Exception | None:
+    """
+    Log one event; keys that are None are left out.
+
+    Returns:
+        What the app's own logging raised, which comes no further than here: the line goes to stderr then. Else None.
+    """
     keys = {key: value for key, value in keys.items() if value is not None}
     at = iso(_clock.timestamp() if timestamp is None else timestamp)
-    if structlog.is_configured():
-        getattr(structlog.get_logger("aftertask"), level)(event, timestamp=at, **keys)
-    elif _handled():
-        if logger.isEnabledFor(LEVELS[level]):
-            logger.log(LEVELS[level], event, extra=_safe({"timestamp": at, **keys}))
-    elif level != "debug":
+    failed: Exception | None = None
+    try:
+        if structlog.is_configured():
+            getattr(structlog.get_logger("aftertask"), level)(event, timestamp=at, **keys)
+            return None
+        if _handled():
+            if logger.isEnabledFor(LEVELS[level]):
+                logger.log(LEVELS[level], event, extra=_safe({"timestamp": at, **keys}))
+            return None
+    except Exception as error:
+        failed = error
+        keys["logging_error"] = type(error).__name__
+    if level != "debug":
         write(json.dumps({"event": event, "level": level, "timestamp": at, **keys}, default=str) + "\n")
+    return failed
 
 
 def to_stderr() -> bool:

@@ -289,7 +289,7 @@ class Logs:
                     f"{bound.head}{bound.run_id}{bound.tail}{event.duration_s:.6f}{waited}{more}}}\n"
                 )
             else:
-                self._say(
+                self._say_last(
                     "info",
                     "task.succeeded",
                     event,
@@ -302,7 +302,7 @@ class Logs:
             self._unbind(run)
 
     def _on_retrying(self, event: Retrying) -> None:
-        self._say(
+        self._say_last(
             "warning",
             "task.retrying",
             event,
@@ -311,10 +311,9 @@ class Logs:
             error_fingerprint=event.failure.fingerprint,
             retry_in_s=event.delay_s,
         )
-        self._unbind(event.run)
 
     def _on_failed(self, event: Failed | TimedOut) -> None:
-        self._say(
+        self._say_last(
             "error",
             f"task.{event.outcome}",
             event,
@@ -326,22 +325,19 @@ class Logs:
             hint=event.failure.hint,
             thread_wait_s=event.run.thread_wait_s,
         )
-        self._unbind(event.run)
 
     def _on_never_or_cut_off(self, event: Cancelled | Skipped | Dropped | Rejected | Expired) -> None:
         cause = getattr(event, "caused_by", None)
-        self._say(
+        self._say_last(
             "warning",
             f"task.{event.outcome}",
             event,
             reason=event.reason,
             caused_by=None if cause is None else cause.id,
         )
-        self._unbind(event.run)
 
     def _on_lost(self, event: Lost) -> None:
-        self._say("error", "task.lost", event, reason=event.reason, age_s=event.age_s)
-        self._unbind(event.run)
+        self._say_last("error", "task.lost", event, reason=event.reason, age_s=event.age_s)
 
     def _on_running_long(self, event: Slow | Stuck | Abandoned | AbandonedEnded) -> None:
         name = "abandoned_ended" if isinstance(event, AbandonedEnded) else type(event).__name__.lower()
@@ -364,7 +360,16 @@ class Logs:
         told = {key: round(value, 6) if isinstance(value, float) else value for key, value in keys.items()}
         if event.run.progress is not None:
             told["progress"] = event.run.progress.text
-        emit(level, name, timestamp=event.timestamp, **run_keys(event.run), **told)
+        failed = emit(level, name, timestamp=event.timestamp, **run_keys(event.run), **told)
+        if failed is not None:
+            raise failed  # so that it is told and counted as a signal that failed
+
+    def _say_last(self, level: str, name: str, event: TaskEvent, **keys: Any) -> None:
+        """The line that an attempt ends with."""
+        try:
+            self._say(level, name, event, **keys)
+        finally:
+            self._unbind(event.run)
 
     def _allowed(self, timestamp: float) -> int | None:
         """How many lines were left out since the last one; None where this one is left out too."""
