@@ -423,6 +423,25 @@ async def _trials(count: int) -> None:
     assert named == count
 
 
+async def test_a_look_that_fails_is_told_and_the_loop_is_watched_again_from_the_next_batch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The thread goes on: it looks after all loops of the process."""
+
+    def broken(watch: _loop.Watch, now: float, overslept: float) -> float:
+        raise RuntimeError("cannot look")
+
+    app = App(blocks)
+    with monkeypatch.context() as patched:
+        patched.setattr(_loop.Watch, "look", broken)
+        await drive(app.served)
+        await until(lambda: not _loop._watcher._watches)
+    count = app.registry.get_sample_value("aftertask_self_errors_total", {"component": "aftertask.hazards"})
+    assert count == 1 and not app.found()
+    await drive(app.served)
+    await until(app.found)
+
+
 def test_no_thread_outlives_the_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand apps, each with a loop of its own: one thread, and none when they are gone."""
     monkeypatch.setattr(_loop, "LINGER", 0.01)

@@ -163,6 +163,13 @@ class Watch:
         self.ended, self.loop, self._token, self._block, self._suspect = True, None, None, None, None
         self.subscribers = self._listeners = ()
 
+    def give_up(self, error: Exception) -> None:
+        """It cannot be looked at, which is told; the next batch starts anew."""
+        subscribers = self.subscribers
+        self.end()
+        for one in subscribers:
+            one.broken("event loop: look", error)
+
     # --- on the loop
 
     def start(self) -> None:
@@ -404,7 +411,11 @@ class _Watcher:
                 now = monotonic()
                 overslept, wanted = now - wanted, now + LONGEST
                 for watch in watches.values():
-                    again = watch.look(now, overslept)
+                    try:
+                        again = watch.look(now, overslept)
+                    except Exception as error:  # or no loop of the process would be watched any more
+                        watch.give_up(error)
+                        again = wanted
                     if again < wanted:
                         wanted = again
                     if watch.ended:
