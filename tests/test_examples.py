@@ -197,7 +197,10 @@ def test_the_demo_ends_its_children_when_it_is_told_to_end(end: signal.Signals) 
     """Ctrl-C and SIGTERM alike: exit code 0, and nobody serves the port any more."""
     port = free_port()
     command = [sys.executable, "-u", str(SHOP / "demo.py"), "--port", str(port)]
+    # Where a shell started the tests with `&` Ctrl-C is ignored, and a child would inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
+        signal.signal(signal.SIGINT, before)
         assert demo.stdout is not None
         try:
             assert any("task.succeeded" in line for line in demo.stdout)
