@@ -147,6 +147,7 @@ def check_counts(metrics: Server, want: Counter[tuple[str, str]]) -> None:
 
     drift = "sum(aftertask_tasks_scheduled_total) - sum(aftertask_tasks_finished_total) - sum(aftertask_tasks_inflight)"
     assert ask(metrics, drift) == {(): 0.0}
+    assert ask(metrics, "aftertask_hazards_total > 0") == {}  # its faults are no traps
 
 
 def check_times(metrics: Server) -> None:
