@@ -18,7 +18,8 @@ import threading
 import time as clocks
 from collections.abc import Callable
 from contextvars import Context
-from time import monotonic
+from functools import partial
+from time import monotonic, sleep
 from typing import Any
 
 import anyio
@@ -34,7 +35,7 @@ SHARE = 0.55
 SHORTEST, LONGEST = 0.01, 0.2
 
 #: A loop that waits is asked every so many seconds all the same: what runs on it may have no frame (C called by C).
-ASK_EVERY = 5.0
+ASK_EVERY = 10.0
 
 #: A run is blamed when it was there at two looks, so many seconds apart: no step of a busy loop takes so long.
 NEXT_LOOK = 0.03
@@ -213,7 +214,13 @@ class Watch:
             now: Monotonic seconds.
             overslept: How much later this is than was asked for.
         """
-        before, self._burnt = self._burnt, self._clock()
+        before = self._burnt
+        try:
+            self._burnt = self._clock()
+        except OSError:  # the thread has ended
+            self._clock = clocks.process_time
+            before = self._burnt = clocks.process_time()
+            self._rested = False
         if before == self._burnt and self._rested and now < self._ask_at:
             self._calm.append(overslept)
             return now + self.every
@@ -407,7 +414,7 @@ class _Watcher:
         while self._has_any():
             now = wanted = monotonic()
             while watches := self._watches:
-                clocks.sleep(wanted - now if wanted > now else 0.001)  # a third cheaper than a wait that can be ended
+                sleep(wanted - now if wanted > now else 0.001)  # a third cheaper than a wait that can be ended
                 now = monotonic()
                 overslept, wanted = now - wanted, now + LONGEST
                 for watch in watches.values():
@@ -485,19 +492,9 @@ def unwatch(subscriber: Subscriber) -> None:
 
 
 def _clock_of_this_thread() -> Callable[[], float]:
-    """Tells a thread's seconds of processor time; its process's, where threads have no clock or this one has ended."""
+    """Tells a thread's seconds of processor time, while it lives; its process's, where threads have no clock."""
     get = getattr(clocks, "pthread_getcpuclockid", None)
-    if get is None:
-        return clocks.process_time
-    clock, clock_gettime = get(threading.get_ident()), clocks.clock_gettime
-
-    def burnt() -> float:
-        try:
-            return clock_gettime(clock)
-        except OSError:
-            return clocks.process_time()
-
-    return burnt
+    return clocks.process_time if get is None else partial(clocks.clock_gettime, get(threading.get_ident()))
 
 
 def _nothing() -> None:
