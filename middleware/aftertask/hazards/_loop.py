@@ -12,6 +12,7 @@ Real time throughout: a clock that tests turn says nothing of a loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 import threading
@@ -27,7 +28,7 @@ import anyio.to_thread
 
 from .. import _timer
 from ..events import LoopBlocked, LoopListener, TaskRun
-from ._stacks import Place, caller_of_callbacks, place_of, rests
+from ._stacks import Caller, Place, place_of, rests
 
 #: From one look to the next, as a share of the threshold: a run that blocks for 1 + 0.55 times the threshold is always
 #: found, with the default that is 0.39 s. So many seconds at least, and at most.
@@ -37,8 +38,9 @@ SHORTEST, LONGEST = 0.01, 0.2
 #: A loop that waits is asked every so many seconds all the same: what runs on it may have no frame (C called by C).
 ASK_EVERY = 10.0
 
-#: A run is blamed when it was there at two looks, so many seconds apart: no step of a busy loop takes so long.
-NEXT_LOOK = 0.03
+#: A run is blamed when it was there at two looks, so many seconds apart: no step of a busy loop takes so long, be the
+#: machine ever so busy itself.
+NEXT_LOOK = 0.1
 
 #: A loop that has been blocked for so many seconds is told of while it still is.
 STILL_BLOCKED = 5.0
@@ -46,6 +48,9 @@ STILL_BLOCKED = 5.0
 #: A task is told of in full once in so many seconds; of so many tasks this is remembered.
 REPORT_EVERY = 60.0
 _TASKS = 1000
+
+#: A loop that nobody has run for so many seconds is let go; it is watched again from its next batch on.
+FORGET_AFTER = 60.0
 
 #: The thread ends when it has had nothing to watch for so many seconds.
 LINGER = 1.0
@@ -92,11 +97,12 @@ class Subscriber:
 class _Culprit:
     """A run, or None, that was on the loop while it was blocked; for how long, and where it was first seen."""
 
-    __slots__ = ("found", "run", "seconds", "stack", "where")
+    __slots__ = ("found", "run", "seconds", "stack", "told", "where")
 
     def __init__(self, place: Place, stack: str) -> None:
         self.run, self.where, self.stack = place.run, place.where(), stack
         self.seconds, self.found = 0.0, False
+        self.told: set[Subscriber] = set()
 
 
 class _Block:
@@ -124,16 +130,19 @@ class Watch:
         self.loop = loop
         self.thread, self._clock = threading.get_ident(), _clock_of_this_thread()
         self._burnt, self._excused = self._clock(), False
+        self._fine = _is_fine(self._clock)
         self._context = Context()  # empty: a request's would be kept for as long as the loop lives
         self._token = None if loop is not None else sys.modules["trio"].lowlevel.current_trio_token()
         self._stop: Callable[[], object] = _nothing
         self.limiter = anyio.to_thread.current_default_thread_limiter()
         self.ended = self.paused = False
+        self._paused_at = 0.0
         self.asked: float | None = None
-        self._ask_at, self._caller = 0.0, 0
+        self._ask_at = 0.0
+        self._caller: Caller | None = None
         self._rested, self._calm = False, list[float]()
         self.subscribers: tuple[Subscriber, ...] = ()
-        self._listeners: tuple[tuple[LoopListener, Broken], ...] = ()
+        self._listeners: tuple[tuple[LoopListener, Broken, float], ...] = ()
         self._block: _Block | None = None
         self._suspect: tuple[float, float, TaskRun | None] | None = None
         self._late = (0.0, 0.0)
@@ -154,7 +163,9 @@ class Watch:
 
     def _set(self, subscribers: tuple[Subscriber, ...]) -> None:
         self.subscribers = subscribers
-        unique = {id(listener): (listener, one.broken) for one in subscribers for listener in one.listeners}
+        unique: dict[int, tuple[LoopListener, Broken, float]] = {}
+        for one in sorted(subscribers, key=lambda each: each.threshold, reverse=True):  # the least threshold counts
+            unique |= {id(listener): (listener, one.broken, one.threshold) for listener in one.listeners}
         self._listeners = tuple(unique.values())
         self.threshold = min((one.threshold for one in subscribers), default=1.0)
         self.every = min(LONGEST, max(SHORTEST, self.threshold * SHARE))
@@ -164,12 +175,14 @@ class Watch:
         self.ended, self.loop, self._token, self._block, self._suspect = True, None, None, None, None
         self.subscribers = self._listeners = ()
 
-    def give_up(self, error: Exception) -> None:
+    def give_up(self, error: BaseException) -> None:
         """It cannot be looked at, which is told; the next batch starts anew."""
         subscribers = self.subscribers
         self.end()
+        told = error if isinstance(error, Exception) else RuntimeError(f"a listener raised {error!r}")
         for one in subscribers:
-            one.broken("event loop: look", error)
+            with contextlib.suppress(BaseException):
+                one.broken("event loop: look", told)
 
     # --- on the loop
 
@@ -195,8 +208,9 @@ class Watch:
         if lag >= self.threshold:
             self._late = (asked, now)
         self.asked = None
-        if self.loop is not None:
-            self._caller = caller_of_callbacks(sys._getframe(1))
+        if self.loop is not None and not isinstance(self.loop, asyncio.BaseEventLoop):
+            caller = sys._getframe(1)
+            self._caller = id(caller), caller.f_code
         if self.thread != threading.get_ident():
             self.thread, self._clock = threading.get_ident(), _clock_of_this_thread()
         if self.paused:  # nobody ran the loop meanwhile, so nobody waited for it
@@ -221,7 +235,7 @@ class Watch:
             self._clock = clocks.process_time
             before = self._burnt = clocks.process_time()
             self._rested = False
-        if before == self._burnt and self._rested and now < self._ask_at:
+        if self._fine and before == self._burnt and self._rested and now < self._ask_at:
             self._calm.append(overslept)
             return now + self.every
         burnt = self._burnt - before
@@ -232,11 +246,14 @@ class Watch:
         if loop is not None and not loop.is_running():
             if self._block is not None:
                 self._over(self._block)
-            self.paused, self._caller = True, 0
-            if loop.is_closed():
+            # Whoever runs it next may be another thread, so it is asked then.
+            self.paused, self._caller, self._ask_at = True, None, 0.0
+            self._paused_at = self._paused_at or now
+            if loop.is_closed() or now - self._paused_at > FORGET_AFTER:
                 self.end()
-        elif asked is None:
-            self.paused = False
+        else:
+            self._paused_at = 0.0
+            self.paused = self.paused and asked is not None
         self._rested = False
         if self.paused or self.ended:
             return now + self.every
@@ -244,7 +261,10 @@ class Watch:
         since = now - overslept if asked is None else asked
         # Late ourselves: the loop's thread kept the interpreter to itself, which is what is to be found. Or the whole
         # process was stopped, or had no processor: that is nobody's fault, so first let the loop have its turn, once.
-        held = overslept >= self.threshold / 2 and burnt >= 0.9 * (now - since)
+        # The clock must be that thread's own to tell.
+        known = self._clock is not clocks.process_time
+        late = self.threshold if asked is None else self.threshold / 2
+        held = known and overslept >= late and burnt >= 0.9 * (now - since)
         if asked is None:
             resting = rests(self.thread, self._caller)
             if resting and now < self._ask_at and overslept < _PROMPT:
@@ -252,13 +272,13 @@ class Watch:
                 self._calm.append(overslept)
                 return now + self.every
             held = held and not resting
-            self._ask(since if held else now)
+            self._ask(since if held else monotonic())  # by now time may have passed
             if not held:
                 return now + self.every
         if now < since + self.threshold:
             return self._look_early(now, since)
         if overslept > _OVERSLEPT and not (excused or block) and burnt < overslept / 5:
-            self._excused = True
+            self._excused, self.asked = True, asked and asked + overslept
             return now + self.every / 2
         return self._look_closer(now, since, sure=held)
 
@@ -310,7 +330,7 @@ class Watch:
         block.last = culprit
         self._count(block, culprit, now)
         if again:
-            self._found(culprit)
+            self._found(culprit, now - asked)
         if not block.told and now - asked >= STILL_BLOCKED:
             self._report(block, over=False)
         return monotonic() + NEXT_LOOK  # this look may have taken its time
@@ -331,19 +351,26 @@ class Watch:
         self._report(block, over=True)
 
     def _count(self, block: _Block, culprit: _Culprit, until: float) -> None:
-        seconds, block.counted = until - block.counted, until
-        if seconds > 0:
-            culprit.seconds += seconds
-            if culprit.run is not None:
-                culprit.run.blocked_s += seconds
-            self._tell("blocked_for", culprit.run, seconds)
-
-    def _found(self, culprit: _Culprit) -> None:
-        if culprit.found:
+        seconds, before, block.counted = until - block.counted, block.counted - block.due, until
+        if seconds <= 0:
             return
+        culprit.seconds += seconds
+        if culprit.run is not None:
+            culprit.run.blocked_s += seconds
+        for listener, broken, threshold in self._listeners:
+            if _is_over(threshold, before):
+                self._tell_one(listener, broken, "blocked_for", culprit.run, seconds)
+            elif _is_over(threshold, until - block.due):  # all of it, for who did not want to know until now
+                for one in block.culprits.values():
+                    self._tell_one(listener, broken, "blocked_for", one.run, one.seconds)
+
+    def _found(self, culprit: _Culprit, lasted: float) -> None:
         culprit.found = True
+        if culprit.run is None:
+            return
         for one in self.subscribers:
-            if culprit.run is not None:
+            if one not in culprit.told and _is_over(one.threshold, lasted):
+                culprit.told.add(one)
                 try:
                     one.found(culprit.run, culprit.where, culprit.stack)
                 except Exception as error:
@@ -358,14 +385,20 @@ class Watch:
         block.told = True
         seconds = block.counted - block.due
         report = LoopBlocked(run, clocks.time(), seconds, culprit.where, culprit.stack, suppressed, over)
-        self._tell("blocked", report)
+        for listener, broken, threshold in self._listeners:
+            if _is_over(threshold, seconds):
+                self._tell_one(listener, broken, "blocked", report)
 
     def _tell(self, what: str, *told: Any) -> None:
-        for listener, broken in self._listeners:
-            try:
-                getattr(listener, what)(*told)
-            except Exception as error:
-                broken(f"event loop: {what}", error)
+        for listener, broken, _ in self._listeners:
+            self._tell_one(listener, broken, what, *told)
+
+    @staticmethod
+    def _tell_one(listener: LoopListener, broken: Broken, what: str, *told: Any) -> None:
+        try:
+            getattr(listener, what)(*told)
+        except Exception as error:
+            broken(f"event loop: {what}", error)
 
 
 class _Budget:
@@ -403,24 +436,26 @@ class _Watcher:
     def add(self, key: int, watch: Watch) -> None:
         """One more loop."""
         with self._changed:
+            if self._thread is None or not self._thread.is_alive():
+                thread = threading.Thread(target=self._run, name="aftertask-loops", daemon=True)
+                thread.start()  # may be refused; then it is tried again with the next batch
+                self._thread = thread
             self._watches = {**self._watches, key: watch}
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="aftertask-loops", daemon=True)
-                self._thread.start()
-            else:
-                self._changed.notify()
+            self._changed.notify()
 
     def _run(self) -> None:
         while self._has_any():
-            now = wanted = monotonic()
+            wanted = 0.0
             while watches := self._watches:
-                sleep(wanted - now if wanted > now else 0.001)  # a third cheaper than a wait that can be ended
+                now = monotonic()  # what the looks themselves took is nobody's fault
+                wanted = max(wanted, now + 0.001)
+                sleep(wanted - now)  # a third cheaper than a wait that can be ended
                 now = monotonic()
                 overslept, wanted = now - wanted, now + LONGEST
                 for watch in watches.values():
                     try:
                         again = watch.look(now, overslept)
-                    except Exception as error:  # or no loop of the process would be watched any more
+                    except BaseException as error:  # or no loop of the process would be watched any more
                         watch.give_up(error)
                         again = wanted
                     if again < wanted:
@@ -493,8 +528,20 @@ def unwatch(subscriber: Subscriber) -> None:
 
 def _clock_of_this_thread() -> Callable[[], float]:
     """Tells a thread's seconds of processor time, while it lives; its process's, where threads have no clock."""
-    get = getattr(clocks, "pthread_getcpuclockid", None)
-    return clocks.process_time if get is None else partial(clocks.clock_gettime, get(threading.get_ident()))
+    get, thread = getattr(clocks, "pthread_getcpuclockid", None), threading.get_ident()
+    if get is None or thread not in sys._current_frames():  # gevent's threads are none
+        return clocks.process_time
+    return partial(clocks.clock_gettime, get(thread))
+
+
+def _is_fine(clock: Callable[[], float]) -> bool:
+    """Whether a clock of processor time goes on with each look at it, and not by ticks: then it tells who sleeps."""
+    first = clock()
+    return any(clock() != first for _ in range(1000))
+
+
+def _is_over(threshold: float, seconds: float) -> bool:
+    return seconds >= threshold - 1e-6  # differences of large numbers
 
 
 def _nothing() -> None:

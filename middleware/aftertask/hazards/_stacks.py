@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from contextvars import Context
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, TypeAlias
 
 from .. import _frames
 from .._failure import is_library
@@ -18,8 +18,14 @@ from ..events import TaskRun
 #: asyncio's loop, where nobody has patched it.
 _RUN_ONCE = getattr(getattr(asyncio.BaseEventLoop, "_run_once", None), "__code__", None)
 
+_HANDLE_RUN = asyncio.Handle._run.__code__  # as it was: others put theirs around it
+
 #: Who stands in the stack when a developer has stopped the program to look at it.
 _DEBUGGERS = {"bdb", "pdb", "ipdb", "pudb", "pydevd", "_pydevd_bundle", "_pydevd_frame_eval", "debugpy"}
+
+
+#: A frame, by what stays of it: its identity, and its code.
+Caller: TypeAlias = tuple[int, CodeType]
 
 
 @dataclass(slots=True)
@@ -57,14 +63,14 @@ class Place:
         return _frames.text(frames, redact)
 
 
-def rests(thread: int, caller: int) -> bool:
+def rests(thread: int, caller: Caller | None) -> bool:
     """
     Whether a thread's event loop waits for something to happen; False where that cannot be told.
 
     Args:
         thread: Its identity.
-        caller: The identity of the frame that calls the loop's callbacks, where there is none of asyncio's own: on
-            uvloop that of whoever runs the loop, so it stays. 0: not known.
+        caller: Who calls the callbacks of a loop that has no frame of its own: on uvloop whoever runs the loop. None
+            for asyncio's own loop, or where it is not known.
     """
     frame = sys._current_frames().get(thread)
     if frame is None:
@@ -73,12 +79,7 @@ def rests(thread: int, caller: int) -> bool:
         return _frames.module_of(frame) == "selectors"
     if frame.f_code.co_name == "get_events":
         return _frames.module_of(frame) == "trio"
-    return id(frame) == caller
-
-
-def caller_of_callbacks(frame: FrameType) -> int:
-    """What `rests` wants to know of the frame that calls a loop's callback; 0 where it is one of asyncio's own."""
-    return 0 if frame.f_code is asyncio.Handle._run.__code__ else id(frame)
+    return caller is not None and (id(frame), frame.f_code) == caller
 
 
 def place_of(thread: int, loop: Any) -> Place | None:
@@ -108,7 +109,7 @@ def _context(frames: Sequence[FrameType], loop: Any) -> Context | None:
     """The context of the task that is on the loop: from the loop's own frames, or from uvloop, which has none."""
     for frame in frames:
         code = frame.f_code
-        if code is asyncio.Handle._run.__code__:
+        if code is _HANDLE_RUN:
             return getattr(frame.f_locals.get("self"), "_context", None)
         if code.co_name == "unrolled_run" and _frames.module_of(frame) == "trio":
             return getattr(frame.f_locals.get("task"), "context", None)
