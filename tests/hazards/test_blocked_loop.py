@@ -448,6 +448,98 @@ async def test_a_look_that_fails_is_told_and_the_loop_is_watched_again_from_the_
     await until(app.found)
 
 
+@pytest.mark.parametrize("other", [None, 5.0])
+async def test_each_app_is_told_by_its_own_threshold(other: float | None) -> None:
+    """Two apps share a loop: the one that looks for no blocks, or for longer ones, is told of none."""
+    app = App(blocks)
+    patient = App(blocks, block_threshold=other)
+    await drive(patient.served)
+    await drive(app.served)
+    await anyio.sleep(0.3)  # from the next look on the loop is looked at as often as the least threshold wants it
+    await drive(app.served)
+    await drive(patient.served)
+    await until(app.found)
+    await until(lambda: app.blocked(app.found()[0].run.task) > 0)
+    assert not patient.found()
+    assert patient.blocked(app.found()[0].run.task) == patient.blocked("__none__") == 0
+
+
+async def test_a_listener_that_ends_its_thread_ends_no_watching() -> None:
+    """SystemExit, or a cancellation: no Exception, and no reason to look after no loop any more."""
+
+    class Leaves:
+        """Tells the interpreter to end."""
+
+        def __call__(self, event: Any) -> None:
+            if isinstance(event, HazardFound):
+                raise SystemExit
+
+    app, other = App(blocks), App(blocks)
+    chosen = Settings(registry=CollectorRegistry())
+    leaving = AftertaskMiddleware(
+        Starlette(routes=app.served.routes), settings=chosen, signals=[*usual(chosen), Leaves()]
+    )
+    await drive(leaving)
+    await drive(other.served)
+    await drive(other.served)
+    await until(other.found)
+
+
+async def test_a_thread_that_is_refused_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the next batch; and no loop is kept meanwhile."""
+    monkeypatch.setattr(_loop, "_watcher", _loop._Watcher())
+    start, refused = threading.Thread.start, list[str]()
+
+    def refuses(thread: threading.Thread) -> None:
+        if thread.name == "aftertask-loops" and not refused:
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuses)
+    app = App(blocks)
+    await drive(app.served)
+    assert refused and not _loop._watcher._watches
+    await drive(app.served)
+    await until(app.found)
+
+
+def test_a_loop_that_goes_on_in_another_thread_is_watched_there() -> None:
+    """Also while another loop waits in the thread that it was run in before."""
+
+    async def fine() -> None:
+        pass
+
+    async def later() -> None:
+        await anyio.sleep(0.3)
+        await blocks()
+
+    before, app = App(fine), App(later)
+    moves = asyncio.new_event_loop()
+
+    async def first() -> None:
+        await drive(before.served)
+        await asyncio.sleep(0.4)
+
+    moves.run_until_complete(first())
+    time.sleep(0.3)  # somebody sees that nobody runs it
+    thread = threading.Thread(target=moves.run_until_complete, args=(_and_wait(app),))
+    thread.start()
+
+    async def waits() -> None:
+        await asyncio.sleep(1.2)
+
+    asyncio.run(waits())
+    thread.join(10)
+    moves.close()
+    assert [event.run.task for event in app.found()] == [app.events.runs()[0].task]
+
+
+async def _and_wait(app: App) -> None:
+    await drive(app.served)
+    await asyncio.sleep(0.3)
+
+
 def test_no_thread_outlives_the_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thousand apps, each with a loop of its own: one thread, and none when they are gone."""
     monkeypatch.setattr(_loop, "LINGER", 0.01)
