@@ -40,7 +40,7 @@ ASK_EVERY = 10.0
 
 #: A run is blamed when it was there at two looks, so many seconds apart: no step of a busy loop takes so long, be the
 #: machine ever so busy itself.
-NEXT_LOOK = 0.1
+NEXT_LOOK = 0.08
 
 #: A loop that has been blocked for so many seconds is told of while it still is.
 STILL_BLOCKED = 5.0
@@ -278,14 +278,14 @@ class Watch:
         if now < since + self.threshold:
             return self._look_early(now, since)
         if overslept > _OVERSLEPT and not (excused or block) and burnt < overslept / 5:
-            self._excused, self.asked = True, asked and asked + overslept
+            self._excused = True
             return now + self.every / 2
         return self._look_closer(now, since, sure=held)
 
     def _looked(self) -> None:
         calm, self._calm = self._calm, []
         for lag in calm:  # as late as this thread, which nobody kept from waking, the loop would have been
-            self._tell("lag", lag)
+            self._tell("lag", max(0.0, lag))
         for one in self.subscribers:
             try:
                 one.looked(self.limiter)
