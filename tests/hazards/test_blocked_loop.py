@@ -485,7 +485,9 @@ async def test_a_listener_that_ends_its_thread_ends_no_watching() -> None:
     await until(other.found)
 
 
-async def test_a_thread_that_is_refused_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_thread_that_is_refused_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, logged: list[dict[str, Any]]
+) -> None:
     """With the next batch; and no loop is kept meanwhile."""
     monkeypatch.setattr(_loop, "_watcher", _loop._Watcher())
     start, refused = threading.Thread.start, list[str]()
@@ -502,6 +504,7 @@ async def test_a_thread_that_is_refused_is_asked_for_again(monkeypatch: pytest.M
     assert refused and not _loop._watcher._watches
     await drive(app.served)
     await until(app.found)
+    await until(lambda: logged)  # or it would be told in the next test: this watcher is the test's own
 
 
 def test_a_loop_that_goes_on_in_another_thread_is_watched_there() -> None:
