@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..events import Failed, HazardFound, LoopListener, Retrying, Scheduled, Signal, TaskEvent, TaskRun, TimedOut
-from . import _failures, _loop
+from . import _failures, _watcher
 from ._arguments import Arguments
+from ._blocks import Subscriber
+from ._loop import Watch
 from ._threads import KIND, Threads
 
 if TYPE_CHECKING:
@@ -56,8 +58,8 @@ class Hazards:
         self._threshold = math.inf if threshold is None else threshold
         self._arguments, self._threads = Arguments(self.tell), Threads()
         self._engine: Engine | None = None
-        self._subscriber: _loop.Subscriber | None = None
-        self._watch: _loop.Watch | None = None
+        self._subscriber: Subscriber | None = None
+        self._watch: Watch | None = None
         self.handlers: dict[type[TaskEvent], Callable[[Any], None]] = {Scheduled: self._arguments.look}
 
     def __call__(self, event: TaskEvent) -> None:
@@ -70,7 +72,7 @@ class Hazards:
         self._engine = engine
         found = {id(loop): loop for s in engine.dispatch.signals if (loop := getattr(s, "loop", None)) is not None}
         listeners: list[LoopListener] = list(found.values())
-        self._subscriber = _loop.Subscriber(
+        self._subscriber = Subscriber(
             threshold=self._threshold,
             listeners=listeners,
             found=self._on_blocked,
@@ -86,16 +88,16 @@ class Hazards:
     def close(self) -> None:
         """The app has stopped serving on this loop."""
         if self._subscriber is not None:
-            _loop.unwatch(self._subscriber)
+            _watcher.unwatch(self._subscriber)
         self._watch = None
 
     def serving(self) -> None:
         """A batch starts, maybe on a loop that is not watched yet: of an app whose lifespan nobody runs."""
         watch = self._watch
-        if watch is None or watch.ended or not _loop.is_here(watch):
+        if watch is None or watch.ended or not _watcher.is_here(watch):
             if self._subscriber is None:
                 return
-            self._watch = _loop.watch(self._subscriber)
+            self._watch = _watcher.watch(self._subscriber)
 
     def tell(self, run: TaskRun, kind: str, argument: str | None, advice: str) -> None:
         """Have a hazard told."""

@@ -75,8 +75,9 @@ def rests(thread: int, caller: Caller | None) -> bool:
     frame = sys._current_frames().get(thread)
     if frame is None:
         return False
-    if frame.f_back is not None and frame.f_back.f_code is _RUN_ONCE:
-        return _frames.module_of(frame) == "selectors"
+    caller_frame = frame.f_back
+    if caller_frame is not None and caller_frame.f_code is _RUN_ONCE:
+        return frame.f_globals.get("__name__") == "selectors"
     if frame.f_code.co_name == "get_events":
         return _frames.module_of(frame) == "trio"
     return caller is not None and (id(frame), frame.f_code) == caller
