@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import sys
 import threading
@@ -59,7 +60,8 @@ _EARLY = (
 )
 
 # What every request waits for until it has runs; never written to.
-_NOTHING: dict[int, list[TaskRun]] = {}
+_NOTHING: dict[int, TaskRun] = {}
+_NO_TWINS: dict[int, list[TaskRun]] = {}
 
 
 class Exchange(Request):
@@ -84,7 +86,8 @@ class Exchange(Request):
     _started = False
     _verdict: str | None = None
 
-    _waiting: dict[int, list[TaskRun]] = _NOTHING
+    _waiting: dict[int, TaskRun] = _NOTHING
+    _twins: dict[int, list[TaskRun]] = _NO_TWINS  # the further runs of a task that is listed more than once
     _refused: Collection[int] = ()
     _owed: weakref.ref[_Owed] | None = None
     _away = 0
@@ -110,7 +113,7 @@ class Exchange(Request):
 
     async def _start(self, send: Send, message: Message) -> None:
         self._guarded("response start", self._see_start, sys._getframe(1))
-        runs = [run for waiting in self._waiting.values() for run in waiting]
+        runs = self._runs()
         if runs:
             for admission in self._engine.admissions:
                 await admission(runs)
@@ -142,9 +145,8 @@ class Exchange(Request):
             self._engine.tell_hazard(self._early, *_EARLY)
             self._early = None
         now = self._complete_s = _clock.monotonic()
-        for waiting in self._waiting.values():
-            for run in waiting:
-                run.queued_s = now
+        for run in self._runs():
+            run.queued_s = now
 
     # --- what the hooks tell
 
@@ -299,7 +301,7 @@ class Exchange(Request):
     def _priority(self, element: Any) -> int:
         waiting = self._waiting.get(id(element))
         if waiting is not None:
-            return waiting[0].plan.priority
+            return waiting.plan.priority
         return self._engine.plan(element).priority if _intercept.loop_of(element) is None else self._sort(element)
 
     def _element(self, element: Any, batch: Batch, muted: bool) -> Awaitable[None]:
@@ -352,10 +354,24 @@ class Exchange(Request):
             del error  # its traceback holds this frame: there would be a cycle
 
     def _take(self, key: int) -> TaskRun:
-        waiting = self._waiting[key]
-        if len(waiting) == 1:
-            del self._waiting[key]
-        return waiting.pop(0)
+        run = self._waiting.pop(key)
+        if key in self._twins:
+            twins = self._twins[key]
+            self._waiting[key] = twins.pop(0)
+            if not twins:
+                del self._twins[key]
+        return run
+
+    def _nth(self, key: int, count: int) -> TaskRun | None:
+        """The run that waits for a task's so-manieth place in a background, from 1 on."""
+        if count == 1:
+            return self._waiting.get(key)
+        twins = self._twins.get(key, ())
+        return twins[count - 2] if count - 2 < len(twins) else None
+
+    def _runs(self) -> list[TaskRun]:
+        """All that wait."""
+        return [*self._waiting.values(), *itertools.chain.from_iterable(self._twins.values())]
 
     def _hand_over(self, background: Any, served: Scope) -> None:
         if not self._started and self.scope is not None:
@@ -366,7 +382,7 @@ class Exchange(Request):
         if self._complete_s is None:  # a response that carried nothing we knew of, or went out around us
             self._complete()
             # Is its last byte still to come? Not where its client is gone.
-            self._early = next((runs[0] for runs in self._waiting.values() if runs), None)
+            self._early = next(iter(self._waiting.values()), None)
 
     def _reserve(self, background: Any) -> None:
         """Schedule what a background holds and is not scheduled yet; a task listed twice is two runs."""
@@ -381,29 +397,31 @@ class Exchange(Request):
         self._reserved = (background, size)
         batch, claimed = id(background), dict[int, int]()
         for target in _intercept.leaves(background):
-            known = self._waiting.get(id(target), ())
             count = claimed[id(target)] = claimed.get(id(target), 0) + 1
+            known = self._nth(id(target), count)
             try:
-                run = known[count - 1] if count <= len(known) else self._engine.schedule(self, target)
+                run = self._engine.schedule(self, target) if known is None else known
             except (QueueFull, NotSerializable) as error:
                 self._engine.refused(error)
                 self._refused = {*self._refused, id(target)}
                 continue
             if run is not None:
                 run.batch = batch
-                if count > len(known):
+                if known is None:
                     run.queued_s = self._complete_s
                     self._keep(run)
 
     def _keep(self, run: TaskRun) -> None:
-        _intercept.change = object()
         if self._waiting is _NOTHING:
             self._waiting = {}
+            _intercept.change = object()
         key = id(run.target)
-        if key in self._waiting:
-            self._waiting[key].append(run)
+        if key not in self._waiting:
+            self._waiting[key] = run
+        elif self._twins is _NO_TWINS:
+            self._twins = {key: [run]}
         else:
-            self._waiting[key] = [run]
+            self._twins.setdefault(key, []).append(run)
 
     def _note(self, scope: Scope) -> None:
         self.http_method = scope.get("method")
@@ -444,9 +462,10 @@ class Exchange(Request):
                     self._note(scope)
                     self._reserve(background)
         reason = self._reason(error) if error is not None else self._verdict or "other"
-        stopped_by, waiting, self._waiting = self.stopped_by, self._waiting, _NOTHING
+        stopped_by, waiting = self.stopped_by, self._runs()
+        self._waiting, self._twins = _NOTHING, _NO_TWINS
         owed: list[TaskRun] = []
-        for run in (run for runs in waiting.values() for run in runs):
+        for run in waiting:
             same = stopped_by is not None and stopped_by.batch == run.batch
             if run.plan.run_on_error and not same and reason in _HANDLER_RAISED:
                 owed.append(run)
