@@ -412,6 +412,24 @@ async def test_a_child_task_counts_as_the_run_on_the_standard_loops(anyio_backen
     await _child_blocks()
 
 
+async def test_a_loop_whose_handles_another_library_wraps_is_read_as_before(
+    anyio_backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Profilers put a function of their own around each callback of asyncio's."""
+    if anyio_backend[0] != "asyncio" or anyio_backend[1]:
+        pytest.skip("asyncio's own loop only")
+    run, times = asyncio.Handle._run, 0
+
+    def timed(handle: asyncio.Handle) -> None:
+        nonlocal times
+        times += 1
+        run(handle)
+
+    monkeypatch.setattr(asyncio.Handle, "_run", timed)
+    await _child_blocks()
+    assert times
+
+
 async def _child_blocks() -> None:
     async def parent() -> None:
         async with anyio.create_task_group() as group:
