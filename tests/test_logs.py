@@ -8,12 +8,15 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
 from fastapi import BackgroundTasks, FastAPI, HTTPException
+from hypothesis import given
+from hypothesis import strategies as st
 from opentelemetry.sdk.trace import TracerProvider
 from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
@@ -368,3 +371,11 @@ def test_logging_that_raises_breaks_nothing_and_no_line_is_lost(
     assert {line["event"] for line in told} >= {"task.succeeded", "task.failed", "signal.failed"}
     assert {line["logging_error"] for line in told} == {"RuntimeError"}
     assert registry.get_sample_value("aftertask_self_errors_total", {"component": "aftertask.signals.logs.Logs"})
+
+
+@given(st.floats(0, 4e9, allow_nan=False))
+def test_a_timestamp_is_told_to_the_microsecond(timestamp: float) -> None:
+    """Put together by hand, so it is compared with what Python makes of it."""
+    second = int(timestamp)
+    told = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    assert _log.iso(timestamp) == f"{told}.{int((timestamp - second) * 1e6):06d}Z"

@@ -21,6 +21,7 @@ logger = logging.getLogger("aftertask")
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 _second = (-1, "")
+_DIGITS = tuple(f"{number:03}" for number in range(1000))  # made beforehand: a format takes four times as long
 
 
 def iso(timestamp: float) -> str:
@@ -31,8 +32,8 @@ def iso(timestamp: float) -> str:
     if now != second:
         text = time.strftime("%Y-%m-%dT%H:%M:%S.", time.gmtime(now))
         _second = now, text  # as one: another thread must not see the parts of two seconds
-    # Digits by way of a number with one more in front: a third of what a format takes.
-    return f"{text}{str(int((timestamp - now) * 1e6) + 1_000_000)[1:]}Z"
+    micros = int((timestamp - now) * 1e6)
+    return f"{text}{_DIGITS[micros // 1000]}{_DIGITS[micros % 1000]}Z"
 
 
 def emit(level: str, event: str, *, timestamp: float | None = None, **keys: Any) -> Exception | None:
