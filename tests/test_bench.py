@@ -28,7 +28,7 @@ def test_one_quick_round_prints_the_table_and_the_gates(tmp_path: Path) -> None:
     table, gates = done.stdout.split("Gates\n")
     lines = [line.split() for line in table.splitlines() if line]
     assert tuple(words[0] for words in lines if words[0] in VARIANTS) == VARIANTS
-    assert [line.split()[0] for line in gates.splitlines()].count("--") == 2  # metrics alone, not sampled: not measured
+    assert [line.split()[0] for line in gates.splitlines()].count("--") == 3  # metrics alone, not sampled, policies
     (only,) = json.loads(figures.read_text())["rounds"]
     assert set(only) == set(VARIANTS)
     assert only["ours"]["10"] > only["ours"]["1"] > only["ours"]["0"] > 0

@@ -10,12 +10,12 @@ import threading
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Iterator, MutableMapping
 from contextvars import copy_context
-from types import FrameType
 from typing import Any, TypeVar, cast
 
 from starlette.background import BackgroundTask, BackgroundTasks
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.websockets import WebSocketDisconnect
 
 from . import _clock, _intercept
@@ -69,16 +69,15 @@ class Exchange(Request):
     One request and its response, as the mark in the scope: which runs it scheduled, and what became of them.
 
     Attributes:
-        touched: Whether there ever was a task in this request, so that it must be closed.
-        scope: The scope it marks; None once it is over, or there would be a cycle for each request.
+        scope: Where a response is served or tasks were injected; None before, and once it is over, or there would be a
+            cycle for each request.
         exits: FastAPI's exit stack of the request's dependencies; None where nothing was injected.
     """
 
-    # One of these is made for every request, so what most of them never need is a default of the class.
-    touched = False
+    # What most of them never need is a default of the class.
     exits: object = None
     _container: BackgroundTasks | None = None
-    _served: Scope | None = None
+    scope: Scope | None = None
     _added = 0
     _thread = 0
     _reserved: tuple[Any, int] | None = None
@@ -91,18 +90,25 @@ class Exchange(Request):
     _refused: Collection[int] = ()
     _owed: weakref.ref[_Owed] | None = None
     _away = 0
-    _closing = False
+    _closing: Scope | None = None
     _serving = False
     _early: TaskRun | None = None
 
-    def __init__(self, engine: Engine, scope: Scope) -> None:
-        self._engine = engine
-        self.scope: Scope | None = scope
-        self.context = copy_context()
+    def __init__(self, mark: list[Any]) -> None:
+        self._engine: Engine = mark[_intercept.ENGINE]
+        self.context = mark[_intercept.CONTEXT]
+        self._send: functools.partial[Awaitable[None]] | None = mark[_intercept.SEND]
+        self._over = self.context is None
 
     # --- the response, watched through its messages
 
-    def pass_on(self, send: Send, message: Message) -> Awaitable[None]:
+    def _watch(self) -> None:
+        """From now on the messages on their way out come by `_pass_on`: for most requests they never need to."""
+        if self._send is not None:
+            send, self._send = self._send, None  # which will hold us, and must not be held by us
+            cast(Any, send).__setstate__((self._pass_on, (send.func,), {}, None))
+
+    def _pass_on(self, send: Send, message: Message) -> Awaitable[None]:
         """Send a message, and notice when the response starts and when its last byte is out."""
         kind = message["type"]
         if kind in _STARTS:
@@ -112,7 +118,6 @@ class Exchange(Request):
         return send(message)
 
     async def _start(self, send: Send, message: Message) -> None:
-        self._guarded("response start", self._see_start, sys._getframe(1))
         runs = self._runs()
         if runs:
             for admission in self._engine.admissions:
@@ -123,18 +128,6 @@ class Exchange(Request):
                 message = {**message, "headers": [*message.get("headers", ()), _header(header, value)]}
         self._started = True
         await send(message)
-
-    def _see_start(self, frame: FrameType) -> None:
-        response = _intercept.response_in(frame, self)
-        if response is None:
-            return
-        background = _intercept.background_of(response[0])
-        if background is None or background is not self._container:
-            self.answered()
-        if background is not None:
-            if self.http_method is None:
-                self._note(response[1] or self.scope or {})
-            self._reserve(background)
 
     async def _finish(self, send: Send, message: Message) -> None:
         await send(message)
@@ -153,9 +146,8 @@ class Exchange(Request):
     def inject(self, container: BackgroundTasks, scope: Scope, exits: object) -> None:
         """FastAPI made this container for the request; on `exits` is what its dependencies close."""
         _intercept.install()
-        self.touched = True
         self._container = container
-        self._served = scope
+        self.scope = scope
         self.exits = exits
         self._thread = threading.get_ident()
         _intercept.injected[id(container)] = self
@@ -163,8 +155,8 @@ class Exchange(Request):
     def add(self, container: BackgroundTasks) -> None:
         """A task was added to the injected container: a run is scheduled."""
         try:
-            if self._added == 0 and self._served is not None:
-                self._note(self._served)
+            if self._added == 0 and self.scope is not None:
+                self._note(self.scope)
             run = self._engine.schedule(self, container.tasks[-1])
             if run is None:
                 return
@@ -192,12 +184,24 @@ class Exchange(Request):
         if culprit is not None and culprit.request is self:
             self._engine.tell_hazard(culprit, *_MUTATED)
 
-    def answered(self) -> None:
-        """A response is served while injected tasks wait: if that is for an exception, they will not run for it."""
-        if self._waiting and self._verdict is None:
-            error = sys.exception()
+    def answer(self, response: Response, scope: Scope) -> Any:
+        """A response is served: what its background holds is scheduled. Returns what is to be called in its place."""
+        own = self._guarded("response", self._answer, response, scope)
+        return response if own is None else own
+
+    def _answer(self, response: Response, scope: Scope) -> Any:
+        background = getattr(response, "background", None)
+        if (background is None or background is not self._container) and self._waiting and self._verdict is None:
+            error = sys.exception()  # if the response is for an exception, injected tasks will not run for it
             if error is not None:
                 self._verdict = self._reason(error)
+        own = _intercept.own(response, self, scope)
+        if background is not None and not self._over:
+            self.scope = scope
+            if self.http_method is None:
+                self._note(scope)
+            self._reserve(background)
+        return own
 
     def adopt(self, target: BackgroundTask) -> Awaitable[None] | None:
         """User code runs an injected task itself: a run all the same, without a policy. None: it is none of ours."""
@@ -241,8 +245,8 @@ class Exchange(Request):
             raise
         finally:
             self._away -= 1
-            if self._closing and not self._away:
-                self.close(error)
+            if self._closing is not None and not self._away:
+                self.close(error, self._closing)
             del error  # or there would be a cycle: this frame, the exception, its traceback
 
     async def _serve(self, value: Any, served: Scope) -> None:
@@ -274,6 +278,8 @@ class Exchange(Request):
             _current.set(outer)  # not reset(token): a coroutine may be closed from another context
             for batch_ended in self._engine.batch_ended:
                 self._guarded("end of the batch", batch_ended, self, batch.id)
+            if self._over and self._waiting:  # a response from around us: nobody else is to come
+                self._guarded("end of the request", self._settle, sys.exception(), served)
         if self._owed is not None:  # it was the background of the error response
             await self.compensate()
 
@@ -374,8 +380,8 @@ class Exchange(Request):
         return [*self._waiting.values(), *itertools.chain.from_iterable(self._twins.values())]
 
     def _hand_over(self, background: Any, served: Scope) -> None:
-        if not self._started and self.scope is not None:
-            _intercept.shared = True  # no background was put on a response since the request began, and here is one
+        if not self._over:
+            self.scope = served
         self._note(served)
         self._reserve(background)
         self._serving = True
@@ -393,7 +399,6 @@ class Exchange(Request):
             return
         if self._container is not None and background is not self._container and self._verdict is None:
             self._verdict = "own_background"
-        self.touched = True
         self._reserved = (background, size)
         batch, claimed = id(background), dict[int, int]()
         for target in _intercept.leaves(background):
@@ -414,7 +419,7 @@ class Exchange(Request):
     def _keep(self, run: TaskRun) -> None:
         if self._waiting is _NOTHING:
             self._waiting = {}
-            _intercept.change = object()
+            self._watch()
         key = id(run.target)
         if key not in self._waiting:
             self._waiting[key] = run
@@ -440,27 +445,22 @@ class Exchange(Request):
 
     # --- the end
 
-    def close(self, error: BaseException | None) -> None:
-        """Our `__call__` ends: what still waits will never run, unless its batch goes on elsewhere."""
+    def close(self, error: BaseException | None, scope: Scope) -> None:
+        """Our `__call__` for this scope ends: what still waits will never run, unless its batch goes on elsewhere."""
         if self._away:
-            self._closing = True
+            self._closing = scope
             return
         if self._container is not None:
             _intercept.injected.pop(id(self._container), None)
-        if self._waiting or error is not None:
-            self._guarded("end of the request", self._settle, error)
+        if self._waiting:
+            self._guarded("end of the request", self._settle, error, scope)
+        self._over = True
         # The scope holds us: what may hold the scope must go.
-        self._served = self._container = self._reserved = self.scope = self.exits = None
+        self.scope = self._container = self._reserved = self._closing = self.exits = None
         if self._owed is None:
             self.context = None
 
-    def _settle(self, error: BaseException | None) -> None:
-        if error is not None and self.stopped_by is None:
-            for response, scope in _intercept.responses_in(error):
-                background = _intercept.background_of(response)
-                if scope.get(_intercept.KEY) is self and background is not None:
-                    self._note(scope)
-                    self._reserve(background)
+    def _settle(self, error: BaseException | None, scope: Scope) -> None:
         reason = self._reason(error) if error is not None else self._verdict or "other"
         stopped_by, waiting = self.stopped_by, self._runs()
         self._waiting, self._twins = _NOTHING, _NO_TWINS
@@ -471,9 +471,9 @@ class Exchange(Request):
                 owed.append(run)
             else:
                 self._engine.never_ran(run, reason, stopped_by if same else None)
-        if owed and self.scope is not None:
+        if owed:
             # The scope keeps them, not we: who holds a run holds us, and they must be told when the request is gone.
-            kept = self.scope[f"{_intercept.KEY}.owed"] = _Owed(self._engine, owed, reason)
+            kept = scope[f"{_intercept.KEY}.owed"] = _Owed(self._engine, owed, reason)
             self._owed = weakref.ref(kept)
 
     # --- what is to run although its handler raised

@@ -5,9 +5,9 @@ A background task hangs on a response, which never crosses the ASGI boundary; so
 and four hooks on Starlette's classes, set once per process when the first middleware is built, do nothing but for a
 scope with our mark:
 
-1. `Response.background`, a data descriptor: the response's own code, serving a marked scope, gets something to await
-   that runs the background through us. Everybody else gets the object that was put there.
-2. `BackgroundTask.__call__`: tasks that user code runs inside a task, and responses that the descriptor does not reach.
+1. `__call__` of the response classes: a response that is served in a marked scope, and has a background, is called as
+   something that shares its `__dict__`, and whose `background` is awaited through us. Everybody else has the response.
+2. `BackgroundTask.__call__`: tasks that user code runs inside a task, and what serves a background and is no response.
 3. `BackgroundTasks.__init__`: finds the container that FastAPI injects into a request.
 4. `BackgroundTasks.add_task`: a task added to such a container is scheduled.
 
@@ -17,7 +17,9 @@ No context variable decides whose a task is: under uvicorn a context leaks into 
 
 from __future__ import annotations
 
+import asyncio
 import functools
+import inspect
 import sys
 from collections.abc import Awaitable, Callable, Collection, Iterator, MutableMapping
 from types import FrameType, FunctionType
@@ -32,6 +34,11 @@ from .events import TaskRun, current_run
 
 KEY = "aftertask"
 
+#: A marked scope holds a list under `KEY`: most requests have no task, and nothing is made faster than a list.
+#: Its exchange, None until somebody wants it; the class to make it of; and what that is made from: the app's engine,
+#: the context that the request came in, and the `partial` around `send` by which its messages go out.
+EXCHANGE, MAKE, ENGINE, CONTEXT, SEND = range(5)
+
 #: The framework's own containers, which run what they hold one after another.
 _LOOPS = {("starlette.background", "BackgroundTasks"), ("fastapi.background", "BackgroundTasks")}
 _LOOPS_IN = {module for module, _ in _LOOPS}
@@ -41,7 +48,11 @@ Loop = Callable[[Any], Awaitable[None]]
 
 
 class Exchange(Protocol):
-    """What the mark in a scope holds, as far as the hooks need it."""
+    """One request and its response, as far as the hooks need it."""
+
+    def answer(self, response: Response, scope: Scope) -> Any:
+        """A response is served; returns what is to be called in its place."""
+        ...
 
     def serve(self, value: Any, served: Scope) -> Awaitable[None]:
         """Run a response's background."""
@@ -63,10 +74,6 @@ class Exchange(Protocol):
         """User code runs a task inside a run."""
         ...
 
-    def answered(self) -> None:
-        """A response is served while injected tasks wait."""
-        ...
-
     @property
     def owed(self) -> object:
         """What is to run after the error response; None where nothing is."""
@@ -80,15 +87,19 @@ class Exchange(Protocol):
 #: The containers that FastAPI injected into the requests now in flight, by identity.
 injected: dict[int, Exchange] = {}
 
-#: Another one each time a background is put on a response or a run is kept, in any thread: while it is the one that a
-#: request began with, there is nothing to look for in its messages.
-change = object()
-
 #: How many requests wait for their error response, to run something after it.
 owing = 0
 
-#: Whether a response was ever served that had its background from before the request: then every start is looked at.
-shared = False
+
+def exchange_of(scope: Scope) -> Exchange | None:
+    """The request that this scope belongs to; None where it has no mark."""
+    mark = scope.get(KEY)
+    if mark is None:
+        return None
+    exchange: Exchange | None = mark[EXCHANGE]
+    if exchange is None:
+        exchange = mark[EXCHANGE] = mark[MAKE](mark)
+    return exchange
 
 
 class _Stand:
@@ -231,120 +242,132 @@ def _contrib_tracer(wrapper: Any) -> Any:
     return None
 
 
-def response_in(frame: FrameType | None, exchange: Exchange) -> tuple[Response, Scope | None] | None:
+class _Own:
     """
-    The response of this exchange whose own code is sending, up the stack from `frame`, with its scope.
+    What goes before a response's class in that of what its own code is called with, see `own`.
 
-    The scope is None where the response streams from a task of its own, below ASGI 2.4; what sends to us is ours then.
-    """
-    while frame is not None:
-        code = frame.f_code
-        if code.co_argcount or "self" in code.co_freevars:
-            local = frame.f_locals
-            thing = local.get("self", local.get(code.co_varnames[0]) if code.co_argcount else None)
-            if isinstance(thing, Response):
-                scope = scope_of(frame, thing)
-                return None if scope is not None and scope.get(KEY) is not exchange else (thing, scope)
-        frame = frame.f_back
-    return None
-
-
-def responses_in(error: BaseException) -> Iterator[tuple[Response, Scope]]:
-    """The responses that were being served when this was raised, or what it came from."""
-    seen: set[int] = set()
-    chain: BaseException | None = error
-    while chain is not None and id(chain) not in seen:
-        seen.add(id(chain))
-        trace = chain.__traceback__
-        while trace is not None:
-            # Not ours: reading a frame's locals keeps a copy of them in it, and ours hold the error: a cycle.
-            ours = trace.tb_frame.f_globals.get("__package__") == __package__
-            thing = None if ours else trace.tb_frame.f_locals.get("self")
-            scope = scope_of(trace.tb_frame, thing) if isinstance(thing, Response) else None
-            if scope is not None and id(thing) not in seen:
-                seen.add(id(thing))
-                yield cast(Response, thing), scope
-            trace = trace.tb_next
-        chain = chain.__cause__ or chain.__context__
-
-
-def scope_of(frame: FrameType | None, response: Any) -> Scope | None:
-    """The scope that the response's own code serves, in this frame or its callers; None where it is not its code."""
-    for _ in range(5):
-        if frame is None:
-            return None
-        names, local = frame.f_code.co_varnames, frame.f_locals
-        own = frame.f_code.co_name == "__call__" and frame.f_code.co_argcount > 1
-        if local.get("self", local.get(names[0]) if own else None) is not response:
-            return None
-        scope = local.get("scope", local.get(names[1]) if own else None)
-        if scope is not None:
-            return cast(Scope, scope)
-        frame = frame.f_back
-    return None
-
-
-def background_of(response: Any) -> Any:
-    """What was put on the response, whoever asks."""
-    return None if response._aftertask_none else response.__dict__.get("background")
-
-
-class _Background:
-    """
-    `Response.background`: a task lives in the instance's `__dict__`, as it does without us.
-
-    None, which most responses have, is kept as an attribute of another name: Python keeps an instance whose `__dict__`
-    was asked for in a slower way, and that is more than all the rest that a request without tasks costs.
+    `background` is what there is to await each time that it is read; all else is the response's.
     """
 
-    def __get__(self, response: Any, owner: type) -> Any:
-        if response is not None and response._aftertask_none:
-            return _answered(sys._getframe(1), response) if injected or owing else None
+    __slots__ = ()
+    _aftertask: tuple[Any, Exchange, Scope]
+
+    def __init_subclass__(cls) -> None:
+        """A user's class that keeps a list of its subclasses need not know of ours."""
+
+    @property
+    def background(self) -> Any:
+        response, exchange, scope = self._aftertask
+        value = response.background
+        if value is not None:
+            return Runner(value, functools.partial(exchange.serve, served=scope))
+        return None if exchange.owed is None else Runner(None, lambda nothing: exchange.compensate())
+
+    @background.setter
+    def background(self, value: Any) -> None:
+        self._aftertask[0].background = value
+
+    @background.deleter
+    def background(self) -> None:
+        del self._aftertask[0].background
+
+
+@functools.lru_cache(maxsize=256)
+def _own_class(kind: type) -> tuple[type, bool]:
+    """A class that passes for `kind`, and whether such a response keeps anything outside of its `__dict__`."""
+    names: dict[str, Any] = {"__slots__": ("_aftertask",), "__module__": kind.__module__, "__doc__": kind.__doc__}
+    if hasattr(kind, "__del__"):
+        names["__del__"] = lambda self: None  # the response has its own
+    made = type(kind)(kind.__name__, (_Own, kind), names)
+    made.__qualname__ = kind.__qualname__
+    return made, any(cls.__dict__.get("__slots__") for cls in kind.__mro__)
+
+
+def own(response: Any, exchange: Exchange, scope: Scope) -> Any:
+    """
+    What a response's own code is called with in its place, so that it awaits its background through us.
+
+    It has the response's `__dict__`: what either of them sets, the other has. Everybody else has the response.
+    """
+    kind: type[Any] = type(response)
+    own_class, has_slots = _own_class(kind)  # type: ignore[arg-type]  # a class is hashable
+    made: Any = object.__new__(own_class)
+    object.__setattr__(made, "__dict__", response.__dict__)
+    object.__setattr__(made, "_aftertask", (response, exchange, scope))
+    if has_slots:
+        state: Any = object.__getstate__(response)
+        for name, value in state[1].items() if isinstance(state, tuple) else ():
+            object.__setattr__(made, name, value)
+    return made
+
+
+def _serve(original: Any, response: Any, scope: Scope, *rest: Any) -> Awaitable[None]:
+    """Call a response; where the scope is marked, the request is told, and the response awaits its background by us."""
+    exchange = None if isinstance(response, _Own) else exchange_of(scope)
+    called: Awaitable[None] = original(response if exchange is None else exchange.answer(response, scope), scope, *rest)
+    return called
+
+
+def _hook_response(original: Any) -> Any:
+    """Most responses have no background, and this is all that we do for them."""
+
+    @functools.wraps(original)
+    def __call__(self: Any, scope: Scope, receive: Any, send: Any) -> Awaitable[None]:
         try:
-            value = response.__dict__["background"]
-        except (AttributeError, KeyError):
-            name = f"type object {owner.__name__!r}" if response is None else f"{owner.__name__!r} object"
-            raise AttributeError(f"{name} has no attribute 'background'") from None
-        if value is None:
-            return _answered(sys._getframe(1), response) if injected or owing else None
-        scope = scope_of(sys._getframe(1), response)
-        exchange = None if scope is None else scope.get(KEY)
-        return value if exchange is None else Runner(value, functools.partial(exchange.serve, served=scope))
+            background = self.background
+        except AttributeError:
+            background = None  # its own code will say so
+        if background is None and not injected and not owing:
+            served: Awaitable[None] = original(self, scope, receive, send)  # cast() is a call
+            return served
+        return _serve(original, self, scope, receive, send)
 
-    def __set__(self, response: Any, value: Any) -> None:
-        if value is None:
-            response._aftertask_none = True
-            return
-        response.__dict__["background"] = value
-        response._aftertask_none = False
-        global change
-        change = object()
-
-    def __delete__(self, response: Any) -> None:
-        held = response.__dict__.pop("background", self)
-        if held is self and not response._aftertask_none:
-            raise AttributeError("background")
-        response._aftertask_none = False
+    return _as_coroutine_function(__call__)
 
 
-def _getstate(response: Any) -> Any:
-    """What a response is copied and pickled by: as without us, for it may be read where we are not."""
-    state: Any = object.__getstate__(response)
-    fields, *slots = state if isinstance(state, tuple) else (state,)  # a subclass may have slots
-    fields = {**fields}
-    if fields.pop("_aftertask_none", False):
-        fields["background"] = None
-    return (fields, *slots) if slots else fields
+def _hook_subclass(original: Any) -> Any:
+    """For a class with a `__call__` of its own: it may come to a background only while it is being sent."""
+
+    @functools.wraps(original)
+    def __call__(self: Any, *args: Any, **named: Any) -> Awaitable[None]:
+        if named or len(args) != 3:
+            return cast(Awaitable[None], original(self, *args, **named))
+        return _serve(original, self, *args)
+
+    return _as_coroutine_function(__call__)
 
 
-def _answered(frame: FrameType, response: Any) -> Any:
-    """A response without a background is served: what runs after it all the same, or None."""
-    scope = scope_of(frame, response)
-    exchange: Exchange | None = None if scope is None else scope.get(KEY)
-    if exchange is None:
-        return None
-    exchange.answered()
-    return None if exchange.owed is None else Runner(None, lambda nothing: exchange.compensate())
+def _as_coroutine_function(function: Any) -> Any:
+    """Have it taken for the coroutine function that it stands for; to be one costs a frame for each response."""
+    if sys.version_info >= (3, 12):
+        return inspect.markcoroutinefunction(function)
+    function._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]  # how asyncio marks them
+    return function
+
+
+def _hook_class(kind: type) -> None:
+    call = kind.__dict__.get("__call__")
+    if isinstance(call, FunctionType):
+        hook = _hook_response if kind is Response else _hook_subclass
+        kind.__call__ = hook(call)  # type: ignore[method-assign]  # the hook
+
+
+def _hook_responses() -> None:
+    """All response classes that have a `__call__`, those to come too."""
+    classes, found = {Response}, [Response]
+    while found:
+        new = {*found.pop().__subclasses__()} - classes
+        classes |= new
+        found += new
+    for kind in classes:
+        _hook_class(kind)
+    usual = Response.__dict__.get("__init_subclass__")
+
+    def __init_subclass__(cls: type[Response], /, **named: Any) -> None:
+        (super(Response, cls).__init_subclass__ if usual is None else usual.__get__(None, cls))(**named)
+        _hook_class(cls)
+
+    Response.__init_subclass__ = classmethod(__init_subclass__)  # type: ignore[assignment]  # the hook
 
 
 def _asgi_scope(frame: FrameType | None) -> Scope | None:
@@ -366,7 +389,7 @@ def _hook_call(original: Callable[[Any], Awaitable[None]]) -> Any:
         if run is not None and run.target is self and not run.plan.whole:
             return await original(self)
         scope = _asgi_scope(sys._getframe(1))
-        exchange: Exchange | None = None if scope is None else scope.get(KEY)
+        exchange = None if scope is None else exchange_of(scope)
         if scope is not None and (run is None or cast(Any, run.request) is not exchange):
             # An ASGI callable serves a background: ours if marked, another app's if not.
             return await (original(self) if exchange is None else exchange.serve(self, scope))
@@ -388,8 +411,8 @@ def _hook_init(original: Callable[..., None]) -> Any:
         frame = sys._getframe(1)
         if frame.f_code.co_name == "solve_dependencies":
             local = frame.f_locals
-            scope = getattr(local.get("request"), "scope", None)
-            exchange = scope.get(KEY) if isinstance(scope, dict) else None
+            scope: Any = getattr(local.get("request"), "scope", None)
+            exchange = exchange_of(scope) if isinstance(scope, dict) else None
             if exchange is not None:
                 exchange.inject(self, scope, local.get("async_exit_stack"))
 
@@ -437,9 +460,7 @@ def install() -> None:
         return
     BackgroundTasks.__init__ = _hook_init(BackgroundTasks.__init__)  # type: ignore[method-assign]  # the hook
     BackgroundTasks.add_task = _hook_add_task(BackgroundTasks.add_task)  # type: ignore[method-assign]  # the hook
-    Response._aftertask_none = False  # type: ignore[attr-defined]  # the hook's own
-    Response.__getstate__ = _getstate  # type: ignore[method-assign, assignment]  # goes with it
-    Response.background = _Background()  # type: ignore[assignment]  # the hook
+    _hook_responses()
 
 
 def _shipped(function: Any, modules: Collection[str]) -> bool:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from contextvars import copy_context
+from functools import partial
+from typing import Any
 
 import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import _intercept, _scrape
+from . import _scrape
 from ._exchange import Exchange
+from ._intercept import CONTEXT, EXCHANGE, KEY, install
 from ._route import route_path
 from ._runner import Engine
 from ._shutdown import Supervisor
@@ -58,7 +62,7 @@ class AftertaskMiddleware:
             hazards.attach(self._engine)
         self._metrics_path = settings.metrics_path
         self._excluded = _excluded(settings.exclude)
-        _intercept.install()
+        install()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or the lifespan."""
@@ -70,36 +74,35 @@ class AftertaskMiddleware:
         path = self._metrics_path
         if path is not None and path in scope["path"] and self._is_scrape(scope, path):
             return await _scrape.answer(scope, receive, send, self._settings.registry)
-        outer = scope.get(_intercept.KEY)
+        outer = scope.get(KEY)
         if self._excluded is not None and self._excluded.fullmatch(route_path(scope)):
-            scope[_intercept.KEY] = None
+            scope[KEY] = None
             try:
                 return await self.app(scope, receive, send)
             finally:
-                scope[_intercept.KEY] = outer
-        scope[_intercept.KEY] = exchange = Exchange(engine, scope)
-        before = None if _intercept.shared else _intercept.change
-
-        def watched(message: Message) -> Awaitable[None]:
-            return send(message) if _intercept.change is before else exchange.pass_on(send, message)
-
+                scope[KEY] = outer
+        watched = partial(send)
+        mark: list[Any] = [None, Exchange, engine, copy_context(), watched]
+        scope[KEY] = mark
         try:
             await self.app(scope, receive, watched)
         except BaseException as error:
-            exchange.close(error)
-            if exchange.owed is not None and not (exchange.waits_for_the_answer and "app" in scope):
-                await exchange.compensate()
+            exchange: Exchange | None = mark[EXCHANGE]
+            if exchange is not None:
+                exchange.close(error, scope)
+                if exchange.owed is not None and not (exchange.waits_for_the_answer and "app" in scope):
+                    await exchange.compensate()
             raise
         else:
-            if exchange.touched:
-                exchange.close(None)
+            exchange = mark[EXCHANGE]
+            if exchange is not None:
+                exchange.close(None, scope)
                 if exchange.owed is not None:
                     await exchange.compensate()
-            else:
-                exchange.scope = exchange.context = None
         finally:
+            mark[CONTEXT] = None  # which may hold the scope, and so this mark
             if outer is not None:  # an outermost mark stays: the 500 handler's response is still to come
-                scope[_intercept.KEY] = outer
+                scope[KEY] = outer
 
     def _is_scrape(self, scope: Scope, path: str) -> bool:
         return (

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import uuid
+from contextvars import copy_context
 from datetime import UTC, datetime
 from typing import Any
 
@@ -60,11 +61,17 @@ async def task(*args: Any, **kwargs: Any) -> None:
     """Any task."""
 
 
+def a_request(engine: Engine) -> Exchange:
+    """A request that nobody serves."""
+    return Exchange([None, Exchange, engine, copy_context(), None])
+
+
 def look(args: tuple[Any, ...], kwargs: dict[str, Any], rounds: int = 7, times: int = 20_000) -> float:
     """Microseconds for one look."""
     arguments = Arguments(lambda *told: None)
     engine = Engine(Settings(), [])
-    exchange = Exchange(engine, {"type": "http", "route": None, "fastapi_inner_astack": None})
+    exchange = a_request(engine)
+    exchange.scope = {"type": "http", "route": None, "fastapi_inner_astack": None}
     target = BackgroundTask(task, *args, **kwargs)
     run = TaskRun(engine.plan(target), exchange, target)
     event = Scheduled(run, run.timestamp)
@@ -116,7 +123,7 @@ def _idle_here(loop: str, watched: str, runs: bool, seconds: float) -> None:
             hazards.open()
         if runs:
             engine = Engine(Settings(), [])
-            engine.schedule(Exchange(engine, {"type": "http"}), BackgroundTask(task))
+            engine.schedule(a_request(engine), BackgroundTask(task))
         if loop == "uvicorn":
             server = uvicorn.Server(uvicorn.Config(_answers, port=0, log_level="error", lifespan="off", loop="asyncio"))
             serving = asyncio.create_task(server.serve())

@@ -1,0 +1,243 @@
+"""What a response's own code is called with: it passes for the response in everything but its background."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+import sys
+from collections.abc import AsyncIterator, Callable
+from typing import Any, ClassVar
+
+import pytest
+from prometheus_client import CollectorRegistry
+from starlette.background import BackgroundTask, BackgroundTasks
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from aftertask import AftertaskMiddleware, Scheduled, Settings, _intercept
+from aftertask._exchange import Exchange
+from intercept.driver import LOG, Env, af, answering, drive, sf
+
+pytestmark = pytest.mark.anyio
+
+
+async def out(response: Any, send: Send) -> None:
+    """Send it, by hand."""
+    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+    await send({"type": "http.response.body", "body": response.body})
+
+
+async def test_what_its_own_code_sets_the_response_has_and_the_other_way_round(env: Env) -> None:
+    """They have one `__dict__`; a background that it puts on itself while it is served runs like any other."""
+    kept: list[Any] = []
+
+    class Changing(Response):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            self.seen = kept[0].told
+            await out(self, send)
+            assert self.background is None
+            self.background = BackgroundTasks([BackgroundTask(sf)])
+            assert type(self) is not Changing and isinstance(self, Changing)
+            assert type(self).__name__ == "Changing" and self.__class__.__module__ == __name__
+            await self.background()
+            del self.background
+            assert not hasattr(self, "background")
+
+    async def endpoint(request: Any) -> Response:
+        kept.append(Changing("x"))
+        kept[0].told = "before"
+        return kept[0]
+
+    r = await drive(env.app(endpoint))
+    assert r.exc is None
+    assert kept[0].seen == "before"
+    assert "background" not in vars(kept[0])
+    env.expect("sf", log=["sf"])
+
+
+@pytest.mark.parametrize("background", [af, BackgroundTask(af), lambda: af()])
+async def test_a_background_that_comes_while_the_response_streams_is_run(env: Env, background: Any) -> None:
+    """Of every kind, and everybody else sees what was put there."""
+    kept: list[Any] = []
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"x"
+        kept[0].background = background
+        assert kept[0].background is background
+
+    async def endpoint(request: Any) -> Response:
+        kept.append(StreamingResponse(chunks()))
+        return kept[0]
+
+    r = await drive(env.app(endpoint))
+    assert r.exc is None and r.body == b"x" and LOG == ["af"]
+    assert len(env.names()) == 1
+    assert kept[0].background is background
+
+
+class Slots(Response):
+    """Keeps something outside of its `__dict__`, and has code of its own that reads it."""
+
+    __slots__ = ("__private", "extra")
+
+    def __init__(self, content: str, background: Any = None) -> None:
+        super().__init__(content, background=background)
+        self.extra, self.__private = "extra", "private"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        LOG.append(f"{self.extra} {self.__private}")
+        await out(self, send)
+        if self.background is not None:
+            await self.background()
+
+
+async def test_a_response_with_slots_has_them(env: Env) -> None:
+    """With a background and without, and where one was never set."""
+    await drive(env.app(answering(af, Slots, "x")))
+    await drive(env.app(answering(None, Slots, "x")))
+    env.expect("af", log=["extra private", "af", "extra private"])
+
+
+async def test_a_class_with_a_property_for_its_background_keeps_it(env: Env) -> None:
+    """What it is, is the class's own matter."""
+
+    class Computed(PlainTextResponse):
+        @property
+        def background(self) -> Any:
+            return BackgroundTask(af)
+
+        @background.setter
+        def background(self, value: Any) -> None:
+            LOG.append("set")
+
+    await drive(env.app(answering(None, Computed, "x")))
+    env.expect("af", log=["set", "af"])
+
+
+async def test_nobody_hears_of_the_class_and_nothing_is_finalised_twice(env: Env) -> None:
+    """A class that keeps a list of its subclasses, and one with a `__del__`."""
+
+    class Registered(PlainTextResponse):
+        known: ClassVar[list[str]] = []
+
+        def __init_subclass__(cls, *, name: str, **named: Any) -> None:
+            super().__init_subclass__(**named)
+            cls.known.append(name)
+
+    class Final(Registered, name="final"):
+        def __del__(self) -> None:
+            LOG.append("del")
+
+    await drive(env.app(answering(BackgroundTask(af), Final, "x")))
+    gc.collect()
+    assert Registered.known == ["final"]
+    env.expect("af", log=["af", "del"])
+
+
+async def test_a_call_that_a_subclass_inherits_or_gets_later_is_seen(env: Env) -> None:
+    """Hooked is the class that has it; one that is put there afterwards is called as it is, and its tasks are seen."""
+
+    async def own_call(self: Any, scope: Scope, receive: Receive, send: Send) -> None:
+        await out(self, send)
+        await self.background()
+
+    class Parent(PlainTextResponse):
+        __call__ = own_call
+
+    class Child(Parent):
+        pass
+
+    class Later(PlainTextResponse):
+        pass
+
+    assert Parent.__call__ is not own_call
+    Later.__call__ = own_call  # type: ignore[method-assign]  # the case
+    for kind in (Parent, Child, Later):
+        await drive(env.app(answering(BackgroundTask(af), kind, "x")))
+    env.expect("af", "af", "af", log=["af"] * 3)
+
+
+async def test_it_can_be_called_by_keyword(env: Env) -> None:
+    """Also where the class names its parameters as it likes."""
+
+    class Named(PlainTextResponse):
+        async def __call__(self, s: Any, r: Any, answer: Any) -> None:
+            await super().__call__(s, r, answer)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/named":
+            await Named("x", background=BackgroundTask(sf))(s=scope, r=receive, answer=send)
+        else:
+            await PlainTextResponse("x", background=BackgroundTask(af))(scope=scope, receive=receive, send=send)
+
+    await drive(env.mw(app))
+    await drive(env.mw(app), "/named")
+    env.expect("af", "sf", log=["af", "sf"])
+
+
+@pytest.mark.parametrize("kind", [Response, PlainTextResponse, StreamingResponse])
+async def test_the_call_passes_for_a_coroutine_function(env: Env, kind: type) -> None:
+    """A server asks, where a response is the app."""
+    env.mw(PlainTextResponse("installs the hooks"))
+    looks_so: Callable[[Any], bool] = inspect.iscoroutinefunction
+    if sys.version_info < (3, 12):
+        looks_so = asyncio.iscoroutinefunction
+    assert looks_so(kind.__call__)
+    assert kind.__call__.__qualname__ in ("Response.__call__", "StreamingResponse.__call__")
+
+
+async def test_a_response_under_a_middleware_of_another_task_is_seen_at_its_start(env: Env) -> None:
+    """`BaseHTTPMiddleware` serves it in a task of its own, and sends its messages from another."""
+    order: list[str] = []
+
+    class Layer(BaseHTTPMiddleware):
+        async def dispatch(self, request: Any, call_next: Any) -> Any:
+            response = await call_next(request)
+            order.append(f"layer {len(env.seen.of(Scheduled))}")
+            return response
+
+    async def endpoint(request: Any) -> Response:
+        return PlainTextResponse("ok", background=BackgroundTask(af))
+
+    await drive(env.app(endpoint, middleware=[Middleware(Layer)] * 2))
+    assert order == ["layer 1", "layer 1"]
+    env.expect("af", log=["af"])
+
+
+async def test_an_error_of_ours_leaves_the_response_as_it_is(env: Env, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is served, its tasks run, and the error is told and counted."""
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(_intercept, "own", broken)
+    told: list[str] = []
+    registry = CollectorRegistry()
+    middleware = AftertaskMiddleware(
+        PlainTextResponse("ok", background=BackgroundTask(af)), settings=Settings(registry=registry), signals=[env.seen]
+    )
+    monkeypatch.setattr(middleware._engine, "broken", lambda part, on, error: told.append(f"{on}: {error}"))
+    r = await drive(middleware)
+    assert (r.status, r.body, r.exc) == (200, b"ok", None)
+    assert told == ["response: ours"]
+    env.expect("af", log=["af"])
+
+
+async def test_a_request_without_tasks_makes_nothing(env: Env, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No exchange, and its messages go straight to the server."""
+    made: list[Any] = []
+
+    class Counted(Exchange):
+        def __init__(self, mark: Any) -> None:
+            made.append(mark)
+            super().__init__(mark)
+
+    monkeypatch.setattr("aftertask.middleware.Exchange", Counted)
+    app = env.app(answering(None), answering(BackgroundTask(af)))
+    assert (await drive(app)).body == b"ok"
+    assert made == []
+    await drive(app, "/1")
+    assert len(made) == 1
