@@ -139,6 +139,7 @@ async def test_nobody_hears_of_the_class_and_nothing_is_finalised_twice(env: Env
 
 async def test_a_call_that_a_subclass_inherits_or_gets_later_is_seen(env: Env) -> None:
     """Hooked is the class that has it; one that is put there afterwards is called as it is, and its tasks are seen."""
+    env.mw(PlainTextResponse("installs the hooks"))
 
     async def own_call(self: Any, scope: Scope, receive: Receive, send: Send) -> None:
         await out(self, send)
