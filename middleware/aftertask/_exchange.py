@@ -21,6 +21,7 @@ from starlette.websockets import WebSocketDisconnect
 from . import _clock, _intercept
 from ._batch import Batch
 from ._context import bound_keys
+from ._messages import Message, Send, watch
 from ._route import http_route
 from ._run import _current
 from ._runner import Engine
@@ -30,8 +31,6 @@ from .events import Request, TaskRun, current_run
 T = TypeVar("T")
 
 Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Send = Callable[[Message], Awaitable[None]]
 
 _STARTS = frozenset({"http.response.start", "websocket.http.response.start"})
 _BODIES = frozenset({"http.response.body", "websocket.http.response.body", "http.response.pathsend"})
@@ -93,11 +92,12 @@ class Exchange(Request):
     _closing: Scope | None = None
     _serving = False
     _early: TaskRun | None = None
+    _unwatch: Callable[[], None] | None = None
 
     def __init__(self, mark: list[Any]) -> None:
         self._engine: Engine = mark[_intercept.ENGINE]
         self.context = mark[_intercept.CONTEXT]
-        self._send: functools.partial[Awaitable[None]] | None = mark[_intercept.SEND]
+        self._send: Send | None = mark[_intercept.SEND]
         self._over = self.context is None
 
     # --- the response, watched through its messages
@@ -105,8 +105,7 @@ class Exchange(Request):
     def _watch(self) -> None:
         """From now on the messages on their way out come by `_pass_on`: for most requests they never need to."""
         if self._send is not None:
-            send, self._send = self._send, None  # which will hold us, and must not be held by us
-            cast(Any, send).__setstate__((self._pass_on, (send.func,), {}, None))
+            self._unwatch, self._send = watch(self._send, self._pass_on), None
 
     def _pass_on(self, send: Send, message: Message) -> Awaitable[None]:
         """Send a message, and notice when the response starts and when its last byte is out."""
@@ -447,6 +446,9 @@ class Exchange(Request):
 
     def close(self, error: BaseException | None, scope: Scope) -> None:
         """Our `__call__` for this scope ends: what still waits will never run, unless its batch goes on elsewhere."""
+        if self._unwatch is not None:
+            self._unwatch()
+        self._send = self._unwatch = None  # which hold us, and the server, which may hold the scope
         if self._away:
             self._closing = scope
             return
@@ -492,7 +494,7 @@ class Exchange(Request):
         """Run what is owed, now that the error response is out; nothing comes out of it but what is no Exception."""
         owed, self._owed = self.owed, None
         now = _clock.monotonic()
-        for run in () if owed is None else owed:
+        for run in () if owed is None else owed.take():
             run.origin, run.batch, run.queued_s = "run_on_error", 0, now
             try:
                 if run.plan.governed:
@@ -521,16 +523,20 @@ class _Owed:
 
     def __init__(self, engine: Engine, runs: list[TaskRun], reason: str) -> None:
         self._engine, self._reason = engine, reason
-        self._runs = sorted(runs, key=lambda run: run.priority, reverse=True)
+        self._runs = sorted(runs, key=lambda run: run.priority)[::-1]  # the first is taken from the end
+        self._waits = True
         _intercept.owing += 1
 
-    def __iter__(self) -> Iterator[TaskRun]:
+    def take(self) -> Iterator[TaskRun]:
+        """Each of them, in the order of their priorities: nobody has to look for their error response any more."""
+        if self._waits:
+            self._waits = False
+            _intercept.owing -= 1
         while self._runs:
             yield self._runs.pop()
 
     def __del__(self) -> None:
-        _intercept.owing -= 1
-        for run in self:
+        for run in self.take():
             self._engine.never_ran(run, self._reason, None)
 
 

@@ -36,7 +36,7 @@ KEY = "aftertask"
 
 #: A marked scope holds a list under `KEY`: most requests have no task, and nothing is made faster than a list.
 #: Its exchange, None until somebody wants it; the class to make it of; and what that is made from: the app's engine,
-#: the context that the request came in, and the `partial` around `send` by which its messages go out.
+#: the context that the request came in, and the `send` by which its messages go out (`_messages`).
 EXCHANGE, MAKE, ENGINE, CONTEXT, SEND = range(5)
 
 #: The framework's own containers, which run what they hold one after another.

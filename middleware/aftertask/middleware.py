@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from contextvars import copy_context
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import anyio
@@ -14,7 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import _scrape
 from ._exchange import Exchange
-from ._intercept import CONTEXT, EXCHANGE, KEY, install
+from ._intercept import CONTEXT, EXCHANGE, KEY, SEND, install
+from ._messages import passes_on
 from ._route import route_path
 from ._runner import Engine
 from ._shutdown import Supervisor
@@ -47,6 +49,7 @@ class AftertaskMiddleware:
     ) -> None:
         self.app = app
         self._engine: Engine | None = None
+        self._special = ""  # in a path that has it something else may be to do than to observe
         if disabled():
             return
         settings = Settings.from_env() if settings is None else settings
@@ -60,32 +63,25 @@ class AftertaskMiddleware:
         self._engine = Engine(settings, chosen)
         if hazards is not None:
             hazards.attach(self._engine)
-        self._metrics_path = settings.metrics_path
         self._excluded = _excluded(settings.exclude)
+        if self._excluded is None:
+            self._special = settings.metrics_path or "\0"
+        # A response that can be refused is refused in front of `ServerErrorMiddleware`, which answers in its place.
+        self._passes_on = None if self._engine.admissions else passes_on()
         install()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or the lifespan."""
-        kind, engine = scope["type"], self._engine
-        if engine is None or kind not in ("http", "websocket"):
-            if engine is not None and kind == "lifespan":
-                return await self._live(engine, scope, receive, send)
-            return await self.app(scope, receive, send)
-        path = self._metrics_path
-        if path is not None and path in scope["path"] and self._is_scrape(scope, path):
-            return await _scrape.answer(scope, receive, send, self._settings.registry)
-        outer = scope.get(KEY)
-        if self._excluded is not None and self._excluded.fullmatch(route_path(scope)):
-            scope[KEY] = None
-            try:
-                return await self.app(scope, receive, send)
-            finally:
-                scope[KEY] = outer
-        watched = partial(send)
-        mark: list[Any] = [None, Exchange, engine, copy_context(), watched]
+        if scope["type"] != "http" or self._special in scope["path"] or KEY in scope:
+            served = self._serve_otherwise(scope, receive, send)
+            if served is not None:
+                return await served
+        if type(send) is not FunctionType or send.__code__ is not self._passes_on:
+            send = partial(send)
+        mark: list[Any] = [None, Exchange, self._engine, copy_context(), send]
         scope[KEY] = mark
         try:
-            await self.app(scope, receive, watched)
+            await self.app(scope, receive, send)
         except BaseException as error:
             exchange: Exchange | None = mark[EXCHANGE]
             if exchange is not None:
@@ -100,13 +96,37 @@ class AftertaskMiddleware:
                 if exchange.owed is not None:
                     await exchange.compensate()
         finally:
-            mark[CONTEXT] = None  # which may hold the scope, and so this mark
-            if outer is not None:  # an outermost mark stays: the 500 handler's response is still to come
+            mark[CONTEXT] = mark[SEND] = None  # which may hold the scope, and so this mark
+
+    def _serve_otherwise(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None] | None:
+        """What is not a request to the app in which nobody has marked the scope yet; None where it is one after all."""
+        kind, engine = scope["type"], self._engine
+        if engine is None or kind not in ("http", "websocket", "lifespan"):
+            return self.app(scope, receive, send)
+        if kind == "lifespan":
+            return self._live(engine, scope, receive, send)
+        if self._is_scrape(scope):
+            return _scrape.answer(scope, receive, send, self._settings.registry)
+        if self._excluded is not None and self._excluded.fullmatch(route_path(scope)):
+            return self._under_no_mark(self.app, scope, receive, send)
+        if scope.get(KEY) is not None:
+            return self._under_no_mark(self, scope, receive, send)
+        return None
+
+    async def _under_no_mark(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """The scope is an outer app's again afterwards; an outermost mark stays, for the 500 handler's response."""
+        outer = scope.pop(KEY, None)
+        try:
+            await app(scope, receive, send)
+        finally:
+            if outer is not None:
                 scope[KEY] = outer
 
-    def _is_scrape(self, scope: Scope, path: str) -> bool:
+    def _is_scrape(self, scope: Scope) -> bool:
+        path = self._settings.metrics_path
         return (
-            scope["type"] == "http"
+            path is not None
+            and scope["type"] == "http"
             and scope["method"] in ("GET", "HEAD")
             and route_path(scope) == path
             and not _scrape.is_taken(scope, self.app, path)

@@ -7,6 +7,7 @@ import functools
 import gc
 import pickle
 import time
+import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -725,6 +726,39 @@ async def test_a_request_leaves_no_garbage(env: Env) -> None:
         assert alive() - before < 5  # the worker thread's last call may still be held
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("background", [None, BackgroundTask(af)])
+async def test_a_server_that_holds_the_scope_is_gone_with_its_request(env: Env, background: Any) -> None:
+    """uvicorn sends by a method of what holds the scope: our mark must not keep it, in an app nor around one."""
+
+    class Cycle:
+        """One request, as uvicorn has it."""
+
+        def __init__(self) -> None:
+            self.scope = {"type": "http", "method": "GET", "path": "/", "root_path": "", "headers": []}
+            self.sent: list[str] = []
+
+        async def receive(self) -> dict[str, Any]:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(self, message: Any) -> None:
+            self.sent.append(message["type"])
+
+    for app in env.app(answering(background)), env.mw(PlainTextResponse("x", background=background)):
+        await app(Cycle().scope, Cycle().receive, Cycle().send)
+        gc.collect()
+        gc.disable()
+        try:
+            cycle = Cycle()
+            await app(cycle.scope, cycle.receive, cycle.send)
+            assert cycle.sent == ["http.response.start", "http.response.body"]
+            gone = weakref.ref(cycle)
+            del cycle
+            env.seen.clear()
+            assert gone() is None
+        finally:
+            gc.enable()
 
 
 class Slotted(PlainTextResponse):

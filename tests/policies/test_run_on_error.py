@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from typing import Any
 
@@ -17,7 +18,7 @@ from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 
-from aftertask import Failed, Policy, Retry, Started, Succeeded, task
+from aftertask import Failed, Policy, Retry, Started, Succeeded, _intercept, task
 from aftertask.signals import Tracing
 from aftertask.testing import VirtualClock
 from intercept import driver
@@ -191,6 +192,27 @@ async def test_where_no_error_response_comes_it_is_dropped(env: Env, refund: Any
     del r
     gc.collect()
     assert outcomes(env) == [("refund", "dropped handler_error")]
+
+
+async def test_once_it_has_run_nobody_looks_for_an_error_response(env: Env, refund: Any) -> None:
+    """Not even while the request is still kept; nor where it was cut off, and what is left is told."""
+
+    class Ended(BaseException):
+        """Not contained."""
+
+    @task(name="cut", run_on_error=True)
+    async def cut() -> None:
+        raise Ended
+
+    kept = [await drive(app_with(env, raising(error, refund))) for error in (HTTPException(409), ValueError("x"))]
+    assert [r.status for r in kept] == [409, 500]
+    assert (LOG, _intercept.owing) == (["refund 1"] * 2, 0)
+    env.seen.clear()
+
+    with contextlib.suppress(Ended):
+        await drive(app_with(env, raising(HTTPException(409), cut, refund)))
+    gc.collect()
+    assert (outcomes(env), _intercept.owing) == ([("cut", "cancelled"), ("refund", "dropped http_exception")], 0)
 
 
 async def test_its_span_belongs_to_the_request(env: Env, refund: Any) -> None:
