@@ -37,7 +37,8 @@ ENVIRONMENTS: list[tuple[str, str | None]] = [
 NEEDS = [
     *("aiosmtpd", "standardwebhooks"),
     *("pytest>=9", "pytest-timeout", "pytest-randomly", "hypothesis", "trio", "httpx2", "httpx", "sse-starlette"),
-    *("python-multipart", "opentelemetry-instrumentation-fastapi", "uvicorn", "sqlalchemy", "uvloop"),
+    *("opentelemetry-instrumentation-fastapi", "opentelemetry-instrumentation-starlette"),
+    *("python-multipart", "uvicorn", "sqlalchemy", "uvloop"),
 ]
 
 #: The part of the suite that asks what depends on a version: interception, and the signals on top of it.
