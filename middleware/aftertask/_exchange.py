@@ -9,7 +9,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Iterator, MutableMapping
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from typing import Any, TypeVar, cast
 
 from starlette.background import BackgroundTask, BackgroundTasks
@@ -21,7 +21,7 @@ from starlette.websockets import WebSocketDisconnect
 from . import _clock, _intercept
 from ._batch import Batch
 from ._context import bound_keys
-from ._messages import Message, Send, watch
+from ._messages import Message, Messages, Send
 from ._route import http_route
 from ._run import _current
 from ._runner import Engine
@@ -94,18 +94,20 @@ class Exchange(Request):
     _early: TaskRun | None = None
     _unwatch: Callable[[], None] | None = None
 
-    def __init__(self, mark: list[Any]) -> None:
-        self._engine: Engine = mark[_intercept.ENGINE]
-        self.context = mark[_intercept.CONTEXT]
-        self._send: Send | None = mark[_intercept.SEND]
-        self._over = self.context is None
+    def __init__(self, engine: Engine, messages: Messages, came_with: tuple[Context, Send] | None = None) -> None:
+        self._engine = engine
+        self._messages = messages
+        self._over = came_with is None
+        self._send: Send | None = None
+        if came_with is not None:
+            self.context, self._send = came_with
 
     # --- the response, watched through its messages
 
     def _watch(self) -> None:
         """From now on the messages on their way out come by `_pass_on`: for most requests they never need to."""
         if self._send is not None:
-            self._unwatch, self._send = watch(self._send, self._pass_on), None
+            self._unwatch, self._send = self._messages.watch(self._send, self._pass_on), None
 
     def _pass_on(self, send: Send, message: Message) -> Awaitable[None]:
         """Send a message, and notice when the response starts and when its last byte is out."""
@@ -149,7 +151,7 @@ class Exchange(Request):
         self.scope = scope
         self.exits = exits
         self._thread = threading.get_ident()
-        _intercept.injected[id(container)] = self
+        _intercept.expecting[id(container)] = self
 
     def add(self, container: BackgroundTasks) -> None:
         """A task was added to the injected container: a run is scheduled."""
@@ -444,16 +446,22 @@ class Exchange(Request):
 
     # --- the end
 
-    def close(self, error: BaseException | None, scope: Scope) -> None:
-        """Our `__call__` for this scope ends: what still waits will never run, unless its batch goes on elsewhere."""
+    def close(self, error: BaseException | None, scope: Scope) -> bool:
+        """
+        Our `__call__` for this scope ends: what still waits will never run, unless its batch goes on elsewhere.
+
+        Returns:
+            Whether something is owed that need not wait: `ServerErrorMiddleware` is still to answer from around us
+            where nothing has been sent.
+        """
         if self._unwatch is not None:
             self._unwatch()
         self._send = self._unwatch = None  # which hold us, and the server, which may hold the scope
         if self._away:
             self._closing = scope
-            return
+            return False
         if self._container is not None:
-            _intercept.injected.pop(id(self._container), None)
+            _intercept.expecting.pop(id(self._container), None)
         if self._waiting:
             self._guarded("end of the request", self._settle, error, scope)
         self._over = True
@@ -461,6 +469,8 @@ class Exchange(Request):
         self.scope = self._container = self._reserved = self._closing = self.exits = None
         if self._owed is None:
             self.context = None
+            return False
+        return error is None or self._started or "app" not in scope
 
     def _settle(self, error: BaseException | None, scope: Scope) -> None:
         reason = self._reason(error) if error is not None else self._verdict or "other"
@@ -477,6 +487,7 @@ class Exchange(Request):
             # The scope keeps them, not we: who holds a run holds us, and they must be told when the request is gone.
             kept = scope[f"{_intercept.KEY}.owed"] = _Owed(self._engine, owed, reason)
             self._owed = weakref.ref(kept)
+            _intercept.expecting[id(kept)] = self
 
     # --- what is to run although its handler raised
 
@@ -484,11 +495,6 @@ class Exchange(Request):
     def owed(self) -> _Owed | None:
         """The runs that wait for the error response; None where none does."""
         return None if self._owed is None else self._owed()
-
-    @property
-    def waits_for_the_answer(self) -> bool:
-        """Whether the error response is still to come, from around us: `ServerErrorMiddleware` answers with 500."""
-        return self.owed is not None and not self._started
 
     async def compensate(self) -> None:
         """Run what is owed, now that the error response is out; nothing comes out of it but what is no Exception."""
@@ -524,14 +530,10 @@ class _Owed:
     def __init__(self, engine: Engine, runs: list[TaskRun], reason: str) -> None:
         self._engine, self._reason = engine, reason
         self._runs = sorted(runs, key=lambda run: run.priority)[::-1]  # the first is taken from the end
-        self._waits = True
-        _intercept.owing += 1
 
     def take(self) -> Iterator[TaskRun]:
         """Each of them, in the order of their priorities: nobody has to look for their error response any more."""
-        if self._waits:
-            self._waits = False
-            _intercept.owing -= 1
+        _intercept.expecting.pop(id(self), None)
         while self._runs:
             yield self._runs.pop()
 

@@ -35,9 +35,9 @@ from .events import TaskRun, current_run
 KEY = "aftertask"
 
 #: A marked scope holds a list under `KEY`: most requests have no task, and nothing is made faster than a list.
-#: Its exchange, None until somebody wants it; the class to make it of; and what that is made from: the app's engine,
-#: the context that the request came in, and the `send` by which its messages go out (`_messages`).
-EXCHANGE, MAKE, ENGINE, CONTEXT, SEND = range(5)
+#: Its exchange, None until somebody wants it; what makes it; and until the request is over, what it came with: the
+#: context variables, and the `send` by which its messages go out (`_messages`).
+EXCHANGE, MAKE, CAME_WITH = range(3)
 
 #: The framework's own containers, which run what they hold one after another.
 _LOOPS = {("starlette.background", "BackgroundTasks"), ("fastapi.background", "BackgroundTasks")}
@@ -84,11 +84,9 @@ class Exchange(Protocol):
         ...
 
 
-#: The containers that FastAPI injected into the requests now in flight, by identity.
-injected: dict[int, Exchange] = {}
-
-#: How many requests wait for their error response, to run something after it.
-owing = 0
+#: The requests whose responses are looked at even where they have no background: by the identity of the container that
+#: FastAPI injected, or of what is owed once an error response is out.
+expecting: dict[int, Exchange] = {}
 
 
 def exchange_of(scope: Scope) -> Exchange | None:
@@ -98,7 +96,7 @@ def exchange_of(scope: Scope) -> Exchange | None:
         return None
     exchange: Exchange | None = mark[EXCHANGE]
     if exchange is None:
-        exchange = mark[EXCHANGE] = mark[MAKE](mark)
+        exchange = mark[EXCHANGE] = mark[MAKE](*mark[CAME_WITH:])
     return exchange
 
 
@@ -308,18 +306,16 @@ def _serve(original: Any, response: Any, scope: Scope, *rest: Any) -> Awaitable[
     return called
 
 
-def _hook_response(original: Any) -> Any:
-    """Most responses have no background, and this is all that we do for them."""
+def _hook_response(original: Callable[..., Awaitable[None]]) -> Any:
+    """Most responses have no background, and this is all that we do for them: each step of it counts."""
 
     @functools.wraps(original)
     def __call__(self: Any, scope: Scope, receive: Any, send: Any) -> Awaitable[None]:
         try:
-            background = self.background
+            if self.background is None and not expecting:
+                return original(self, scope, receive, send)
         except AttributeError:
-            background = None  # its own code will say so
-        if background is None and not injected and not owing:
-            served: Awaitable[None] = original(self, scope, receive, send)  # cast() is a call
-            return served
+            pass  # it has none at all, and its own code will say so
         return _serve(original, self, scope, receive, send)
 
     return _as_coroutine_function(__call__)
@@ -395,7 +391,7 @@ def _hook_call(original: Callable[[Any], Awaitable[None]]) -> Any:
             return await (original(self) if exchange is None else exchange.serve(self, scope))
         if run is not None and run.outcome is None:
             return await cast(Exchange, run.request).nest(self, run)
-        for waiting in list(injected.values()):
+        for waiting in list(expecting.values()):
             adopted = waiting.adopt(self)
             if adopted is not None:
                 return await adopted
@@ -423,7 +419,7 @@ def _hook_add_task(original: Callable[..., None]) -> Any:
     @functools.wraps(original)
     def add_task(self: BackgroundTasks, func: Any, *args: Any, **kwargs: Any) -> None:
         original(self, func, *args, **kwargs)
-        exchange = injected.get(id(self))
+        exchange = expecting.get(id(self))
         if exchange is not None:
             exchange.add(self)
 

@@ -11,6 +11,7 @@ from fastapi import BackgroundTasks as Injected
 from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.responses import PlainTextResponse, StreamingResponse
 
@@ -50,7 +51,7 @@ async def test_a_request_without_tasks_has_nothing_of_ours_in_its_way(env: Env) 
     r = await drive(env.app(answering(None), middleware=[Middleware(Before)]))
     assert r.body == b"ok"
     assert (
-        Before.given.__code__ is _messages.passes_on() and Before.given.__module__ == ServerErrorMiddleware.__module__
+        Before.given.__code__ is _messages._passes_on() and Before.given.__module__ == ServerErrorMiddleware.__module__
     )
     assert held(Before.given) is Before.before
 
@@ -118,15 +119,15 @@ def unknown(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr("starlette.applications.ServerErrorMiddleware", request.param)
         monkeypatch.setattr("fastapi.applications.ServerErrorMiddleware", request.param, raising=False)
         monkeypatch.setattr(_messages, "ServerErrorMiddleware", request.param)
-    _messages.passes_on.cache_clear()
+    _messages._passes_on.cache_clear()
     yield request.param
-    _messages.passes_on.cache_clear()
+    _messages._passes_on.cache_clear()
 
 
 @pytest.mark.parametrize("outside", [False, True])
 async def test_the_end_of_a_response_is_seen_whoever_sends_it(env: Env, unknown: Any, outside: bool) -> None:
     """By the cell or, where that is not to be had, by a `partial`; under another middleware, too."""
-    assert (_messages.passes_on() is None) is (unknown is not None)
+    assert (_messages._passes_on() is None) is (unknown is not None)
     env.settings = {"run_ids_header": "x-runs"}
     with VirtualClock() as clock:
 
@@ -150,6 +151,41 @@ async def test_the_end_of_a_response_is_seen_whoever_sends_it(env: Env, unknown:
     assert r.exc is None and r.body == b"xy"
     assert r.header("x-runs") == ", ".join(run.id for run in env.seen.runs())
     assert [event.queue_wait_s for event in env.seen.of(Started)] == [0, 7]
+
+
+async def test_where_the_way_of_some_requests_is_another_they_are_watched_from_then_on(env: Env) -> None:
+    """A middleware around us puts something around the `send` of some: a `partial`, as ours is."""
+    env.settings = {"run_ids_header": "x-runs"}
+
+    async def tagged(tag: str, send: Any, message: Any) -> None:
+        await send({**message, "tag": tag})
+
+    class Tagging:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            posted = scope["method"] == "POST"
+            await self.app(scope, receive, functools.partial(tagged, "x", send) if posted else send)
+
+    app = env.app(answering(BackgroundTask(af)))
+    app.user_middleware.insert(0, Middleware(Tagging))
+    answers = [await drive(app, method=method) for method in ("GET", "POST", "POST", "GET")]
+    assert [r.header("x-runs") is not None for r in answers] == [True, False, True, True]
+    assert [{message.get("tag") for message in r.messages} for r in answers] == [{None}, {"x"}, {"x"}, {None}]
+    env.expect(*["af"] * 4)
+
+
+@pytest.mark.parametrize("background", [None, BackgroundTask(af)])
+async def test_cors_around_us_stays_what_it_is(env: Env, background: Any) -> None:
+    """It sends by a `partial` with arguments; of ours and that one there is but one, with all of them."""
+    env.settings = {"run_ids_header": "x-runs"}
+    app = env.app(answering(background))
+    app.user_middleware.insert(0, Middleware(CORSMiddleware, allow_origins=["*"]))
+    for _ in range(2):
+        r = await drive(app, headers=[(b"origin", b"https://example.org")])
+        assert (r.exc, r.header("access-control-allow-origin")) == (None, "*")
+        assert (r.header("x-runs") is None) is (background is None)
 
 
 async def test_a_response_that_is_not_admitted_is_answered_by_the_apps_own_page(env: Env) -> None:

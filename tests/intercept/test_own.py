@@ -232,9 +232,9 @@ async def test_a_request_without_tasks_makes_nothing(env: Env, monkeypatch: pyte
     made: list[Any] = []
 
     class Counted(Exchange):
-        def __init__(self, mark: Any) -> None:
-            made.append(mark)
-            super().__init__(mark)
+        def __init__(self, *args: Any) -> None:
+            made.append(args)
+            super().__init__(*args)
 
     monkeypatch.setattr("aftertask.middleware.Exchange", Counted)
     app = env.app(answering(None), answering(BackgroundTask(af)))

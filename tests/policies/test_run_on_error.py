@@ -206,13 +206,13 @@ async def test_once_it_has_run_nobody_looks_for_an_error_response(env: Env, refu
 
     kept = [await drive(app_with(env, raising(error, refund))) for error in (HTTPException(409), ValueError("x"))]
     assert [r.status for r in kept] == [409, 500]
-    assert (LOG, _intercept.owing) == (["refund 1"] * 2, 0)
+    assert (LOG, _intercept.expecting) == (["refund 1"] * 2, {})
     env.seen.clear()
 
     with contextlib.suppress(Ended):
         await drive(app_with(env, raising(HTTPException(409), cut, refund)))
     gc.collect()
-    assert (outcomes(env), _intercept.owing) == ([("cut", "cancelled"), ("refund", "dropped http_exception")], 0)
+    assert (outcomes(env), _intercept.expecting) == ([("cut", "cancelled"), ("refund", "dropped http_exception")], {})
 
 
 async def test_its_span_belongs_to_the_request(env: Env, refund: Any) -> None:
