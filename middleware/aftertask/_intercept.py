@@ -34,10 +34,11 @@ from .events import TaskRun, current_run
 
 KEY = "aftertask"
 
-#: A marked scope holds a list under `KEY`: most requests have no task, and nothing is made faster than a list.
-#: Its exchange, None until somebody wants it; what makes it; and until the request is over, what it came with: the
-#: context variables, and the `send` by which its messages go out (`_messages`).
-EXCHANGE, MAKE, CAME_WITH = range(3)
+#: A marked scope holds a list under `KEY`: most requests have no task, and nothing is made faster than a list. Its
+#: exchange, None until somebody wants it; the middleware, which makes it; and while the request lasts, what it came
+#: with: the context variables, and the `send` by which its messages go out (`_messages`). That is nothing (an empty
+#: tuple) as soon as the exchange has it: so one look at it tells whether there is an exchange.
+EXCHANGE, MIDDLEWARE, CAME_WITH = range(3)
 
 #: The framework's own containers, which run what they hold one after another.
 _LOOPS = {("starlette.background", "BackgroundTasks"), ("fastapi.background", "BackgroundTasks")}
@@ -96,7 +97,10 @@ def exchange_of(scope: Scope) -> Exchange | None:
         return None
     exchange: Exchange | None = mark[EXCHANGE]
     if exchange is None:
-        exchange = mark[EXCHANGE] = mark[MAKE](*mark[CAME_WITH:])
+        lasts = len(mark) > CAME_WITH
+        exchange = mark[EXCHANGE] = mark[MIDDLEWARE].exchange(mark[CAME_WITH] if lasts else None)
+        if lasts:
+            mark[CAME_WITH] = ()
     return exchange
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Awaitable, Iterable, Sequence
-from contextvars import copy_context
-from functools import partial
+from contextvars import Context, copy_context
 from typing import Any
 
 import anyio
@@ -14,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import _scrape
 from ._exchange import Exchange
-from ._intercept import CAME_WITH, EXCHANGE, KEY, install
+from ._intercept import EXCHANGE, KEY, install
 from ._messages import Around, Messages
 from ._route import route_path
 from ._runner import Engine
@@ -64,8 +63,11 @@ class AftertaskMiddleware:
             hazards.attach(self._engine)
         self._excluded = _excluded(settings.exclude)
         self._messages = Messages(self._look_closer, refuses=bool(self._engine.admissions))
-        self._make = partial(Exchange, self._engine, self._messages)
         install()
+
+    def exchange(self, came_with: tuple[Context, Send] | None) -> Exchange:
+        """One request and its response; for the hooks. `came_with` is None once the request is over."""
+        return Exchange(self._engine, self._messages, came_with)
 
     def _look_closer(self, at_all: bool) -> None:
         """Whether something else than to observe may be to do at any path, or at those alone that have ours in them."""
@@ -77,21 +79,19 @@ class AftertaskMiddleware:
         if scope["type"] != "http" or self._special in scope["path"] or KEY in scope:
             served = self._serve_otherwise(scope, receive, send)
             if served is not None:
-                return await served
+                await served
+                return
             send = self._messages.around(send) if scope["type"] == "http" else Around(send)
-        mark: list[Any] = [None, self._make, (copy_context(), send)]
+        mark: list[Any] = [None, self, (copy_context(), send)]
         scope[KEY] = mark
         try:
             await self.app(scope, receive, send)
         except BaseException as error:
-            if mark[EXCHANGE] and mark[EXCHANGE].close(error, scope):
+            if not mark.pop() and mark[EXCHANGE].close(error, scope):
                 await mark[EXCHANGE].compensate()
             raise
-        else:
-            if mark[EXCHANGE] and mark[EXCHANGE].close(None, scope):
-                await mark[EXCHANGE].compensate()
-        finally:
-            del mark[CAME_WITH]  # which may hold the scope, and so this mark
+        if not mark.pop() and mark[EXCHANGE].close(None, scope):
+            await mark[EXCHANGE].compensate()
 
     def _serve_otherwise(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None] | None:
         """What is not a request to the app in which nobody has marked the scope yet; None where it is one after all."""
