@@ -31,7 +31,7 @@ LAYERS = [
     {"settings"},
     {"executors", "_gates"},
     {"alerts"},
-    {"_intercept", "_messages", "_dispatch", "_context", "_route", "_redact", "_log", "_frames"},
+    {"_intercept", "_messages", "_weave", "_dispatch", "_context", "_route", "_redact", "_log", "_frames"},
     {"events"},
     {"_run"},
     {"policies", "_failure"},

@@ -7,6 +7,7 @@ scope with our mark:
 
 1. `__call__` of the response classes: a response that is served in a marked scope, and has a background, is called as
    something that shares its `__dict__`, and whose `background` is awaited through us. Everybody else has the response.
+   `Response`'s own has our look woven into it (`_weave`), since every response pays for it.
 2. `BackgroundTask.__call__`: tasks that user code runs inside a task, and what serves a background and is no response.
 3. `BackgroundTasks.__init__`: finds the container that FastAPI injects into a request.
 4. `BackgroundTasks.add_task`: a task added to such a container is scheduled.
@@ -30,6 +31,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from . import _clock
+from ._weave import woven
 from .events import TaskRun, current_run
 
 KEY = "aftertask"
@@ -310,19 +312,22 @@ def _serve(original: Any, response: Any, scope: Scope, *rest: Any) -> Awaitable[
     return called
 
 
-def _hook_response(original: Callable[..., Awaitable[None]]) -> Any:
-    """Most responses have no background, and this is all that we do for them: each step of it counts."""
+#: Most responses have no background, and this is all that we do for them.
+_LOOK = """
+try:
+    background = self.background
+except AttributeError:
+    background = self  # it has none at all, and its own code will say so
+if background is not None or expecting:
+    return await serve(original, self, scope, receive, send)
+"""
 
-    @functools.wraps(original)
-    def __call__(self: Any, scope: Scope, receive: Any, send: Any) -> Awaitable[None]:
-        try:
-            if self.background is None and not expecting:
-                return original(self, scope, receive, send)
-        except AttributeError:
-            pass  # it has none at all, and its own code will say so
-        return _serve(original, self, scope, receive, send)
 
-    return _as_coroutine_function(__call__)
+def _hook_response(original: Any) -> Any:
+    if not _shipped(original, {"starlette.responses"}):
+        return _hook_subclass(original)
+    woven_in = woven(original, _LOOK, original=original, expecting=expecting, serve=_serve)
+    return _hook_subclass(original) if woven_in is None else woven_in
 
 
 def _hook_subclass(original: Any) -> Any:

@@ -76,7 +76,11 @@ class AftertaskMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or the lifespan."""
         # Most requests have no task and pay for what is here: about a fiftieth of a percent for each bytecode.
-        if scope["type"] != "http" or self._special in scope["path"] or KEY in scope:
+        try:
+            is_special = self._special in scope["path"] or KEY in scope
+        except KeyError:
+            is_special = True
+        if is_special:
             served = self._serve_otherwise(scope, receive, send)
             if served is not None:
                 await served
