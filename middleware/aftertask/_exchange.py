@@ -341,21 +341,20 @@ class Exchange(Request):
 
     async def _govern(self, run: TaskRun, batch: Batch) -> None:
         """A run under a policy: what its failure does to the batch is its own."""
-        on_failure, keep = run.plan.on_failure, batch.keep()
-        contained = on_failure == "contain"
+        on_failure = run.plan.on_failure
+        keep = _forget if on_failure == "contain" else batch.keep()
         if not run.plan.governed:
             try:
                 await self._engine.run(run)
             except Exception as raised:
-                if not contained:
-                    keep(raised)
+                keep(raised)
             return
         spawn = None if on_failure == "stop" else batch.spawn
-        error = await self._engine.governor.run(run, spawn, _forget if contained else keep)
+        error = await self._engine.governor.run(run, spawn, keep)
         try:
             if error is not None and on_failure == "stop":
                 raise error
-            if error is not None and not contained:
+            if error is not None:
                 keep(error)
         finally:
             del error  # its traceback holds this frame: there would be a cycle
@@ -499,17 +498,23 @@ class Exchange(Request):
     async def compensate(self) -> None:
         """Run what is owed, now that the error response is out; nothing comes out of it but what is no Exception."""
         owed, self._owed = self.owed, None
-        now = _clock.monotonic()
-        for run in () if owed is None else owed.take():
-            run.origin, run.batch, run.queued_s = "run_on_error", 0, now
+        if owed is not None:
             try:
-                if run.plan.governed:
-                    await self._engine.governor.run(run, None, _forget)
-                else:
-                    await self._engine.run(run)
-            except Exception:
-                pass  # it has been told, and the server has an error to hear of already
+                for run in owed.take():
+                    await self._compensate_by(run)
+            finally:
+                owed.give_up()  # nothing is left, unless this was cut off
         self.context = None
+
+    async def _compensate_by(self, run: TaskRun) -> None:
+        run.origin, run.batch, run.queued_s = "run_on_error", 0, _clock.monotonic()
+        try:
+            if run.plan.governed:
+                await self._engine.governor.run(run, None, _forget)
+            else:
+                await self._engine.run(run)
+        except Exception:
+            pass  # it has been told, and the server has an error to hear of already
 
     def _reason(self, error: BaseException) -> str:
         if not isinstance(error, Exception):
@@ -537,9 +542,13 @@ class _Owed:
         while self._runs:
             yield self._runs.pop()
 
-    def __del__(self) -> None:
+    def give_up(self) -> None:
+        """They will not run."""
         for run in self.take():
             self._engine.never_ran(run, self._reason, None)
+
+    def __del__(self) -> None:
+        self.give_up()
 
 
 def _size(background: Any) -> int:

@@ -73,26 +73,36 @@ class Gate:
 
     def _leave(self, place: Place, *, for_good: bool) -> None:
         with self._lock:
-            self._leaving.append((place, for_good))
-            if not self._busy:
+            if self._busy:
+                self._leaving.append((place, for_good))
+                return
+            self._busy = True
+            self._take_out(place, for_good)
+            self._busy = False
+            if self._leaving:
                 self._let_out()
 
     def _let_out(self) -> None:
         while self._leaving:
             self._busy = True
-            place, for_good = self._leaving.pop()
-            if place.inside:
-                place.inside = False
-                self._next()
-            elif place.entry is not None:
-                place.entry[2] = None
-                place.entry = None
-                self._gone += 1
-                self._sweep()
-            if for_good and place.accepted:
-                place.accepted = False
-                self._accepted -= 1
+            self._take_out(*self._leaving.pop())
             self._busy = False  # in the loop: one that came while it was True is seen by its condition
+
+    def _take_out(self, place: Place, for_good: bool) -> None:
+        if place.inside:
+            place.inside = False
+            if self._queue:
+                self._next()
+            else:
+                self.in_use -= 1
+        elif place.entry is not None:
+            place.entry[2] = None
+            place.entry = None
+            self._gone += 1
+            self._sweep()
+        if for_good and place.accepted:
+            place.accepted = False
+            self._accepted -= 1
 
     def _next(self) -> None:
         while self._queue:

@@ -39,10 +39,9 @@ class Governor:
         self._thread = Thread(self._left_running)
         self._executors: dict[str, Executor] = {"thread": self._thread, "process": Process()}
 
-    @calls_run
-    async def run(self, run: TaskRun, spawn: Spawn | None, settle: Settle) -> Exception | None:
+    def run(self, run: TaskRun, spawn: Spawn | None, settle: Settle) -> Awaitable[Exception | None]:
         """
-        Run a scheduled run to its end.
+        Run a scheduled run to its end, once this is awaited.
 
         Args:
             run: The run.
@@ -58,9 +57,13 @@ class Governor:
         elif plan.executor == "thread" and _counted(plan):
             run.places = (*run.places, SharedPlace())
         late = plan.expires is not None and _left(run, plan.expires) <= 0
-        if (late or not _enter_now(run)) and not await self._in_time(run):
-            return None
-        return await self._attempts(run, spawn, settle)
+        if late or not _enter_now(run):
+            return self._later(run, spawn, settle)
+        return self._attempts(run, spawn, settle)
+
+    @calls_run
+    async def _later(self, run: TaskRun, spawn: Spawn | None, settle: Settle) -> Exception | None:
+        return await self._attempts(run, spawn, settle) if await self._in_time(run) else None
 
     @calls_run
     async def _attempts(self, run: TaskRun, spawn: Spawn | None, settle: Settle) -> Exception | None:

@@ -312,22 +312,30 @@ def _serve(original: Any, response: Any, scope: Scope, *rest: Any) -> Awaitable[
     return called
 
 
-#: Most responses have no background, and this is all that we do for them.
+#: Most responses have no background, and this is all that we do for them: one that has none at all is to say so itself.
 _LOOK = """
 try:
     background = self.background
 except AttributeError:
-    background = self  # it has none at all, and its own code will say so
+    background = self
 if background is not None or expecting:
     return await serve(original, self, scope, receive, send)
 """
 
 
 def _hook_response(original: Any) -> Any:
-    if not _shipped(original, {"starlette.responses"}):
-        return _hook_subclass(original)
-    woven_in = woven(original, _LOOK, original=original, expecting=expecting, serve=_serve)
-    return _hook_subclass(original) if woven_in is None else woven_in
+    if _shipped(original, {"starlette.responses"}):
+        made = woven(original, _LOOK, original=original, expecting=expecting, serve=_serve)
+        if made is not None:
+            return made
+
+    @functools.wraps(original)
+    def __call__(self: Any, scope: Scope, receive: Any, send: Any) -> Awaitable[None]:
+        if getattr(self, "background", self) is None and not expecting:
+            return cast(Awaitable[None], original(self, scope, receive, send))
+        return _serve(original, self, scope, receive, send)
+
+    return _as_coroutine_function(__call__)
 
 
 def _hook_subclass(original: Any) -> Any:

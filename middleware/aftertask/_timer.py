@@ -26,8 +26,10 @@ class Overrun(Exception):
 
 def on_trio() -> bool:
     """Whether this code runs in a task of trio's."""
-    # Another thread may be importing it just now.
-    in_trio_task = getattr(sys.modules.get("trio.lowlevel"), "in_trio_task", None)
+    lowlevel = sys.modules.get("trio.lowlevel")
+    if lowlevel is None:
+        return False
+    in_trio_task = getattr(lowlevel, "in_trio_task", None)  # another thread may be importing it just now
     return in_trio_task is not None and bool(in_trio_task())
 
 
@@ -62,14 +64,14 @@ class _Alarms:
         """Call it at this time of the loop's; returns what takes that back."""
         number = next(self._number)
         self._set[number] = at, function
-        self._ring(loop, at)
+        if at < self._next:
+            self._ring(loop, at)
         return functools.partial(self._set.pop, number, None)
 
     def _ring(self, loop: asyncio.AbstractEventLoop, at: float) -> None:
         # A later timer is left to itself: to be able to cancel it would be to hold on to the loop.
-        if at < self._next:
-            self._next = at
-            loop.call_at(at, self._due, loop, at)
+        self._next = at
+        loop.call_at(at, self._due, loop, at)
 
     def _due(self, loop: asyncio.AbstractEventLoop, at: float) -> None:
         if at != self._next:
@@ -81,24 +83,32 @@ class _Alarms:
             alarm = self._set.pop(number, None)
             if alarm is not None:  # the one before it may have taken it back
                 alarm[1]()
-        if self._set:
-            self._ring(loop, min(due for due, _ in self._set.values()))
+        soonest = min((due for due, _ in self._set.values()), default=math.inf)
+        if soonest < self._next:  # else one that was called has set one
+            self._ring(loop, soonest)
 
 
 _STEP = time.get_clock_info("monotonic").resolution
 
 # A loop is held by what it has to do, not by us.
 _alarms: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Alarms] = weakref.WeakKeyDictionary()
+_last: tuple[Callable[[], asyncio.AbstractEventLoop | None], _Alarms] = (lambda: None), _Alarms()
+
+
+def _alarms_of(loop: asyncio.AbstractEventLoop) -> _Alarms:
+    global _last
+    last, alarms = _last  # as one: another thread may have another loop
+    if last() is not loop:
+        alarms = _alarms.get(loop) or _alarms.setdefault(loop, _Alarms())
+        _last = weakref.ref(loop), alarms
+    return alarms
 
 
 def real_call_later(seconds: float, function: Callable[[], object]) -> Callable[[], object]:
     """Have a function called on this event loop; returns what takes that back."""
     if not on_trio():
         loop = asyncio.get_running_loop()
-        alarms = _alarms.get(loop)
-        if alarms is None:
-            alarms = _alarms[loop] = _Alarms()
-        return alarms.set(loop, loop.time() + seconds, function)
+        return _alarms_of(loop).set(loop, loop.time() + seconds, function)
     scope = anyio.CancelScope()
 
     async def later() -> None:

@@ -17,6 +17,7 @@ from starlette.background import BackgroundTask
 from starlette.responses import Response
 
 from aftertask import _intercept
+from aftertask._exchange import Exchange
 from aftertask._weave import woven
 from intercept.driver import Env, af, answering, drive
 
@@ -138,6 +139,9 @@ async def test_where_nothing_can_be_woven_a_call_goes_around(env: Env, monkeypat
     monkeypatch.setattr(_intercept, "woven", lambda *args, **names: None)
     hook = _intercept._hook_response(Response.__call__.__wrapped__)  # type: ignore[attr-defined]  # the hook has it
     monkeypatch.setattr(Response, "__call__", hook)
+    made: list[Any] = []
+    monkeypatch.setattr("aftertask.middleware.Exchange", lambda *args: made.append(args) or Exchange(*args))
     assert (await drive(env.app(answering(BackgroundTask(af))))).body == b"ok"
     assert (await drive(env.app(answering(None)))).body == b"ok"
+    assert len(made) == 1
     env.expect("af", log=["af"])

@@ -211,7 +211,6 @@ async def test_once_it_has_run_nobody_looks_for_an_error_response(env: Env, refu
 
     with contextlib.suppress(Ended):
         await drive(app_with(env, raising(HTTPException(409), cut, refund)))
-    gc.collect()
     assert (outcomes(env), _intercept.expecting) == ([("cut", "cancelled"), ("refund", "dropped http_exception")], {})
 
 
