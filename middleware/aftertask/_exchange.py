@@ -25,6 +25,7 @@ from ._messages import Message, Messages, Send
 from ._route import http_route
 from ._run import _current
 from ._runner import Engine
+from ._shutdown import Supervisor
 from .errors import NotSerializable, QueueFull
 from .events import Request, TaskRun, current_run
 
@@ -76,6 +77,7 @@ class Exchange(Request):
     # What most of them never need is a default of the class.
     exits: object = None
     _container: BackgroundTasks | None = None
+    _injected: tuple[BackgroundTasks, ...] = ()
     scope: Scope | None = None
     _added = 0
     _thread = 0
@@ -146,8 +148,12 @@ class Exchange(Request):
 
     def inject(self, container: BackgroundTasks, scope: Scope, exits: object) -> None:
         """FastAPI made this container for the request; on `exits` is what its dependencies close."""
+        if self._over:
+            return  # another app serves this scope, after ours has failed
         _intercept.install()
+        self._watch()  # a task may be added only while the response is being sent
         self._container = container
+        self._injected = (*self._injected, container)  # an app that is called again makes another
         self.scope = scope
         self.exits = exits
         self._thread = threading.get_ident()
@@ -191,7 +197,7 @@ class Exchange(Request):
         return response if own is None else own
 
     def _answer(self, response: Response, scope: Scope) -> Any:
-        background = getattr(response, "background", None)
+        background = _intercept.plain(getattr(response, "background", None))
         if (background is None or background is not self._container) and self._waiting and self._verdict is None:
             error = sys.exception()  # if the response is for an exception, injected tasks will not run for it
             if error is not None:
@@ -213,7 +219,10 @@ class Exchange(Request):
         return self._engine.run(run)
 
     def nest(self, target: BackgroundTask, parent: TaskRun) -> Awaitable[None]:
-        """User code runs a task inside a run: a child."""
+        """User code runs a task inside a run: a child, unless it waits to be run anyway."""
+        adopted = self.adopt(target)
+        if adopted is not None:
+            return adopted
         run = self._guarded("child", self._engine.schedule, self, target, parent)
         call = functools.partial(_intercept.inner, target, None if run is None else self._engine.spanned)
         return call() if run is None else self._engine.run(run, call)
@@ -232,9 +241,12 @@ class Exchange(Request):
         """Run a response's background: a framework container's elements one after another, anything else as one run."""
         supervisor = self._engine.supervisor
         if supervisor is not None and supervisor.is_here:
-            self._away += 1  # from now on: the request may end before the batch has begun
-            return supervisor.run(functools.partial(self._elsewhere, value, served))
+            return self._away_from_here(supervisor, value, served)
         return self._serve(value, served)
+
+    async def _away_from_here(self, supervisor: Supervisor, value: Any, served: Scope) -> None:
+        self._away += 1  # from now on: the request may end before the batch has begun
+        await supervisor.run(functools.partial(self._elsewhere, value, served))
 
     async def _elsewhere(self, value: Any, served: Scope) -> None:
         """The same in a task that is not the request's, and that may outlive it."""
@@ -246,9 +258,10 @@ class Exchange(Request):
             raise
         finally:
             self._away -= 1
-            if self._closing is not None and not self._away:
-                self.close(error, self._closing)
+            owes_now = self._closing is not None and not self._away and self.close(error, self._closing)
             del error  # or there would be a cycle: this frame, the exception, its traceback
+            if owes_now:
+                await self.compensate()
 
     async def _serve(self, value: Any, served: Scope) -> None:
         # No local here may be called `scope`: the hooks would take this frame for an ASGI app's.
@@ -312,6 +325,7 @@ class Exchange(Request):
         return self._engine.plan(element).priority if _intercept.loop_of(element) is None else self._sort(element)
 
     def _element(self, element: Any, batch: Batch, muted: bool) -> Awaitable[None]:
+        element = _intercept.plain(element)
         loop = _intercept.loop_of(element)
         return self._one(element, batch) if loop is None else self._each(element, loop, batch, muted)
 
@@ -459,13 +473,14 @@ class Exchange(Request):
         if self._away:
             self._closing = scope
             return False
-        if self._container is not None:
-            _intercept.expecting.pop(id(self._container), None)
+        for container in self._injected:
+            _intercept.expecting.pop(id(container), None)
         if self._waiting:
             self._guarded("end of the request", self._settle, error, scope)
         self._over = True
         # The scope holds us: what may hold the scope must go.
         self.scope = self._container = self._reserved = self._closing = self.exits = None
+        self._injected = ()
         if self._owed is None:
             self.context = None
             return False

@@ -19,6 +19,7 @@ No context variable decides whose a task is: under uvicorn a context leaks into 
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import inspect
 import sys
@@ -134,8 +135,17 @@ class Runner(_Stand):
 
     __slots__ = ()
 
-    def __call__(self) -> Awaitable[None]:
-        return cast(Awaitable[None], self._run(self._value))
+    async def __call__(self) -> None:  # a coroutine function, as what is not is called in a thread
+        await self._run(self._value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """In a copy or a pickle it is what it stands for: that may be read where there is no aftertask."""
+        return copy.copy, (self._value,)
+
+
+def plain(value: Any) -> Any:
+    """What a runner stands for; anything else as it is."""
+    return value._value if type(value) is Runner else value
 
 
 class View(_Stand):
@@ -169,7 +179,7 @@ def leaves(value: Any) -> Iterator[Any]:
             if type(element) is BackgroundTask:
                 yield element
             else:
-                yield from leaves(element)
+                yield from leaves(plain(element))
 
 
 def is_shipped(loop: Loop) -> bool:
@@ -248,7 +258,7 @@ def _contrib_tracer(wrapper: Any) -> Any:
 
 class _Own:
     """
-    What goes before a response's class in that of what its own code is called with, see `own`.
+    What goes before a response's class in that of what the framework's own code is called with, see `own`.
 
     `background` is what there is to await each time that it is read; all else is the response's.
     """
@@ -262,61 +272,119 @@ class _Own:
     @property
     def background(self) -> Any:
         response, exchange, scope = self._aftertask
-        value = response.background
-        if value is not None:
-            return Runner(value, functools.partial(exchange.serve, served=scope))
-        return None if exchange.owed is None else Runner(None, lambda nothing: exchange.compensate())
+        value = plain(response.background)
+        return None if value is None else Runner(value, functools.partial(exchange.serve, served=scope))
 
     @background.setter
     def background(self, value: Any) -> None:
-        self._aftertask[0].background = value
+        self._aftertask[0].background = plain(value)
 
     @background.deleter
     def background(self) -> None:
         del self._aftertask[0].background
 
 
+_SHIPS = frozenset({"starlette", "fastapi", "sse_starlette"})
+_MAKES = frozenset({"__init__", "__init_subclass__", "render", "init_headers"})
+
+
 @functools.lru_cache(maxsize=256)
-def _own_class(kind: type) -> tuple[type, bool]:
-    """A class that passes for `kind`, and whether such a response keeps anything outside of its `__dict__`."""
+def _own_class(kind: type) -> type | None:
+    """
+    A class that passes for `kind` where the framework's own code sends the response; None where the app's code sees it.
+
+    That is code which sends it, in any method but those that only make a response, and what keeps something outside of
+    the `__dict__`.
+    """
+    shipped = [cls for cls in kind.__mro__ if cls.__module__.partition(".")[0] in _SHIPS]
+    sends = {name for cls in shipped for name, value in vars(cls).items() if isinstance(value, FunctionType)} - _MAKES
+    for cls in set(kind.__mro__) - {*shipped, object}:
+        if sends & vars(cls).keys() or vars(cls).get("__slots__"):
+            return None
     names: dict[str, Any] = {"__slots__": ("_aftertask",), "__module__": kind.__module__, "__doc__": kind.__doc__}
     if hasattr(kind, "__del__"):
         names["__del__"] = lambda self: None  # the response has its own
-    made = type(kind)(kind.__name__, (_Own, kind), names)
+    try:
+        made = type(kind)(kind.__name__, (_Own, kind), names)
+    except Exception:  # a base that allows for no slots, a metaclass that wants more
+        return None
     made.__qualname__ = kind.__qualname__
-    return made, any(cls.__dict__.get("__slots__") for cls in kind.__mro__)
+    return made
 
 
 def own(response: Any, exchange: Exchange, scope: Scope) -> Any:
     """
-    What a response's own code is called with in its place, so that it awaits its background through us.
+    What a response's code is called with in its place, so that it awaits its background through us.
 
-    It has the response's `__dict__`: what either of them sets, the other has. Everybody else has the response.
+    The framework's own code gets what has the response's `__dict__`: what either of them sets, the other has. An app's
+    own code gets the response itself, whose background is awaited by a runner until it is sent.
     """
     kind: type[Any] = type(response)
-    own_class, has_slots = _own_class(kind)  # type: ignore[arg-type]  # a class is hashable
+    own_class = _own_class(kind)  # type: ignore[arg-type]  # a class is hashable
+    if own_class is None:
+        _lend(response, exchange, scope)
+        return response
     made: Any = object.__new__(own_class)
     object.__setattr__(made, "__dict__", response.__dict__)
     object.__setattr__(made, "_aftertask", (response, exchange, scope))
-    if has_slots:
-        state: Any = object.__getstate__(response)
-        for name, value in state[1].items() if isinstance(state, tuple) else ():
-            object.__setattr__(made, name, value)
     return made
+
+
+#: How often a response that was lent a runner is being sent, by identity: it may be shared by requests.
+_lent: dict[int, int] = {}
+
+
+def _lend(response: Any, exchange: Exchange, scope: Scope) -> None:
+    attributes = getattr(response, "__dict__", {})
+    value = attributes.get("background")
+    if value is None:
+        return  # it has none, or computes it: a task is seen when it is called
+    _lent[id(response)] = _lent.get(id(response), 0) + 1
+    if type(value) is not Runner:
+
+        def run(value: Any) -> Awaitable[None]:
+            of_caller = _asgi_scope(sys._getframe(2))
+            found = None if of_caller is None else exchange_of(of_caller)
+            return exchange.serve(value, scope) if found is None else found.serve(value, cast(Scope, of_caller))
+
+        attributes["background"] = Runner(value, run)
+
+
+def _take_back(response: Any) -> None:
+    left = _lent.pop(id(response)) - 1
+    if left:
+        _lent[id(response)] = left
+    elif type(response.__dict__.get("background")) is Runner:
+        response.__dict__["background"] = plain(response.__dict__["background"])
 
 
 def _serve(original: Any, response: Any, scope: Scope, *rest: Any) -> Awaitable[None]:
     """Call a response; where the scope is marked, the request is told, and the response awaits its background by us."""
     exchange = None if isinstance(response, _Own) else exchange_of(scope)
-    called: Awaitable[None] = original(response if exchange is None else exchange.answer(response, scope), scope, *rest)
-    return called
+    if exchange is None:
+        return cast(Awaitable[None], original(response, scope, *rest))
+    lent = _lent.get(id(response), 0)
+    in_its_place = exchange.answer(response, scope)
+    is_lent = _lent.get(id(response), 0) > lent
+    called: Awaitable[None] = original(in_its_place, scope, *rest)
+    return _until_sent(called, response if is_lent else None, exchange) if is_lent or exchange.owed else called
 
 
-#: Most responses have no background, and this is all that we do for them: one that has none at all is to say so itself.
+async def _until_sent(called: Awaitable[None], lent: Any, exchange: Exchange) -> None:
+    try:
+        await called
+    finally:
+        if lent is not None:
+            _take_back(lent)
+    if exchange.owed is not None:
+        await exchange.compensate()
+
+
+#: Most responses have no background, and this is all that we do for them: one that cannot tell it is to say so itself.
 _LOOK = """
 try:
     background = self.background
-except AttributeError:
+except Exception:
     background = self
 if background is not None or expecting:
     return await serve(original, self, scope, receive, send)
@@ -331,8 +399,11 @@ def _hook_response(original: Any) -> Any:
 
     @functools.wraps(original)
     def __call__(self: Any, scope: Scope, receive: Any, send: Any) -> Awaitable[None]:
-        if getattr(self, "background", self) is None and not expecting:
-            return cast(Awaitable[None], original(self, scope, receive, send))
+        try:
+            if self.background is None and not expecting:
+                return cast(Awaitable[None], original(self, scope, receive, send))
+        except Exception:
+            pass
         return _serve(original, self, scope, receive, send)
 
     return _as_coroutine_function(__call__)
@@ -435,7 +506,7 @@ def _hook_init(original: Callable[..., None]) -> Any:
 def _hook_add_task(original: Callable[..., None]) -> Any:
     @functools.wraps(original)
     def add_task(self: BackgroundTasks, func: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, func, *args, **kwargs)
+        original(self, plain(func), *args, **kwargs)
         exchange = expecting.get(id(self))
         if exchange is not None:
             exchange.add(self)

@@ -113,13 +113,17 @@ class AftertaskMiddleware:
         return None
 
     async def _under_no_mark(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        """The scope is an outer app's again afterwards; an outermost mark stays, for the 500 handler's response."""
+        """The scope is an outer app's again afterwards, unless something is owed once a 500 handler has answered."""
         outer = scope.pop(KEY, None)
         try:
             await app(scope, receive, send)
-        finally:
-            if outer is not None:
+        except BaseException:
+            inner = scope.get(KEY)
+            if outer is not None and not (inner and inner[EXCHANGE] and inner[EXCHANGE].owed):
                 scope[KEY] = outer
+            raise
+        if outer is not None:
+            scope[KEY] = outer
 
     def _is_scrape(self, scope: Scope) -> bool:
         path = self._settings.metrics_path

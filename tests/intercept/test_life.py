@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
@@ -34,6 +35,7 @@ from aftertask import (
     Succeeded,
     TaskEvent,
     TaskRun,
+    _intercept,
     current_run,
     get_run,
     observe_functions,
@@ -726,6 +728,79 @@ async def test_a_request_leaves_no_garbage(env: Env) -> None:
         assert alive() - before < 5  # the worker thread's last call may still be held
     finally:
         gc.enable()
+
+
+async def test_an_app_that_is_called_again_for_a_request_leaves_nothing_behind(env: Env) -> None:
+    """A middleware inside of ours that tries again: the tasks of the tries that failed are dropped."""
+    tries: list[int] = []
+
+    class Again:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            for _ in range(2):
+                with contextlib.suppress(ConnectionError):
+                    await self.app(scope, receive, send)
+                    break
+
+    async def endpoint(tasks: Injected) -> str:
+        tries.append(1)
+        tasks.add_task(af)
+        if len(tries) % 2:
+            raise ConnectionError
+        return "ok"
+
+    app = app_with(env, endpoint)
+    app.user_middleware.append(Middleware(Again))
+    for _ in range(2):
+        await drive(app)
+        assert _intercept.expecting == {}
+    assert sorted(outcome for _, outcome in outcomes(env)) == ["dropped other", "dropped other", *["succeeded"] * 2]
+
+
+async def test_an_app_without_us_that_serves_the_scope_after_ours_keeps_its_tasks(env: Env) -> None:
+    """What comes once ours has failed is seen as a response from around us, if at all, and always told to its end."""
+    plain = FastAPI()
+
+    @plain.get("/")
+    async def endpoint(tasks: Injected) -> str:
+        tasks.add_task(af)
+        return "ok"
+
+    async def failing(scope: Any, receive: Any, send: Any) -> None:
+        raise LookupError
+
+    ours = env.mw(failing)
+
+    async def root(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await ours(scope, receive, send)
+        except LookupError:
+            await plain(scope, receive, send)
+
+    await drive(root)
+    assert (LOG, _intercept.expecting) == (["af"], {})
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_task_that_comes_while_the_response_streams_knows_that_it_has_started(env: Env, late: bool) -> None:
+    """So a client that goes then is told as gone, as for a task that was there before."""
+
+    async def endpoint(tasks: Injected) -> StreamingResponse:
+        async def chunks() -> Any:
+            yield b"x"
+            if late:
+                tasks.add_task(af)
+            yield b"y"
+
+        if not late:
+            tasks.add_task(af)
+        return StreamingResponse(chunks(), background=tasks)
+
+    r = await drive(app_with(env, endpoint), send_fails_after=2)
+    assert isinstance(r.exc, OSError)
+    assert outcomes(env) == [("af", "dropped client_gone")]
 
 
 @pytest.mark.parametrize("background", [None, BackgroundTask(af)])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import inspect
+import pickle
 import sys
 from collections.abc import AsyncIterator, Callable
 from typing import Any, ClassVar
 
+import anyio
 import pytest
 from prometheus_client import CollectorRegistry
 from starlette.background import BackgroundTask, BackgroundTasks
@@ -30,32 +33,128 @@ async def out(response: Any, send: Send) -> None:
     await send({"type": "http.response.body", "body": response.body})
 
 
-async def test_what_its_own_code_sets_the_response_has_and_the_other_way_round(env: Env) -> None:
-    """They have one `__dict__`; a background that it puts on itself while it is served runs like any other."""
+async def test_an_apps_own_code_is_called_with_the_response_itself(env: Env) -> None:
+    """Of its very class, hashed and kept as ever; a background that it puts on itself while it is sent is seen."""
     kept: list[Any] = []
 
     class Changing(Response):
         async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-            self.seen = kept[0].told
+            assert self is kept[0] and type(self) is Changing
             await out(self, send)
-            assert self.background is None
+            await self.background()
             self.background = BackgroundTasks([BackgroundTask(sf)])
-            assert type(self) is not Changing and isinstance(self, Changing)
-            assert type(self).__name__ == "Changing" and self.__class__.__module__ == __name__
             await self.background()
             del self.background
-            assert not hasattr(self, "background")
 
     async def endpoint(request: Any) -> Response:
-        kept.append(Changing("x"))
-        kept[0].told = "before"
+        kept.append(Changing("x", background=BackgroundTask(af)))
         return kept[0]
 
     r = await drive(env.app(endpoint))
     assert r.exc is None
-    assert kept[0].seen == "before"
     assert "background" not in vars(kept[0])
-    env.expect("sf", log=["sf"])
+    env.expect("af", "sf", log=["af", "sf"])
+
+
+class Reusing(PlainTextResponse):
+    """Does something with its background before it is awaited: what, says `use`."""
+
+    use: ClassVar[Callable[[Any], Any]]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        again = type(self).use(self)
+        if again is not None:
+            await again(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def wraps(response: Any) -> None:
+    """One more task, behind what there was."""
+    tasks = BackgroundTasks()
+    tasks.add_task(response.background)
+    tasks.add_task(sf)
+    response.background = tasks
+
+
+def puts_beside(response: Any) -> None:
+    """The same, in a list."""
+    response.background = BackgroundTasks([response.background, BackgroundTask(sf)])
+
+
+def hands_on(response: Any) -> Any:
+    """Another response has it."""
+    return PlainTextResponse("x", background=response.background)
+
+
+def copies(response: Any) -> None:
+    """A copy without it, to keep, and a pickle."""
+    copied = copy.copy(response)
+    copied.background = None
+    assert pickle.loads(pickle.dumps(copy.copy(response.body))) == b"x"
+    copy.copy(response.background)
+
+
+def saves(response: Any) -> None:
+    """Takes it away and puts it back."""
+    saved = response.background
+    del response.background
+    response.background = saved
+
+
+@pytest.mark.parametrize("spec", ["one", "several", "bare"])
+@pytest.mark.parametrize("use", [wraps, puts_beside, hands_on, copies, saves])
+async def test_own_code_may_do_with_its_background_what_it_likes(env: Env, use: Any, spec: str) -> None:
+    """Whatever it comes to, each task runs, in order, and each run that was scheduled is told once."""
+
+    class Response_(Reusing):
+        pass
+
+    Response_.use = use
+    made = {"one": BackgroundTask(af), "several": BackgroundTasks([BackgroundTask(af)]), "bare": af}[spec]
+    r = await drive(env.app(answering(made, Response_, "x")))
+    assert (r.exc, r.body) == (None, b"x")
+    if (use, spec) == (wraps, "bare"):
+        env.check_accounts()
+        return  # a task is made of what was none, and what that was is told as dropped
+    assert (["af", "sf"] if use in (wraps, puts_beside) else ["af"]) == LOG
+    assert env.names().count("af") == 1
+    assert {run.outcome for run in env.seen.runs()} == {"succeeded"}
+    assert not any("Runner" in run.task for run in env.seen.runs())
+
+
+async def test_requests_that_share_a_response_with_its_own_code_keep_their_runs_apart(env: Env) -> None:
+    """Sent by several at once, each has its own run, and the response is as before afterwards."""
+    gate = anyio.Event()
+
+    class Slow(PlainTextResponse):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            await super().__call__(scope, receive, send)
+
+    async def af_slow() -> None:
+        LOG.append("slow")
+
+    async def slow_send(response: Any, scope: Any, receive: Any, send: Any) -> None:
+        async def waiting(message: Any) -> None:
+            await gate.wait()
+            await send(message)
+
+        await response(scope, receive, waiting)
+
+    shared = Slow("x", background=af_slow)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await slow_send(shared, scope, receive, send)
+
+    under = env.mw(app)
+    async with anyio.create_task_group() as group:
+        for _ in range(5):
+            group.start_soon(drive, under)
+        await anyio.wait_all_tasks_blocked()
+        gate.set()
+    assert shared.background is af_slow
+    assert [run.outcome for run in env.seen.runs()] == ["succeeded"] * 5
+    assert len({run.request for run in env.seen.runs()}) == 5
 
 
 @pytest.mark.parametrize("background", [af, BackgroundTask(af), lambda: af()])

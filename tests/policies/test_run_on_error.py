@@ -194,6 +194,30 @@ async def test_where_no_error_response_comes_it_is_dropped(env: Env, refund: Any
     assert outcomes(env) == [("refund", "dropped handler_error")]
 
 
+@pytest.mark.parametrize("twice", [False, True])
+async def test_under_another_middleware_of_ours(env: Env, refund: Any, twice: bool) -> None:
+    """A mounted app's own, and the same one added twice: the error page is the inner one's."""
+
+    async def endpoint(tasks: Injected) -> None:
+        tasks.add_task(refund)
+        raise ValueError("x")
+
+    inner, outer = app_with(env, endpoint), Env()
+    LOG.clear()
+    app = inner
+    if twice:
+        inner.user_middleware.insert(0, outer.middleware())
+        with pytest.warns(UserWarning, match="added twice"):
+            inner.middleware_stack = inner.build_middleware_stack()
+    else:
+        app = FastAPI()
+        app.user_middleware.insert(0, outer.middleware())
+        app.mount("/in", inner)
+    r = await drive(app, "/" if twice else "/in/")
+    assert r.status == 500
+    assert (LOG, _intercept.expecting) == (["refund 1"], {})
+
+
 async def test_once_it_has_run_nobody_looks_for_an_error_response(env: Env, refund: Any) -> None:
     """Not even while the request is still kept; nor where it was cut off, and what is left is told."""
 

@@ -12,11 +12,12 @@ from typing import Any
 import anyio
 import pytest
 from starlette.background import BackgroundTask, BackgroundTasks
+from starlette.responses import PlainTextResponse
 
 from aftertask import Cancelled, Failed, Scheduled, Skipped, Started
 from aftertask._shutdown import Reporter, Supervisor, reporter
 from aftertask.testing import Recorder
-from intercept.driver import Env, answering, boom, drive, sf
+from intercept.driver import Env, af, answering, boom, drive, sf
 
 pytestmark = pytest.mark.anyio
 
@@ -202,3 +203,21 @@ def http() -> dict[str, Any]:
         "query_string": b"",
         "headers": [],
     }
+
+
+async def test_a_background_that_is_never_started_does_not_keep_its_request_open(env: Env) -> None:
+    """An app's own code makes its awaitable and throws it away: the run is dropped, as without a `drain_timeout`."""
+
+    class Careless(PlainTextResponse):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            made, self.background = self.background, None
+            await super().__call__(scope, receive, send)
+            made().close()
+
+    for timeout in (None, 5):
+        env.settings = {"drain_timeout": timeout}
+        app = env.app(answering(BackgroundTask(af), Careless, "x"))
+        async with lifespan(app):
+            assert (await drive(app)).body == b"x"
+        assert env.seen.outcomes() == [("af", "dropped")]
+        env.seen.clear()
