@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
 
 from live.servers import Server, eventually, free_port, uvicorn
 
@@ -62,6 +63,20 @@ def test_the_app_of_the_readme_is_the_minimal_example() -> None:
         assert line in minimal or line.endswith("...") or line in ("from fastapi import BackgroundTasks, FastAPI",), (
             line
         )
+
+
+def test_the_test_of_the_readme_passes_on_its_app() -> None:
+    """As it stands there, and more than once."""
+    readme = (ROOT / "README.md").read_text()
+    app = re.search(r"```python\n(from aftertask import AftertaskMiddleware\n.*?)```", readme, re.DOTALL)
+    test = re.search(r"```python\n(from aftertask.testing import .*?)```", readme, re.DOTALL)
+    assert app is not None and test is not None
+    space: dict[str, object] = {"__name__": "readme", "TestClient": TestClient}
+    exec(app[1], space)
+    exec(test[1], space)
+    (written,) = (value for name, value in space.items() if name.startswith("test_"))
+    for _ in range(2):
+        written()  # type: ignore[operator]  # the test
 
 
 def test_policies(tmp_path: Path) -> None:

@@ -71,6 +71,14 @@ def test_settings_must_be_settings() -> None:
         AftertaskMiddleware(app, settings={"trace": "none"})  # type: ignore[arg-type]  # the mistake
 
 
+def test_an_argument_that_the_middleware_does_not_take_is_told_with_the_way_out() -> None:
+    """Settings are not given one by one, as other middlewares take theirs."""
+    with pytest.raises(TypeError, match=r"takes no 'metrics_path': it is a setting; write settings=Settings"):
+        AftertaskMiddleware(app, metrics_path="/m")  # type: ignore[call-arg]  # the mistake
+    with pytest.raises(TypeError, match=r"and no 'metric_path'; .* did you mean 'metrics_path'"):
+        AftertaskMiddleware(app, metric_path="/m")  # type: ignore[call-arg]  # the mistake
+
+
 def test_a_registry_that_has_one_of_our_names_is_refused() -> None:
     """Somebody else's family under our name is a clear error, not a half-registered one."""
     registry = CollectorRegistry()
@@ -121,6 +129,7 @@ def test_the_environment_is_read_by_from_env_alone(monkeypatch: pytest.MonkeyPat
         ("AFTERTASK_TRACE", "both", "AFTERTASK_TRACE"),
         ("AFTERTASK_SUCCESS_LOG_RATE", "many", "AFTERTASK_SUCCESS_LOG_RATE='many'"),
         ("AFTERTASK_METRICS_PATH", "metrics", "AFTERTASK_METRICS_PATH"),
+        ("AFTERTASK_THREAD_LIMIT", "none", "AFTERTASK_THREAD_LIMIT='none': must be a whole number"),
     ],
 )
 def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str) -> None:
@@ -129,6 +138,15 @@ def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str, val
     with pytest.raises(ValueError) as caught:
         Settings.from_env()
     assert says in str(caught.value)
+
+
+def test_an_empty_variable_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a compose file gives it where nobody has set it; to switch something off is to write `none`."""
+    for name in ("METRICS_PATH", "TRACE", "THREAD_LIMIT", "SUCCESS_LOG_RATE", "ALERTS", "EXCLUDE"):
+        monkeypatch.setenv(f"AFTERTASK_{name}", "")
+    assert Settings.from_env() == Settings()
+    monkeypatch.setenv("AFTERTASK_METRICS_PATH", "none")
+    assert Settings.from_env().metrics_path is None
 
 
 def test_an_unknown_variable_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

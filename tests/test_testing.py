@@ -6,10 +6,16 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from aftertask import Scheduled, Succeeded
-from aftertask.testing import Recorder, VirtualClock
+from aftertask import AftertaskMiddleware, Scheduled, Settings, Succeeded, TaskEvent
+from aftertask.testing import Recorder, VirtualClock, recorded
 
 ClientFor = Callable[..., TestClient]
 pytest_plugins = ["pytester"]
@@ -67,6 +73,30 @@ def test_a_virtual_clock_stands_still_until_it_is_turned(client_for: ClientFor) 
     assert succeeded.duration_s == 90
     assert succeeded.at.isoformat() == "2027-01-15T08:01:30+00:00"
     assert recorder.runs()[0].at.isoformat() == "2027-01-15T08:00:00+00:00"
+
+
+def test_an_app_as_it_is_can_be_recorded_again_and_again() -> None:
+    """One that was made at import, and has served already; afterwards it tells its own signals again."""
+    seen: list[TaskEvent] = []
+    answer = Route("/", lambda request: PlainTextResponse("x", background=BackgroundTask(ok)))
+    settings = Settings(registry=CollectorRegistry(), run_ids_header="x-runs")
+    app = Starlette(
+        routes=[answer], middleware=[Middleware(AftertaskMiddleware, settings=settings, signals=[seen.append])]
+    )
+    TestClient(app).get("/")
+    for _ in range(2):
+        with recorded(app) as events:
+            assert "x-runs" in TestClient(app).get("/").headers
+        assert events.outcomes() == [("ok", "succeeded")]
+    assert len(seen) == 3
+    TestClient(app).get("/")
+    assert len(seen) == 6
+
+
+def test_an_app_without_the_middleware_cannot_be_recorded() -> None:
+    """Nothing would be."""
+    with pytest.raises(ValueError, match="has no AftertaskMiddleware"), recorded(Starlette()):
+        pass
 
 
 def test_the_fixtures_come_with_the_package(pytester: pytest.Pytester) -> None:

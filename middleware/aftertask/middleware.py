@@ -20,7 +20,7 @@ from ._runner import Engine
 from ._shutdown import Supervisor
 from .events import Signal
 from .hazards import around
-from .settings import Settings, disabled
+from .settings import Settings, disabled, unknown_argument
 from .signals import usual
 
 
@@ -41,6 +41,13 @@ class AftertaskMiddleware:
         TypeError, ValueError: A setting or a signal is not one; the message names it.
         RegistryClash: The registry holds a metric of one of our names that is not ours.
     """
+
+    def __new__(cls, *args: Any, **named: Any) -> AftertaskMiddleware:
+        """Refuse an argument that there is not: the settings are not given one by one."""
+        for name in named:
+            if name not in ("app", "settings", "signals"):
+                raise TypeError(unknown_argument(name))
+        return super().__new__(cls)
 
     def __init__(
         self, app: ASGIApp, *, settings: Settings | None = None, signals: Iterable[Signal] | None = None

@@ -137,7 +137,7 @@ class Settings:
     @classmethod
     def from_env(cls, **overrides: Any) -> Settings:
         """
-        The settings that the `AFTERTASK_*` variables say; keywords win over them.
+        The settings that the `AFTERTASK_*` variables say; keywords win over them, and an empty variable says nothing.
 
         Raises:
             ValueError: A variable's value cannot be understood; the message names the variable.
@@ -149,7 +149,7 @@ class Settings:
             setting = name.removeprefix(PREFIX).lower()
             if setting not in _FROM_TEXT:
                 _warn_unknown(name)
-            elif setting not in overrides:
+            elif setting not in overrides and text.strip():  # an empty one is as if it were not there
                 try:
                     values[setting] = _FROM_TEXT[setting](text)
                 except ValueError as error:
@@ -169,6 +169,13 @@ def unknown_setting(name: str) -> str:
     return f"{name!r} is no setting of aftertask; {hint}"
 
 
+def unknown_argument(name: str) -> str:
+    """What to say of an argument that the middleware does not take."""
+    if name in Settings.__dataclass_fields__:
+        return f"AftertaskMiddleware takes no {name!r}: it is a setting; write settings=Settings({name}=…)"
+    return f"AftertaskMiddleware takes settings= and signals=, and no {name!r}; {unknown_setting(name)}"
+
+
 def disabled() -> bool:
     """Whether `AFTERTASK_DISABLED` says that nothing at all is to be installed."""
     return _truth(os.environ.get("AFTERTASK_DISABLED", ""))
@@ -184,7 +191,7 @@ def _truth(text: str) -> bool:
 
 
 def _nothing(text: str) -> bool:
-    return text.strip().lower() in ("", "none", "null")
+    return text.strip().lower() in ("none", "null")
 
 
 def _optional_text(text: str) -> str | None:
@@ -209,6 +216,13 @@ def _optional_count(text: str) -> int | None:
         raise ValueError("must be a whole number, or none") from None
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("must be a whole number") from None
+
+
 def _list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
@@ -218,7 +232,7 @@ _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "trace": str.strip,
     "on_failure": str.strip,
     "max_waiting": _optional_count,
-    "thread_limit": _optional_count,
+    "thread_limit": _whole,
     "drain_timeout": _optional_number,
     "block_threshold": _optional_number,
     "context": str.strip,

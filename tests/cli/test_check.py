@@ -259,10 +259,49 @@ def test_what_cannot_be_checked_is_refused(folder: Path, arguments: list[str], w
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith(f"aftertask: {word}")
 
 
-def test_a_module_that_fails_shows_its_own_error(folder: Path) -> None:
-    """Not ours."""
-    done = check(folder, "broken:app")
-    assert done.returncode == 1 and "No module named 'nothing_of_that_name'" in done.stderr
+def test_a_module_that_cannot_be_imported_is_told_in_one_line(folder: Path) -> None:
+    """With what was raised and by which of the app's lines; by another code than findings have."""
+    done = check(folder, "broken:app", "--json")
+    assert (done.returncode, done.stdout) == (2, "")
+    said = "'broken' cannot be imported: ModuleNotFoundError: No module named 'nothing_of_that_name' ("
+    assert said in done.stderr and "broken.py:1)" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("metrics_path='/m'", "write settings=Settings(metrics_path=…)"),
+        ("settings={'trace': 'link'}", "settings must be an aftertask.Settings"),
+        ("signals=[print, None]", "a signal must be callable, got None"),
+        ("signals=print", "signals must be a list of signals"),
+    ],
+)
+def test_what_the_middleware_would_refuse_is_found(folder: Path, given: str, says: str) -> None:
+    """The app that was added it would not serve a request."""
+    (folder / "refused.py").write_text(
+        "from fastapi import FastAPI\nfrom aftertask import AftertaskMiddleware\n"
+        f"app = FastAPI()\napp.add_middleware(AftertaskMiddleware, {given})\n"
+    )
+    (one,) = told(folder, "refused:app")["findings"]
+    assert (one["kind"], one["severity"]) == ("settings", "error") and says in one["message"]
+
+
+def test_a_policy_of_no_task_is_noted(folder: Path) -> None:
+    """A typo there is a time limit that somebody believes in."""
+    (folder / "typo.py").write_text(
+        "from fastapi import FastAPI\nfrom aftertask import AftertaskMiddleware, Policy, Settings, task\n"
+        "@task(name='mail.welcome')\ndef welcome(): ...\n"
+        "policies = {name: Policy(timeout=5) for name in ('mail.*', 'mail.welcome', 'mial.*', 'mail.welcom')}\n"
+        "app = FastAPI()\napp.add_middleware(AftertaskMiddleware, settings=Settings(policies=policies))\n"
+    )
+    found = [one["message"] for one in told(folder, "typo:app")["findings"] if one["kind"] == "unused_policy"]
+    assert [message.split("'")[1] for message in found] == ["mial.*", "mail.welcom"]
+
+
+def test_that_it_is_switched_off_is_found(folder: Path) -> None:
+    """Forgotten in production, nobody would notice."""
+    kinds = {one["kind"] for one in told(folder, "good:app", AFTERTASK_DISABLED="1")["findings"]}
+    assert kinds == {"disabled"}
 
 
 def test_a_test_alert_is_sent_on_demand(folder: Path) -> None:

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ import typer
 from .._redact import default_redact
 from ..alerts import send_test
 from ..hazards._app import Finding, Subject, findings
+from ..middleware import AftertaskMiddleware
 from ..policies import Limit, Retry, code_name
 from ..settings import Settings
 from ._output import refusal
@@ -37,7 +39,7 @@ def check(
     """Import an app and tell its settings, its tasks' policies, and what is wrong or risky; code 1 if anything is."""
     if fail_on not in SEVERITIES:
         raise refusal(f"--fail-on must be note, warning or error, got {fail_on!r}")
-    subject = Subject(_load(app, app_dir, factory), workers or int(os.environ.get("WEB_CONCURRENCY") or 1))
+    subject = Subject(_load(app, app_dir, factory), workers or int(os.environ.get("WEB_CONCURRENCY") or 1), _build)
     found = sorted(findings(subject), key=lambda one: (-SEVERITIES.index(one.severity), one.file or "", one.line or 0))
     sent = list(_test_alerts(subject.settings)) if send_test_alert else []
     if as_json:
@@ -56,10 +58,12 @@ def _load(target: str, folder: Path, factory: bool) -> Any:
     sys.path.insert(0, str(folder.resolve()))
     try:
         found: Any = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise
-        raise refusal(f"there is no module {name!r} in {folder.resolve()}; name its folder with --app-dir") from None
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            raise refusal(
+                f"there is no module {name!r} in {folder.resolve()}; name its folder with --app-dir"
+            ) from None
+        raise refusal(f"{name!r} cannot be imported: {_short_error(error, folder)}") from None
     for part in path.split("."):
         found = getattr(found, part, None)
         if found is None:
@@ -71,6 +75,27 @@ def _load(target: str, folder: Path, factory: bool) -> Any:
             f"{target} is no ASGI app but a {type(found).__name__}; a function that makes one needs --factory"
         )
     return found
+
+
+def _short_error(error: Exception, folder: Path) -> str:
+    """What was raised, and by which line of the app."""
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).is_relative_to(folder.resolve())
+    ]
+    place = f" ({_short(own[-1].filename)}:{own[-1].lineno})" if own else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+async def _nowhere(scope: object, receive: object, send: object) -> None:
+    pass
+
+
+def _build(**given: Any) -> object:
+    if given.get("signals") is None:
+        given["signals"] = ()  # the usual ones are for an app that runs
+    return AftertaskMiddleware(_nowhere, **given)
 
 
 # --- what is told

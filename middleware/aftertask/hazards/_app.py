@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import starlette
 from starlette.background import BackgroundTasks
 
 from ..policies import Policy, PolicyBook, code_name, is_async, registered_tasks, registration, unwrap
-from ..settings import Settings
+from ..settings import Settings, disabled
 from ._source import Added, Source, annotated, argument_kinds, place_of
 
 Severity = Literal["note", "warning", "error"]
@@ -54,9 +55,10 @@ class Subject:
     Args:
         app: The ASGI app.
         workers: How many processes will serve it.
+        build: Makes its middleware of the arguments that it was added with, to hear what is wrong with them.
     """
 
-    def __init__(self, app: Any, workers: int = 1) -> None:
+    def __init__(self, app: Any, workers: int = 1, build: Callable[..., object] | None = None) -> None:
         self.app, self.workers, self.source = app, workers, Source()
         self.routes = list(_routes(getattr(app, "routes", None)))
         self.layers = _layers(app)
@@ -65,6 +67,8 @@ class Subject:
         ours = [given for kind, given in self.layers if kind == "AftertaskMiddleware"]
         if ours:
             try:
+                if build is not None:
+                    build(**ours[-1])
                 self.settings = ours[-1].get("settings") or Settings.from_env()
             except (TypeError, ValueError) as error:
                 self.mistake = str(error)
@@ -78,8 +82,8 @@ class Subject:
             for value in list(vars(module).values()) if self.source.module(module.__name__) else ():
                 if registration(value) is not None:
                     self.functions.setdefault(self.name(value), value)
-        named = {entry.name for entry in registered_tasks()} | set(self._book.named)
-        self.tasks = sorted(named | set(self.functions))
+        self.known = {entry.name for entry in registered_tasks()} | set(self.functions)
+        self.tasks = sorted(self.known | set(self._book.named))
 
     def name(self, func: Any) -> str:
         """A task's name."""
@@ -109,6 +113,13 @@ def findings(subject: Subject) -> Iterator[Finding]:
             "error",
             "the app has no AftertaskMiddleware",
             "app.add_middleware(AftertaskMiddleware); a plain ASGI app is wrapped: AftertaskMiddleware(app)",
+        )
+    if disabled():
+        yield Finding(
+            "disabled",
+            "warning",
+            "AFTERTASK_DISABLED is set: nothing is observed, and no policy is in force",
+            "take the variable away",
         )
     yield from _of_app(subject)
     for name, func in sorted(subject.functions.items()):
@@ -152,6 +163,14 @@ def _of_app(subject: Subject) -> Iterator[Finding]:
             "update Starlette to 1.7, or write them as plain ASGI middleware",
         )
     settings = subject.settings
+    for pattern in () if settings is None else settings.policies:
+        if not fnmatch.filter(subject.known, pattern):
+            yield Finding(
+                "unused_policy",
+                "note",
+                f"Settings.policies has {pattern!r}, and no task that is known here is called that",
+                "correct it, unless the task is one that only the running app knows",
+            )
     path = None if settings is None else settings.metrics_path
     if path is not None and any((getattr(route, "path", None) or "").rstrip("/") == path for route in subject.routes):
         yield Finding(

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
 
 from .. import _clock, _timer
 from ..events import Ended, Scheduled, TaskEvent, TaskRun
+from ..middleware import AftertaskMiddleware
 
-__all__ = ["Recorder", "VirtualClock"]
+__all__ = ["Recorder", "VirtualClock", "recorded"]
 
 E = TypeVar("E", bound=TaskEvent)
 _ENDS: tuple[type, ...] = Ended.__args__
@@ -204,3 +208,29 @@ class _Timer:
     at: float
     function: Callable[[], object]
     soon: Callable[[Callable[[], object]], object]
+
+
+@contextlib.contextmanager
+def recorded(app: Starlette) -> Iterator[Recorder]:
+    """
+    Have the `AftertaskMiddleware` of an app tell a recorder, in the place of its signals.
+
+    For a test of an app as it is: `with recorded(app) as events: TestClient(app).post(…)`. Its settings are its own.
+    Requests are to be made inside; afterwards the app is as before.
+
+    Raises:
+        ValueError: The app has no `AftertaskMiddleware`.
+    """
+    recorder = Recorder()
+    layers, stack = app.user_middleware, app.middleware_stack
+    ours = [layer for layer in layers if isinstance(layer.cls, type) and issubclass(layer.cls, AftertaskMiddleware)]
+    if not ours:
+        raise ValueError(f"{app!r} has no AftertaskMiddleware; app.add_middleware(AftertaskMiddleware) comes first")
+    kwargs: dict[str, Any] = {"settings": ours[-1].kwargs.get("settings"), "signals": [recorder]}
+    recording = Middleware(AftertaskMiddleware, **kwargs)
+    app.user_middleware = [recording if layer is ours[-1] else layer for layer in layers]
+    app.middleware_stack = None
+    try:
+        yield recorder
+    finally:
+        app.user_middleware, app.middleware_stack = layers, stack
