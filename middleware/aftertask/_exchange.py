@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.websockets import WebSocketDisconnect
 
-from . import _clock, _intercept
+from . import _clock, _intercept, _mark, _responses
 from ._batch import Batch
 from ._context import bound_keys
 from ._messages import Message, Messages, Send
@@ -157,7 +157,7 @@ class Exchange(Request):
         self.scope = scope
         self.exits = exits
         self._thread = threading.get_ident()
-        _intercept.expecting[id(container)] = self
+        _mark.expecting[id(container)] = self
 
     def add(self, container: BackgroundTasks) -> None:
         """A task was added to the injected container: a run is scheduled."""
@@ -197,12 +197,12 @@ class Exchange(Request):
         return response if own is None else own
 
     def _answer(self, response: Response, scope: Scope) -> Any:
-        background = _intercept.plain(getattr(response, "background", None))
+        background = _responses.plain(getattr(response, "background", None))
         if (background is None or background is not self._container) and self._waiting and self._verdict is None:
             error = sys.exception()  # if the response is for an exception, injected tasks will not run for it
             if error is not None:
                 self._verdict = self._reason(error)
-        own = _intercept.own(response, self, scope)
+        own = _responses.own(response, self, scope)
         if background is not None and not self._over:
             self.scope = scope
             if self.http_method is None:
@@ -302,7 +302,7 @@ class Exchange(Request):
     def _each(self, value: Any, loop: _intercept.Loop, batch: Batch, muted: bool) -> Awaitable[None]:
         if muted and _intercept.is_shipped(loop):
             return self._run_each(value, batch)
-        return loop(_intercept.View(value, functools.partial(self._element, batch=batch, muted=muted)))
+        return loop(_responses.View(value, functools.partial(self._element, batch=batch, muted=muted)))
 
     async def _run_each(self, container: Any, batch: Batch) -> None:
         for element in container.tasks:  # it may grow meanwhile
@@ -325,7 +325,7 @@ class Exchange(Request):
         return self._engine.plan(element).priority if _intercept.loop_of(element) is None else self._sort(element)
 
     def _element(self, element: Any, batch: Batch, muted: bool) -> Awaitable[None]:
-        element = _intercept.plain(element)
+        element = _responses.plain(element)
         loop = _intercept.loop_of(element)
         return self._one(element, batch) if loop is None else self._each(element, loop, batch, muted)
 
@@ -474,7 +474,7 @@ class Exchange(Request):
             self._closing = scope
             return False
         for container in self._injected:
-            _intercept.expecting.pop(id(container), None)
+            _mark.expecting.pop(id(container), None)
         if self._waiting:
             self._guarded("end of the request", self._settle, error, scope)
         self._over = True
@@ -499,9 +499,9 @@ class Exchange(Request):
                 self._engine.never_ran(run, reason, stopped_by if same else None)
         if owed:
             # The scope keeps them, not we: who holds a run holds us, and they must be told when the request is gone.
-            kept = scope[f"{_intercept.KEY}.owed"] = _Owed(self._engine, owed, reason)
+            kept = scope[f"{_mark.KEY}.owed"] = _Owed(self._engine, owed, reason)
             self._owed = weakref.ref(kept)
-            _intercept.expecting[id(kept)] = self
+            _mark.expecting[id(kept)] = self
 
     # --- what is to run although its handler raised
 
@@ -553,7 +553,7 @@ class _Owed:
 
     def take(self) -> Iterator[TaskRun]:
         """Each of them, in the order of their priorities: nobody has to look for their error response any more."""
-        _intercept.expecting.pop(id(self), None)
+        _mark.expecting.pop(id(self), None)
         while self._runs:
             yield self._runs.pop()
 

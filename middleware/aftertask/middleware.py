@@ -13,7 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import _scrape
 from ._exchange import Exchange
-from ._intercept import EXCHANGE, KEY, install
+from ._intercept import install
+from ._mark import EXCHANGE, KEY
 from ._messages import Around, Messages
 from ._route import route_path
 from ._runner import Engine

@@ -20,7 +20,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from aftertask import AftertaskMiddleware, Scheduled, Settings, _intercept
+from aftertask import AftertaskMiddleware, Scheduled, Settings, _responses
 from aftertask._exchange import Exchange
 from intercept.driver import LOG, Env, af, answering, drive, sf
 
@@ -313,7 +313,7 @@ async def test_an_error_of_ours_leaves_the_response_as_it_is(env: Env, monkeypat
     def broken(*args: Any) -> None:
         raise RuntimeError("ours")
 
-    monkeypatch.setattr(_intercept, "own", broken)
+    monkeypatch.setattr(_responses, "own", broken)
     told: list[str] = []
     registry = CollectorRegistry()
     middleware = AftertaskMiddleware(

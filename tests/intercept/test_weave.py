@@ -16,7 +16,7 @@ import pytest
 from starlette.background import BackgroundTask
 from starlette.responses import Response
 
-from aftertask import _intercept
+from aftertask import _responses
 from aftertask._exchange import Exchange
 from aftertask._weave import woven
 from intercept.driver import Env, af, answering, drive
@@ -136,8 +136,8 @@ def test_responses_are_called_by_what_is_woven() -> None:
 async def test_where_nothing_can_be_woven_a_call_goes_around(env: Env, monkeypatch: pytest.MonkeyPatch) -> None:
     """It looks at the same."""
     env.mw(None)
-    monkeypatch.setattr(_intercept, "woven", lambda *args, **names: None)
-    hook = _intercept._hook_response(Response.__call__.__wrapped__)  # type: ignore[attr-defined]  # the hook has it
+    monkeypatch.setattr(_responses, "woven", lambda *args, **names: None)
+    hook = _responses._hook_response(Response.__call__.__wrapped__)  # type: ignore[attr-defined]  # the hook has it
     monkeypatch.setattr(Response, "__call__", hook)
     made: list[Any] = []
     monkeypatch.setattr("aftertask.middleware.Exchange", lambda *args: made.append(args) or Exchange(*args))

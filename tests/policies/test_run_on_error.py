@@ -18,7 +18,7 @@ from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 
-from aftertask import Failed, Policy, Retry, Started, Succeeded, _intercept, task
+from aftertask import Failed, Policy, Retry, Started, Succeeded, _mark, task
 from aftertask.signals import Tracing
 from aftertask.testing import VirtualClock
 from intercept import driver
@@ -215,7 +215,7 @@ async def test_under_another_middleware_of_ours(env: Env, refund: Any, twice: bo
         app.mount("/in", inner)
     r = await drive(app, "/" if twice else "/in/")
     assert r.status == 500
-    assert (LOG, _intercept.expecting) == (["refund 1"], {})
+    assert (LOG, _mark.expecting) == (["refund 1"], {})
 
 
 async def test_once_it_has_run_nobody_looks_for_an_error_response(env: Env, refund: Any) -> None:
@@ -230,12 +230,12 @@ async def test_once_it_has_run_nobody_looks_for_an_error_response(env: Env, refu
 
     kept = [await drive(app_with(env, raising(error, refund))) for error in (HTTPException(409), ValueError("x"))]
     assert [r.status for r in kept] == [409, 500]
-    assert (LOG, _intercept.expecting) == (["refund 1"] * 2, {})
+    assert (LOG, _mark.expecting) == (["refund 1"] * 2, {})
     env.seen.clear()
 
     with contextlib.suppress(Ended):
         await drive(app_with(env, raising(HTTPException(409), cut, refund)))
-    assert (outcomes(env), _intercept.expecting) == ([("cut", "cancelled"), ("refund", "dropped http_exception")], {})
+    assert (outcomes(env), _mark.expecting) == ([("cut", "cancelled"), ("refund", "dropped http_exception")], {})
 
 
 async def test_its_span_belongs_to_the_request(env: Env, refund: Any) -> None:
