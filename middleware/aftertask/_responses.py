@@ -210,11 +210,15 @@ if background is not None or expecting:
 """
 
 
+def _woven(original: Any) -> Any:
+    if not shipped(original, {"starlette.responses"}):
+        return None
+    return woven(original, _LOOK, original=original, expecting=expecting, serve=_serve)
+
+
 def _hook_response(original: Any) -> Any:
-    if shipped(original, {"starlette.responses"}):
-        made = woven(original, _LOOK, original=original, expecting=expecting, serve=_serve)
-        if made is not None:
-            return made
+    if original is _known and _woven_in is not None:
+        return _woven_in
 
     @functools.wraps(original)
     def __call__(self: Any, scope: Scope, receive: Any, send: Any) -> Awaitable[None]:
@@ -276,3 +280,8 @@ def hook_responses() -> None:
 def shipped(function: Any, modules: Collection[str]) -> bool:
     """Whether it is the framework's own function and nobody's wrapper, which may pass for it in name."""
     return type(function) is FunctionType and function.__globals__.get("__name__") in modules
+
+
+# Beforehand, since it reads a file, and the hooks are set on the event loop.
+_known = Response.__dict__["__call__"]
+_woven_in = _woven(_known)

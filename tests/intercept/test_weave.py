@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import linecache
+import subprocess
+import sys
 import textwrap
 import traceback
 from collections.abc import Callable
@@ -132,11 +134,28 @@ def test_responses_are_called_by_what_is_woven() -> None:
     assert textwrap.dedent(inspect.getsource(call)) == textwrap.dedent(inspect.getsource(call.__wrapped__))
 
 
+def test_no_file_is_read_when_the_middleware_is_built() -> None:
+    """Starlette builds it on the event loop, with the first request."""
+    code = """
+import sys
+from aftertask import AftertaskMiddleware, Settings
+from prometheus_client import CollectorRegistry
+from starlette.responses import Response
+read = []
+sys.addaudithook(lambda name, args: read.append(args[0]) if name == "open" else None)
+AftertaskMiddleware(None, settings=Settings(registry=CollectorRegistry()), signals=[])
+assert Response.__call__.__closure__, "the hook is not woven in"
+assert not read, read
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.anyio
 async def test_where_nothing_can_be_woven_a_call_goes_around(env: Env, monkeypatch: pytest.MonkeyPatch) -> None:
     """It looks at the same."""
     env.mw(None)
-    monkeypatch.setattr(_responses, "woven", lambda *args, **names: None)
+    monkeypatch.setattr(_responses, "_woven_in", None)
     hook = _responses._hook_response(Response.__call__.__wrapped__)  # type: ignore[attr-defined]  # the hook has it
     monkeypatch.setattr(Response, "__call__", hook)
     made: list[Any] = []
