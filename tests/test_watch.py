@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import linecache
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from aftertask import AftertaskMiddleware, Policy, Retry, Settings, Slow, Stuck, Succeeded, _watch
+from aftertask import AftertaskMiddleware, Policy, Retry, Settings, Slow, Stuck, Succeeded, _frames, _watch
 from aftertask.alerts import Alert, Alerts
 from aftertask.signals import Logs
 from aftertask.testing import Recorder, VirtualClock
@@ -167,6 +169,16 @@ def test_on_trio_an_async_task_is_told_without_a_stack(recorder: Recorder, busy:
         clock.advance(61)
         (stuck,) = recorder.of(Stuck)
         assert stuck.stack is None
+
+
+def test_a_stack_that_is_told_keeps_no_sources() -> None:
+    """Python would keep every file that a frame of it stands in; what somebody else has read stays."""
+    linecache.clearcache()
+    mine = linecache.getline(__file__, 1)
+    frames = _frames.outwards(sys._getframe())
+    told = _frames.text(frames, str)
+    assert "told = _frames.text(frames, str)" in told
+    assert set(linecache.cache) == {__file__} and mine.startswith('"""Slow')
 
 
 def test_each_attempt_is_told(recorder: Recorder, busy: Busy) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import traceback
 from collections.abc import Callable, Sequence
 from types import CodeType, FrameType
@@ -55,8 +56,12 @@ def text(frames: Sequence[FrameType], redact: Redact) -> str:
     # The outer frames say what the app did, the innermost one what it waits in.
     left_out = max(0, len(frames) - _SHOWN)
     kept = [*frames[: _SHOWN // 2], *frames[len(frames) - _SHOWN // 2 :]] if left_out else frames
+    known = set(linecache.cache)
     told = traceback.StackSummary.extract(((frame, frame.f_lineno or 0) for frame in kept), lookup_lines=True)
     lines = told.format()
+    # Python keeps each source that it has read a line of: megabytes, for a stack that is told once in a while.
+    for name in set(linecache.cache) - known:
+        linecache.cache.pop(name, None)
     if left_out:
         lines.insert(_SHOWN // 2, f"  [{left_out} frames left out]\n")
     return redacted("".join(lines), redact)[:LONGEST_STACK]
