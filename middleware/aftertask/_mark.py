@@ -64,6 +64,12 @@ class Exchange(Protocol):
 expecting: dict[int, Exchange] = {}
 
 
+def is_known(scope: Scope) -> bool:
+    """Whether this scope belongs to a request that has an exchange already."""
+    mark = scope.get(KEY)
+    return mark is not None and mark[EXCHANGE] is not None
+
+
 def exchange_of(scope: Scope) -> Exchange | None:
     """The request that this scope belongs to; None where it has no mark."""
     mark = scope.get(KEY)

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from starlette.responses import Response
 
-from ._mark import Exchange, Scope, asgi_scope, exchange_of, expecting
+from ._mark import Exchange, Scope, asgi_scope, exchange_of, expecting, is_known
 from ._weave import woven
 
 
@@ -185,13 +185,13 @@ def _serve(original: Any, response: Any, scope: Scope, *rest: Any) -> Awaitable[
     lent = _lent.get(id(response), 0)
     in_its_place = exchange.answer(response, scope)
     is_lent = _lent.get(id(response), 0) > lent
-    called: Awaitable[None] = original(in_its_place, scope, *rest)
-    return _until_sent(called, response if is_lent else None, exchange) if is_lent or exchange.owed else called
+    call = functools.partial(original, in_its_place, scope, *rest)
+    return _until_sent(call, response if is_lent else None, exchange) if is_lent or exchange.owed else call()
 
 
-async def _until_sent(called: Awaitable[None], lent: Any, exchange: Exchange) -> None:
+async def _until_sent(call: Callable[[], Awaitable[None]], lent: Any, exchange: Exchange) -> None:
     try:
-        await called
+        await call()
     finally:
         if lent is not None:
             _take_back(lent)
@@ -206,14 +206,21 @@ try:
 except Exception:
     background = self
 if background is not None or expecting:
-    return await serve(original, self, scope, receive, send)
+    return await serve(background, original, self, scope, receive, send)
 """
+
+
+def _serve_plain(background: Any, original: Any, response: Any, scope: Scope, *rest: Any) -> Awaitable[None]:
+    """Call a response that comes to no background while it is sent: others are expected, and maybe not this one's."""
+    if background is None and not is_known(scope):
+        return cast(Awaitable[None], original(response, scope, *rest))
+    return _serve(original, response, scope, *rest)
 
 
 def _woven(original: Any) -> Any:
     if not shipped(original, {"starlette.responses"}):
         return None
-    return woven(original, _LOOK, original=original, expecting=expecting, serve=_serve)
+    return woven(original, _LOOK, original=original, expecting=expecting, serve=_serve_plain)
 
 
 def _hook_response(original: Any) -> Any:
@@ -223,11 +230,12 @@ def _hook_response(original: Any) -> Any:
     @functools.wraps(original)
     def __call__(self: Any, scope: Scope, receive: Any, send: Any) -> Awaitable[None]:
         try:
-            if self.background is None and not expecting:
-                return cast(Awaitable[None], original(self, scope, receive, send))
+            background = self.background
         except Exception:
-            pass
-        return _serve(original, self, scope, receive, send)
+            background = self
+        if background is None and not expecting:
+            return cast(Awaitable[None], original(self, scope, receive, send))
+        return _serve_plain(background, original, self, scope, receive, send)
 
     return _as_coroutine_function(__call__)
 

@@ -20,7 +20,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from aftertask import AftertaskMiddleware, Scheduled, Settings, _responses
+from aftertask import AftertaskMiddleware, Scheduled, Settings, _mark, _responses
 from aftertask._exchange import Exchange
 from intercept.driver import LOG, Env, af, answering, drive, sf
 
@@ -337,6 +337,8 @@ async def test_a_request_without_tasks_makes_nothing(env: Env, monkeypatch: pyte
 
     monkeypatch.setattr("aftertask.middleware.Exchange", Counted)
     app = env.app(answering(None), answering(BackgroundTask(af)))
+    assert (await drive(app)).body == b"ok"
+    monkeypatch.setitem(_mark.expecting, 0, object())  # as while another request has tasks to run
     assert (await drive(app)).body == b"ok"
     assert made == []
     await drive(app, "/1")
