@@ -515,14 +515,15 @@ class Exchange(Request):
         owed, self._owed = self.owed, None
         if owed is not None:
             try:
+                now = _clock.monotonic()
                 for run in owed.take():
+                    run.origin, run.batch, run.queued_s = "run_on_error", 0, now
                     await self._compensate_by(run)
             finally:
                 owed.give_up()  # nothing is left, unless this was cut off
         self.context = None
 
     async def _compensate_by(self, run: TaskRun) -> None:
-        run.origin, run.batch, run.queued_s = "run_on_error", 0, _clock.monotonic()
         try:
             if run.plan.governed:
                 await self._engine.governor.run(run, None, _forget)

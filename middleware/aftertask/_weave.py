@@ -1,8 +1,8 @@
 """
 A few statements put in front of a function's own, where a call around it would cost too much.
 
-What goes around `Response.__call__` is paid for by every response, with a task or without, and a call in Python is
-nearly one per cent of a request. So the function is compiled anew, from its own source, with our look in front.
+What goes around `Response.__call__` is paid for by every response, with a task or without, and a call is a good part of
+what a request without tasks may cost. So the function is compiled anew, from its own source, with our look in front.
 """
 
 from __future__ import annotations

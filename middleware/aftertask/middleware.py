@@ -83,7 +83,7 @@ class AftertaskMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or the lifespan."""
-        # Most requests have no task and pay for what is here: about a fiftieth of a percent for each bytecode.
+        # Most requests have no task and pay for each bytecode here (docs/performance.md).
         try:
             is_special = self._special in scope["path"] or KEY in scope
         except KeyError:

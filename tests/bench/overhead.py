@@ -380,7 +380,7 @@ class Driver:
         return (time.process_time_ns() - start) / requests / 1000
 
     def drive(self, path: str, requests: int) -> None:
-        """Serve requests and flush the spans they made: to flush nothing takes as long as half a request, all cold."""
+        """Serve requests and flush the spans they made: to flush nothing takes its time, too, with all caches cold."""
         self.runner.run(burst(self.subject.app, path, requests, self.parent))
         if path != "/0" or self.subject.traces_requests:
             self.subject.flush()

@@ -218,6 +218,21 @@ async def test_under_another_middleware_of_ours(env: Env, refund: Any, twice: bo
     assert (LOG, _mark.expecting) == (["refund 1"], {})
 
 
+async def test_a_siblings_time_is_part_of_the_wait(env: Env) -> None:
+    """They are queued together, once the error response is out, and run one after the other in their order."""
+    with VirtualClock() as clock:
+
+        @task(name="first", run_on_error=True)
+        async def first() -> None:
+            clock.advance(7)
+
+        @task(name="second", run_on_error=True)
+        async def second() -> None: ...
+
+        await drive(app_with(env, raising(HTTPException(409), first, second)))
+    assert [(event.run.task, event.queue_wait_s) for event in env.seen.of(Started)] == [("first", 0), ("second", 7)]
+
+
 async def test_once_it_has_run_nobody_looks_for_an_error_response(env: Env, refund: Any) -> None:
     """Not even while the request is still kept; nor where it was cut off, and what is left is told."""
 
