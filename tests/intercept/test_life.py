@@ -365,24 +365,29 @@ async def test_a_run_of_a_response_exists_from_its_start_on(env: Env, spec: str)
     assert env.seen.runs()[0].http_route == "/"
 
 
+def slow_stream(clock: VirtualClock) -> Callable[..., Any]:
+    """An endpoint whose response streams for 50 seconds, and whose first task takes 7, which the second waits."""
+
+    async def chunks() -> Any:
+        yield b"x"
+        clock.advance(50)
+        yield b"y"
+
+    async def slow() -> None:
+        clock.advance(7)
+
+    async def endpoint(tasks: Injected) -> StreamingResponse:
+        tasks.add_task(slow)
+        tasks.add_task(af)
+        return StreamingResponse(chunks())
+
+    return endpoint
+
+
 async def test_the_wait_begins_when_the_response_is_sent(env: Env) -> None:
     """A long stream is no time in the queue; a sibling's run time is."""
     with VirtualClock() as clock:
-
-        async def chunks() -> Any:
-            yield b"x"
-            clock.advance(50)
-            yield b"y"
-
-        async def slow() -> None:
-            clock.advance(7)
-
-        async def endpoint(tasks: Injected) -> StreamingResponse:
-            tasks.add_task(slow)
-            tasks.add_task(af)
-            return StreamingResponse(chunks())
-
-        await drive(app_with(env, endpoint))
+        await drive(app_with(env, slow_stream(clock)))
     assert [event.queue_wait_s for event in env.seen.of(Started)] == [0, 7]
 
 

@@ -13,12 +13,12 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
-from starlette.responses import PlainTextResponse, StreamingResponse
+from starlette.responses import PlainTextResponse
 
 from aftertask import Started, _messages
 from aftertask.testing import VirtualClock
 from intercept.driver import LOG, Env, af, answering, drive, sf
-from intercept.test_life import app_with, outcomes
+from intercept.test_life import app_with, outcomes, slow_stream
 
 pytestmark = pytest.mark.anyio
 
@@ -130,21 +130,7 @@ async def test_the_end_of_a_response_is_seen_whoever_sends_it(env: Env, unknown:
     assert (_messages._passes_on() is None) is (unknown is not None)
     env.settings = {"run_ids_header": "x-runs"}
     with VirtualClock() as clock:
-
-        async def chunks() -> Any:
-            yield b"x"
-            clock.advance(50)
-            yield b"y"
-
-        async def slow() -> None:
-            clock.advance(7)
-
-        async def endpoint(tasks: Injected) -> StreamingResponse:
-            tasks.add_task(slow)
-            tasks.add_task(af)
-            return StreamingResponse(chunks())
-
-        app = app_with(env, endpoint)
+        app = app_with(env, slow_stream(clock))
         if outside:
             app.add_middleware(BaseHTTPMiddleware, dispatch=_pass)
         r = await drive(app)
