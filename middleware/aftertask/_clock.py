@@ -1,22 +1,32 @@
-"""The only clock: tests turn it by replacing these names (`aftertask.testing.VirtualClock`)."""
+"""The only clock: durations, timestamps, sleeping and timeouts. Tests replace these names (`testing.VirtualClock`)."""
 
 from __future__ import annotations
 
 import time
 import weakref
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
-#: Seconds, for durations; its zero means nothing.
-monotonic = time.perf_counter
+import anyio
 
-#: Seconds since the Unix epoch, for what is shown to people.
-timestamp = time.time
+#: Seconds, for durations; the zero point has no meaning.
+monotonic: Callable[[], float] = time.perf_counter
+
+#: Seconds since the Unix epoch, for what people see.
+timestamp: Callable[[], float] = time.time
+
+#: Wait for a number of seconds.
+sleep: Callable[[float], Awaitable[None]] = anyio.sleep
+
+#: A cancel scope that is cancelled after a number of seconds.
+move_on_after: Callable[[float], AbstractContextManager[anyio.CancelScope]] = anyio.move_on_after
 
 
 class Watcher(Protocol):
-    """Waits for a time to come, so it wants to know when the clock is turned."""
+    """Waits in a thread for a time to come, so it has to look again when a test advances the clock."""
 
-    def turned(self) -> None: ...
+    def clock_advanced(self) -> None: ...
 
 
 watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()

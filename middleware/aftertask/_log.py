@@ -1,101 +1,189 @@
 """
-Where log events go: through structlog as the app configured it, else through stdlib logging where the app has set up
-handlers, else as one JSON line to stderr. Asked anew each time: an app may configure its logging late.
+Where log events go: through structlog as the app configured it; else, if the app set up stdlib logging, as records of
+the logger `aftertask`; else through a structlog pipeline of our own as JSON to stderr. An app may configure its logging
+late, so this is decided for each line.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import sys
-import time
 from collections.abc import Mapping
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, Literal, TypeAlias, cast
 
 import structlog
 
 from . import _clock
 
-logger = logging.getLogger("aftertask")
-LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+Level: TypeAlias = Literal["debug", "info", "warning", "error"]
 
-_second = (-1, "")
-_DIGITS = tuple(f"{number:03}" for number in range(1000))  # made beforehand: a format takes four times as long
-
-
-def iso(timestamp: float) -> str:
-    """Seconds since the epoch as ISO 8601, UTC, with microseconds; the part up to the second is made once a second."""
-    global _second
-    now = int(timestamp)
-    second, text = _second
-    if now != second:
-        text = time.strftime("%Y-%m-%dT%H:%M:%S.", time.gmtime(now))
-        _second = now, text  # as one: another thread must not see the parts of two seconds
-    micros = int((timestamp - now) * 1e6)
-    return f"{text}{_DIGITS[micros // 1000]}{_DIGITS[micros % 1000]}Z"
+_NAME = "aftertask"
+_NUMBERS: dict[Level, int] = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+_stdlib = logging.getLogger(_NAME)
 
 
-def emit(level: str, event: str, *, timestamp: float | None = None, **keys: Any) -> Exception | None:
+def log(
+    level: Level,
+    event: str,
+    *,
+    message: str | None = None,
+    timestamp: float | None = None,
+    exc_info: BaseException | None = None,
+    **keys: Any,
+) -> Exception | None:
     """
-    Log one event; keys that are None are left out.
+    Log one event; keys that are None are left out, seconds have at most six decimals. Never raises.
+
+    Args:
+        level: Its level.
+        event: Its name, such as `task.failed`.
+        message: The text of a stdlib record, for people; None means the event's name.
+        timestamp: Seconds since the Unix epoch; None means now.
+        exc_info: The exception that the line is about. Its text has not been redacted, so it is not handed to the app's
+            structlog; a stdlib record prints the key `exception` in place of its traceback, if there is such a key.
+        keys: The line's other keys.
 
     Returns:
-        What the app's own logging raised, which comes no further than here: the line goes to stderr then. Else None.
+        What the app's own logging raised; the line then goes to stderr with the key `logging_error`. None if it worked.
     """
-    keys = {key: value for key, value in keys.items() if value is not None}
-    at = iso(_clock.timestamp() if timestamp is None else timestamp)
-    failed: Exception | None = None
+    keys = {
+        key: round(value, 6) if isinstance(value, float) else value for key, value in keys.items() if value is not None
+    }
+    keys["timestamp"] = _iso(_clock.timestamp() if timestamp is None else timestamp)
+    text = event if message is None else message
     try:
         if structlog.is_configured():
-            getattr(structlog.get_logger("aftertask"), level)(event, timestamp=at, **keys)
+            getattr(_app.logger(), level)(event, **keys)
+        elif _stdlib.hasHandlers():
+            getattr(_records, level)(event, record_text=text, record_error=exc_info, **keys)
             return None
-        if _handled():
-            if logger.isEnabledFor(LEVELS[level]):
-                logger.log(LEVELS[level], event, extra=_safe({"timestamp": at, **keys}))
-            return None
-    except Exception as error:
-        failed = error
-        keys["logging_error"] = type(error).__name__
-    if level != "debug":
-        write(json.dumps({"event": event, "level": level, "timestamp": at, **keys}, default=str) + "\n")
-    return failed
+        else:
+            _write(level, event, keys)
+        if exc_info is not None:
+            _report(level, event, {**keys, "record_text": text, "record_error": exc_info})
+    except Exception as failed:
+        _write(level, event, {**keys, "logging_error": type(failed).__name__})
+        return failed
+    return None
 
 
-def to_stderr() -> bool:
-    """Whether nothing is configured, so that we write the lines ourselves."""
-    return not structlog.is_configured() and not _handled()
-
-
-def _handled() -> bool:
-    # As logger.hasHandlers() says, without its loop where there is nothing between us and the root.
-    parent = logger.parent
-    return bool(
-        logger.handlers
-        or (
-            logger.propagate
-            and parent is not None
-            and (parent.handlers if parent.parent is None else parent.hasHandlers())
-        )
-    )
-
-
-def write(line: str) -> None:
-    """One whole line to stderr; a closed or broken stderr is nobody's business but its owner's."""
-    stream = sys.stderr
+def enabled(level: Level) -> bool:
+    """Whether a line of this level is written, as far as that can be found out before it is put together."""
+    number = _NUMBERS[level]
     try:
-        if stream is sys.__stderr__:
-            # At once and as one piece, past the stream's layers: lines of several workers do not mix.
-            os.write(2, line.encode())
-        elif stream is not None:
-            stream.write(line)
-    except (OSError, ValueError):
+        if structlog.is_configured():
+            return _enabled_by_app(number)
+        if _stdlib.hasHandlers():
+            return _stdlib.isEnabledFor(number)
+    except Exception:
+        return True  # `log` meets the same error and returns it
+    return number >= logging.INFO
+
+
+class _AppLogger:
+    """The logger that structlog makes for us; kept, so that structlog can cache it, until structlog is reconfigured."""
+
+    def __init__(self) -> None:
+        self._config: dict[str, Any] = {}
+        self._logger: Any = None
+
+    def logger(self) -> Any:
+        """The bound logger."""
+        config = structlog.get_config()
+        if config != self._config:
+            self._logger, self._config = structlog.get_logger(_NAME), config
+        return self._logger.bind()
+
+
+_app = _AppLogger()
+
+
+def _enabled_by_app(number: int) -> bool:
+    logger = _app.logger()
+    # Looked up on the class: a bound logger passes attributes that it has not on to what it wraps.
+    if hasattr(type(logger), "is_enabled_for"):  # filtering bound loggers, since structlog 25.1
+        return bool(logger.is_enabled_for(number))
+    if structlog.stdlib.filter_by_level in structlog.get_config()["processors"]:
+        return _stdlib.isEnabledFor(number)
+    return True
+
+
+def _iso(timestamp: float) -> str:
+    return datetime.fromtimestamp(timestamp, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+# --- stdlib logging
+
+
+def _to_record(logger: logging.Logger, level: str, line: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Hand a line to stdlib logging as a record whose attributes are the keys; the last processor."""
+    error: BaseException | None = line.pop("record_error")
+    exc_info = None if error is None else (type(error), error, error.__traceback__)
+    number = _NUMBERS[cast(Level, level)]
+    record = logger.makeRecord(logger.name, number, __file__, 0, line.pop("record_text"), (), exc_info, "log")
+    # Error reporters use the exception itself; formatters print this text, which is redacted.
+    record.exc_text = line.get("exception")
+    for key, value in line.items():
+        taken = hasattr(record, key) or key in ("message", "asctime")
+        setattr(record, f"{key}_" if taken else key, value)
+    logger.handle(record)
+    raise structlog.DropEvent
+
+
+_records = structlog.wrap_logger(
+    _stdlib,
+    processors=[structlog.stdlib.filter_by_level, _to_record],
+    wrapper_class=structlog.stdlib.BoundLogger,
+    context_class=dict,
+    cache_logger_on_first_use=True,
+)
+
+
+def _report(level: Level, event: str, line: Mapping[str, Any]) -> None:
+    """
+    Make a record that no handler prints, for error reporters that hook into `logging.Logger` itself, as Sentry's SDK
+    does: where lines do not pass through stdlib logging, a contained failure would escape them.
+    """
+    hooks = logging.getLogger(f"{_NAME}.failures")
+    if hooks.propagate:
+        hooks.addHandler(logging.NullHandler())
+        hooks.propagate = False
+    if hooks.isEnabledFor(_NUMBERS[level]):
+        try:
+            _to_record(hooks, level, {"event": event, **line})
+        except structlog.DropEvent:
+            pass
+
+
+# --- stderr
+
+
+def _ordered(logger: object, level: str, line: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """What a reader looks for first comes first."""
+    return {**{key: line.pop(key) for key in ("event", "level", "timestamp")}, **line}
+
+
+_TO_JSON: list[structlog.typing.Processor] = [
+    structlog.processors.add_log_level,
+    _ordered,
+    structlog.processors.JSONRenderer(default=str),
+]
+_FROM_INFO = structlog.make_filtering_bound_logger(logging.INFO)
+
+
+def _write(level: Level, event: str, keys: Mapping[str, Any]) -> None:
+    """One JSON line to stderr, at info and above; without a working stderr there is none."""
+    if sys.stderr is None:
+        return
+    try:
+        # sys.stderr is looked up each time: it may be replaced.
+        logger = structlog.wrap_logger(structlog.WriteLogger(sys.stderr), _TO_JSON, _FROM_INFO, dict)
+        getattr(logger, level)(event, **keys)
+    except (OSError, ValueError):  # it is broken, or closed
         pass
-
-
-# What logging keeps for itself in a record and refuses as an extra.
-_RESERVED = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime"}
-
-
-def _safe(keys: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{key}_" if key in _RESERVED else key: value for key, value in keys.items()}

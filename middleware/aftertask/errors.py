@@ -1,10 +1,10 @@
-"""What aftertask raises, beside plain `ValueError` and `TypeError` for bad arguments."""
+"""The exceptions that aftertask raises, besides `ValueError` and `TypeError` for bad arguments."""
 
 from __future__ import annotations
 
 
 class AftertaskError(Exception):
-    """The base of every error that aftertask itself raises."""
+    """Base class of every error that aftertask raises itself."""
 
 
 class NameClash(AftertaskError, ValueError):
@@ -12,22 +12,39 @@ class NameClash(AftertaskError, ValueError):
 
 
 class RegistryClash(AftertaskError, ValueError):
-    """The Prometheus registry already holds a family of ours that somebody else registered."""
+    """The Prometheus registry already holds a metric of the same name that is not aftertask's."""
 
 
 class TaskTimeout(AftertaskError, TimeoutError):
-    """A task's attempt took longer than the time limit of its policy."""
+    """An attempt took longer than the timeout of its task's policy."""
 
-    __module__ = "aftertask"  # the name that signals tell it by
+    __module__ = "aftertask"  # `error.type` is a public name
 
 
 class QueueFull(AftertaskError):
-    """A limit accepts no more runs for now: answer 503, or try again later."""
+    """A limit accepts no more runs at the moment; respond with 503, or try again later."""
 
-    __module__ = "aftertask"  # the name that signals tell it by
+    __module__ = "aftertask"
 
 
 class NotSerializable(AftertaskError, TypeError):
-    """A call was to go to another process, and something in it cannot be pickled."""
+    """A call has to cross a process boundary, and a part of it cannot be serialized."""
 
-    __module__ = "aftertask"  # the name that signals tell it by
+    __module__ = "aftertask"
+
+
+class ProcessTaskError(AftertaskError):
+    """
+    A task failed in a worker process with an exception that cannot be rebuilt here.
+
+    Attributes:
+        type_name: Class of the original exception as `module.Qualname`.
+        type_names: The same for all its base classes, so that `expected` and `Retry.on` still match.
+        stack: The original traceback as text.
+    """
+
+    __module__ = "aftertask"
+
+    def __init__(self, message: str, *, type_name: str, type_names: tuple[str, ...], stack: str) -> None:
+        super().__init__(message)
+        self.type_name, self.type_names, self.stack = type_name, type_names, stack

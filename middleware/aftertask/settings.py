@@ -1,4 +1,4 @@
-"""The usual assembly as one frozen value; the only reader of `AFTERTASK_*` variables."""
+"""The settings of one app as one frozen value; the only reader of `AFTERTASK_*` variables."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any, Literal
 from opentelemetry.trace import TracerProvider
 from prometheus_client import REGISTRY, CollectorRegistry
 
-from ._redact import default_redact
-from .alerts import Route
-from .alerts._channel import Deliver, routes, urls_in
-from .alerts._signal import check_base_url, check_trace_url
+from ._text import default_redact
+from .alerts import Channel, Route
+from .alerts.routing import routes, urls_in
+from .alerts.checks import check_base_url, check_trace_url
 from .policies import ON_FAILURE, TRACES, Limit, OnFailure, Policy, Trace
 
 PREFIX = "AFTERTASK_"
@@ -26,10 +26,9 @@ _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 
 def request_id_from_state(scope: MutableMapping[str, Any]) -> str | None:
-    """The request id that an earlier middleware left in `scope["state"]["request_id"]`; None where there is none."""
+    """The request id that an earlier middleware left in `scope["state"]["request_id"]`; None if there is none."""
     state = scope.get("state")
-    # A dict is known at once, where the ABC has to look.
-    value = state.get("request_id") if isinstance(state, (dict, Mapping)) else getattr(state, "request_id", None)
+    value = state.get("request_id") if isinstance(state, Mapping) else getattr(state, "request_id", None)
     return None if value is None else str(value)
 
 
@@ -39,37 +38,37 @@ class Settings:
     How aftertask observes one app.
 
     Args:
-        metrics_path: Where `GET` and `HEAD` are answered with the metrics, relative to the root path; None: nowhere.
+        metrics_path: Path that answers `GET` and `HEAD` with the metrics, relative to the root path; None: no endpoint.
         registry: The Prometheus registry; by default prometheus-client's own.
-        tracer_provider: Where spans go; None: the global one, once there is one.
-        trace: A task's span is a `"child"` of the request's, a root with a `"link"` to it, or there is `"none"`.
-        context: What a sync endpoint's tasks see of the context variables it set: structlog's bound keys only
+        tracer_provider: Where spans go; None means the global provider, as soon as there is one.
+        trace: A task's span is a `"child"` of the request's span, a root with a `"link"` to it, or there is `"none"`.
+        context: What the tasks of a sync endpoint see of the context variables it set: only structlog's bound keys
             (`"request"`), or all of them (`"endpoint"`).
-        on_failure: What a task's failure does to the rest of its batch, where its policy says nothing: `"stop"`,
+        on_failure: What a failure does to the later runs of the batch if the policy does not say: `"stop"`,
             `"continue"` or `"contain"` (see `Policy`).
-        policies: Task name or pattern (`mail.*`, as `fnmatch`) to `Policy`: for functions that one cannot decorate, and
-            for operators; over what `@task` says.
-        redact: Gets the text of an exception before any signal does, and gives back what may be shown.
+        policies: Task name or pattern (`mail.*`, as `fnmatch`) to `Policy`; overrides what `@task` declares.
+        redact: Receives the text of an exception before any signal does, and returns what may be shown.
         request_id: Finds the request's id in the ASGI scope; by default what an earlier middleware left in
             `scope["state"]["request_id"]`, never a raw header.
-        success_log_rate: At most so many `task.succeeded` log lines a second; None: every one.
-        run_ids_header: The name of a response header that lists the ids of the runs that the response carries; None:
-            no such header.
-        max_waiting: Runs accepted for a limit beyond those that may run at once, where the `Limit` says nothing; one
-            more is refused with `QueueFull`. None: any number.
-        thread_limit: Threads for the tasks with `executor="thread"`, at least 1.
-        drain_timeout: Seconds that runs are given to end at shutdown: they are tasks of their own then, and outlive the
-            server's cancellation. None: the server decides; what holds it up is told either way.
-        block_threshold: The event loop is blocked when it has not answered for so many seconds, at least 0.01: the run
-            that is on it is told then. None: blocked loops are not looked for; how late the loop is, is measured.
-        exclude: Paths of which nothing is observed: `/health`, `/internal/*`, `/items/{id}`.
-        alerts: Who is told of failures: `Webhook`, `Apprise`, functions, URLs, or a `Route` around one of these; kept
-            as routes.
-        trace_url: A template of the link to a trace in alerts: `https://tempo.example.org/trace/{trace_id}`.
-        runbook_url: Where the pages of `dashboards/runbooks/` are, for the link in alerts.
+        success_log_rate: Maximum number of `task.succeeded` log lines per second; None: no maximum.
+        run_ids_header: Name of a response header with the ids of the runs that the response carries; None: no header.
+        max_waiting: Maximum number of accepted runs beyond those that a limit lets run, where the `Limit` does not say;
+            one more raises `QueueFull`. None: no maximum.
+        thread_limit: Maximum number of threads for tasks with `executor="thread"`, at least 1.
+        drain_timeout: Seconds that runs get to finish at shutdown; they then outlive the server's cancellation. None:
+            the server decides.
+        shutdown_report: Log at SIGTERM, SIGINT and the lifespan's shutdown, and every 5 s after, which runs hold the
+            shutdown up. Always done with a `drain_timeout`.
+        block_threshold: Seconds without a response after which the event loop counts as blocked, at least 0.01; the run
+            that blocks it is then reported. None: blocked loops are not reported; the lag is still measured.
+        exclude: Paths whose tasks are not observed: `/health`, `/internal/*`, `/items/{id}`.
+        alerts: Channels for alerts about failures: `Webhook`, `Apprise`, functions, URLs, or a `Route` around one of
+            these.
+        trace_url: Template of a link to a trace in alerts: `https://tempo.example.org/trace/{trace_id}`.
+        runbook_url: Where the pages of `dashboards/runbooks/` are served, for the link in alerts.
 
     Raises:
-        TypeError, ValueError: A value is not one of those allowed; the message names it.
+        TypeError, ValueError: A value is not allowed; the message names it.
     """
 
     metrics_path: str | None = "/metrics"
@@ -86,19 +85,15 @@ class Settings:
     max_waiting: int | None = None
     thread_limit: int = 40
     drain_timeout: float | None = None
+    shutdown_report: bool = False
     block_threshold: float | None = 0.25
     exclude: tuple[str, ...] = ()
-    alerts: Sequence[Deliver | Route | str] = ()
+    alerts: Sequence[Channel | Route | str] = ()
     trace_url: str | None = None
     runbook_url: str | None = None
 
-    def find_request_id(self, scope: MutableMapping[str, Any]) -> str | None:
-        """The request's id, as a string."""
-        found = self.request_id(scope)
-        return None if found is None else str(found)
-
     def __new__(cls, **values: Any) -> Settings:
-        """Refuse a setting that there is not, with a hint."""
+        """Refuse an unknown setting with a hint."""
         for name in values:
             if name not in cls.__dataclass_fields__:
                 raise TypeError(unknown_setting(name))
@@ -118,13 +113,15 @@ class Settings:
         drain = self.drain_timeout
         if drain is not None and (isinstance(drain, bool) or not isinstance(drain, (int, float)) or not drain > 0):
             raise ValueError(f"Settings.drain_timeout must be more than 0 seconds, or None, got {drain!r}")
+        if not isinstance(self.shutdown_report, bool):
+            raise TypeError(f"Settings.shutdown_report must be True or False, got {self.shutdown_report!r}")
         _at_least("block_threshold", self.block_threshold, 0.01)
         for name in ("redact", "request_id"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"Settings.{name} must be a function, got {getattr(self, name)!r}")
         rate = self.success_log_rate
         if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate >= 0):
-            raise ValueError(f"Settings.success_log_rate must be a number of lines a second, or None, got {rate!r}")
+            raise ValueError(f"Settings.success_log_rate must be a number of lines per second, or None, got {rate!r}")
         header = self.run_ids_header
         if header is not None and not (isinstance(header, str) and _HEADER_NAME.fullmatch(header)):
             raise ValueError(f"Settings.run_ids_header must be a header's name or None, got {header!r}")
@@ -137,10 +134,10 @@ class Settings:
     @classmethod
     def from_env(cls, **overrides: Any) -> Settings:
         """
-        The settings that the `AFTERTASK_*` variables say; keywords win over them, and an empty variable says nothing.
+        The settings from the `AFTERTASK_*` variables; keywords override them, and an empty variable counts as unset.
 
         Raises:
-            ValueError: A variable's value cannot be understood; the message names the variable.
+            ValueError: The value of a variable is invalid; the message names the variable.
         """
         values: dict[str, Any] = {}
         for name, text in sorted(os.environ.items()):
@@ -149,7 +146,7 @@ class Settings:
             setting = name.removeprefix(PREFIX).lower()
             if setting not in _FROM_TEXT:
                 _warn_unknown(name)
-            elif setting not in overrides and text.strip():  # an empty one is as if it were not there
+            elif setting not in overrides and text.strip():
                 try:
                     values[setting] = _FROM_TEXT[setting](text)
                 except ValueError as error:
@@ -157,37 +154,41 @@ class Settings:
         try:
             return cls(**{**values, **overrides})
         except ValueError as error:
-            said = ", ".join(f"{PREFIX}{name.upper()}" for name in values)
-            raise ValueError(f"{error} (from the environment: {said})" if said else str(error)) from None
+            read = ", ".join(f"{PREFIX}{name.upper()}" for name in values)
+            raise ValueError(f"{error} (from the environment: {read})" if read else str(error)) from None
 
 
 def unknown_setting(name: str) -> str:
-    """What to say of a setting that there is not."""
+    """The message about an unknown setting."""
     known = [item.name for item in fields(Settings)]
     close = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-    return f"{name!r} is no setting of aftertask; {hint}"
+    hint = f"did you mean {close[0]!r}?" if close else f"known settings are {', '.join(known)}"
+    return f"unknown setting {name!r}; {hint}"
 
 
 def unknown_argument(name: str) -> str:
-    """What to say of an argument that the middleware does not take."""
+    """The message about an argument that the middleware does not take."""
     if name in Settings.__dataclass_fields__:
-        return f"AftertaskMiddleware takes no {name!r}: it is a setting; write settings=Settings({name}=…)"
-    return f"AftertaskMiddleware takes settings= and signals=, and no {name!r}; {unknown_setting(name)}"
+        return f"{name!r} is a setting, not an argument of AftertaskMiddleware; write settings=Settings({name}=…)"
+    return f"AftertaskMiddleware takes settings= and signals=; {unknown_setting(name)}"
 
 
 def disabled() -> bool:
-    """Whether `AFTERTASK_DISABLED` says that nothing at all is to be installed."""
-    return _truth(os.environ.get("AFTERTASK_DISABLED", ""))
+    """Whether `AFTERTASK_DISABLED` turns the middleware off."""
+    text = os.environ.get("AFTERTASK_DISABLED", "")
+    try:
+        return bool(text.strip()) and _flag(text)
+    except ValueError as error:
+        raise ValueError(f"AFTERTASK_DISABLED {error}, got {text!r}") from None
 
 
-def _truth(text: str) -> bool:
+def _flag(text: str) -> bool:
     value = text.strip().lower()
-    if value in ("", "0", "false", "no", "off"):
+    if value in ("0", "false", "no", "off"):
         return False
     if value in ("1", "true", "yes", "on"):
         return True
-    raise ValueError(f"AFTERTASK_DISABLED must be 1 or 0, got {text!r}")
+    raise ValueError("must be 1 or 0")
 
 
 def _nothing(text: str) -> bool:
@@ -234,6 +235,7 @@ _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "max_waiting": _optional_count,
     "thread_limit": _whole,
     "drain_timeout": _optional_number,
+    "shutdown_report": _flag,
     "block_threshold": _optional_number,
     "context": str.strip,
     "success_log_rate": _optional_number,
@@ -251,8 +253,8 @@ def _warn_unknown(name: str) -> None:
         return
     known = [PREFIX + setting.upper() for setting in _FROM_TEXT] + ["AFTERTASK_DISABLED"]
     close = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
-    warnings.warn(f"the environment variable {name} means nothing to aftertask; {hint}", stacklevel=4)
+    hint = f"did you mean {close[0]}?" if close else f"known variables are {', '.join(known)}"
+    warnings.warn(f"unknown environment variable {name}; {hint}", stacklevel=4)
 
 
 def _path(name: str, value: object) -> None:

@@ -1,0 +1,196 @@
+"""One app's parts, wired in one place, and the way of a request through them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from contextvars import copy_context
+from typing import Any, TypeVar
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .._taskrun import current_run, running
+from ..policies import Policy
+from ..tasks import is_async
+from .background import Work
+from .emit import Emitter
+from .hooks import KEY, install
+from .lifecycle import Lifecycle
+from .limits import SharedThreads
+from .request import OWED, Parts, Request, Serving, serving_here
+from .resolver import Resolver
+from .shutdown import Shutdown
+
+C = TypeVar("C", bound=type)
+
+
+class App:
+    """
+    The core of one app's middleware.
+
+    Args:
+        emit: The app's signals.
+        policies, on_failure, max_waiting, thread_limit, drain_timeout, shutdown_report, request_id,
+        run_ids_header: As in `Settings`.
+        keeps_context: Whether tasks get the endpoint's context variables.
+    """
+
+    def __init__(
+        self,
+        emit: Emitter,
+        *,
+        policies: Mapping[str, Policy],
+        on_failure: str,
+        max_waiting: int | None,
+        thread_limit: int,
+        drain_timeout: float | None,
+        shutdown_report: bool,
+        request_id: Callable[[Scope], object],
+        run_ids_header: str | None,
+        keeps_context: bool,
+    ) -> None:
+        self.emit = emit
+        self.resolver = Resolver(
+            policies, on_failure=on_failure, max_waiting=max_waiting, thread_limit=thread_limit, emitter=self.emit
+        )
+        self.shutdown = Shutdown(self.emit, drain_timeout=drain_timeout, report=shutdown_report)
+        self._parts = Parts(
+            emit=self.emit,
+            resolver=self.resolver,
+            lifecycle=Lifecycle(self.emit, self.resolver.threads),
+            shutdown=self.shutdown,
+            find_request_id=request_id,
+            keeps_context=keeps_context,
+            run_ids_header=run_ids_header,
+            batch_started=self._batch_started,
+        )
+        self._threads: SharedThreads | None = None
+        install()
+
+    async def serve(self, inner: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request: its record is in the scope while the app runs."""
+        request = Request(self._parts, scope, copy_context())
+        outer_record, outer_run, outer_serving = scope.get(KEY), running.get(), serving_here.get()
+        scope[KEY] = request
+        serving_here.set(Serving(request))
+        if outer_run is not None:
+            running.set(None)
+        error: BaseException | None = None
+        try:
+            await inner(scope, receive, request.watch(send))
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            owed = request.close(error)
+            serving_here.set(outer_serving)
+            if outer_run is not None:
+                running.set(outer_run)
+            # The outermost record stays, and one that still owes runs: an error handler around us is still to respond.
+            if outer_record is not None and (error is None or OWED not in scope):
+                scope[KEY] = outer_record
+            del error  # its traceback holds this frame
+            if owed is not None:
+                await request.compensate(owed)
+
+    async def serve_unobserved(self, inner: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request whose tasks are left alone."""
+        outer_record = scope.pop(KEY, None)
+        try:
+            await inner(scope, receive, send)
+        finally:
+            if outer_record is not None:
+                scope[KEY] = outer_record
+
+    async def lifespan(self, inner: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve the lifespan: the app's own start and end are those of the signals."""
+        is_open = False
+
+        async def watched() -> Message:
+            nonlocal is_open
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                self._open()
+                is_open = True
+            elif message["type"] == "lifespan.shutdown":
+                await self.shutdown.drain()
+                self._close()
+                is_open = False
+            return message
+
+        try:
+            await self.shutdown.lifespan(lambda: inner(scope, watched, send))
+        finally:
+            if is_open:  # it failed to start, or ended without being asked to
+                self._close()
+
+    def _batch_started(self) -> None:
+        self._measure_threads()
+        self.emit.batch_started()
+
+    def _measure_threads(self) -> None:
+        """Have the thread pool of this event loop measured; an app whose lifespan does not run has its first batch."""
+        if self._threads is None or not self._threads.is_here:
+            self._threads = SharedThreads()
+            self.emit.pool_known(self._threads, threads=True)
+
+    def _open(self) -> None:
+        self.resolver.log_policies()
+        self._measure_threads()
+        self.shutdown.open()
+        self.emit.open()
+
+    def _close(self) -> None:
+        self.shutdown.close()
+        self.emit.close()
+
+
+def observe_functions(container_class: C) -> C:
+    """
+    Make each function that this container class stores by `add_task` and calls itself a child run.
+
+    For a class that keeps functions in a queue of its own; without this, the container as a whole is one run. A
+    function stays sync or async, and outside of a run it is only called. Returns the class, so that it can be used as a
+    decorator.
+
+    Raises:
+        TypeError: The class has no `add_task`.
+    """
+    add: Callable[..., Any] | None = getattr(container_class, "add_task", None)
+    if not isinstance(container_class, type) or add is None:
+        raise TypeError(f"observe_functions() takes a container class with an add_task method, got {container_class!r}")
+
+    @functools.wraps(add)
+    def add_task(self: Any, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return add(self, _observed(func), *args, **kwargs)
+
+    container_class.add_task = add_task  # type: ignore[attr-defined]  # it has one, as checked above
+    return container_class
+
+
+def _observed(func: Callable[..., Any]) -> Callable[..., Any]:
+    work = functools.partial(Work, None, func, (), {}, False)
+    if is_async(func):
+
+        async def observed_async(*args: Any, **kwargs: Any) -> Any:
+            run, call = current_run(), functools.partial(func, *args, **kwargs)
+            if run is None or not isinstance(run.request, Request):
+                return await call()
+            return await run.request.child(work(call), run, call)
+
+        return _named(observed_async, func)
+
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        run, call = current_run(), functools.partial(func, *args, **kwargs)
+        if run is None or not isinstance(run.request, Request):
+            return call()
+        return run.request.child_sync(work(call), run, call)
+
+    return _named(observed, func)
+
+
+def _named(wrapper: Callable[..., Any], func: Callable[..., Any]) -> Callable[..., Any]:
+    try:
+        return functools.wraps(func)(wrapper)
+    except (AttributeError, TypeError):  # a callable that hides its attributes
+        return wrapper

@@ -1,0 +1,150 @@
+"""What a background is made of: the framework's containers and tasks, and classes and callables of the app's own."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from threading import get_ident
+from types import FunctionType
+from typing import Any, TypeGuard
+
+import starlette.background
+from starlette.background import BackgroundTask, BackgroundTasks
+from starlette.concurrency import run_in_threadpool
+
+from .. import _clock
+from .._taskrun import current_run
+
+#: The framework's own containers, which call what they hold one after another.
+_CONTAINERS = {("starlette.background", "BackgroundTasks"), ("fastapi.background", "BackgroundTasks")}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Work:
+    """
+    One thing that the framework calls in the background.
+
+    Attributes:
+        target: The object that is called.
+        func: The function that gives the task its name and policy.
+        args, kwargs: What `func` is called with.
+        whole: Whether the target calls `func` in its own way, so that only the call as a whole can be observed.
+        call: Calls the target as the framework would, and returns what `func` returned where that can be seen.
+    """
+
+    target: object
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    whole: bool
+    call: Callable[[], Awaitable[object]]
+
+    def named_by(self, func: Any) -> Work:
+        """The same work under the name and policy of another function."""
+        return replace(self, func=func, whole=False)
+
+
+class BareCallable(BackgroundTask):
+    """Stands in for a background that is some other awaitable callable while its response is sent."""
+
+    users = 0  # requests that send the response now
+
+    async def __call__(self) -> None:
+        """Await it, as the response would."""
+        await self.func()
+
+
+def work_of(target: Any) -> Work:
+    """A task as work; a user's container or task class is called as a whole."""
+    if isinstance(target, BareCallable):
+        return Work(target, target.func, (), {}, True, target)
+    if not isinstance(target, BackgroundTask):
+        return Work(target, target, (), {}, True, target)
+    if owner_of_call(target) is not BackgroundTask:
+        return Work(target, type(target), (), {}, True, target)
+    return Work(target, target.func, target.args, target.kwargs, False, lambda: call_task(target))
+
+
+def is_container(value: object) -> TypeGuard[BackgroundTasks]:
+    """Whether this is a container whose tasks are run by the framework's own loop."""
+    if type(value) is BackgroundTask or not isinstance(value, BackgroundTasks):
+        return False
+    owner = owner_of_call(value)
+    return (owner.__module__, owner.__name__) in _CONTAINERS
+
+
+def leaves(background: object) -> Iterator[object]:
+    """The tasks inside a background: a framework's container is its leaves, anything else is one."""
+    if is_container(background):
+        for task in background.tasks:
+            yield from leaves(task)
+    else:
+        yield background
+
+
+def sort_by_priority(container: BackgroundTasks, priority_of: Callable[[object], int]) -> int:
+    """
+    Put a container's tasks into the order of their priorities, in place, because it may still grow; nested ones, too.
+
+    Returns the smallest priority in it.
+    """
+    priorities = [
+        sort_by_priority(task, priority_of) if is_container(task) else priority_of(task) for task in container.tasks
+    ]
+    if priorities != sorted(priorities) and isinstance(container.tasks, list):
+        order = sorted(range(len(priorities)), key=priorities.__getitem__)
+        container.tasks[:] = [container.tasks[at] for at in order]
+    return min(priorities, default=0)
+
+
+def background_of(response: object) -> tuple[object, bool]:
+    """
+    The background that a response carries, and whether its class computes it.
+
+    A computed one is not read: the response reads it again later and may then get another object.
+    """
+    for owner in type(response).__mro__:
+        found = vars(owner).get("background")
+        if found is not None:
+            is_slot = type(found).__name__ == "member_descriptor"
+            return (getattr(response, "background", None), False) if is_slot else (None, hasattr(found, "__get__"))
+    return getattr(response, "__dict__", {}).get("background"), False
+
+
+async def call_task(task: BackgroundTask) -> object:
+    """
+    Call a task as the framework would, and return what its function returned.
+
+    Where another library has wrapped `BackgroundTask.__call__`, the call goes through it, and the result is not seen.
+    """
+    if is_starlettes(getattr(BackgroundTask.__call__, "__wrapped__", BackgroundTask.__call__)):
+        return await call_function(task)
+    return await task()  # type: ignore[func-returns-value]  # a wrapper may return anything
+
+
+async def call_function(task: BackgroundTask) -> object:
+    """Call a task's function as Starlette does, and return its result."""
+    if task.is_async:
+        return await task.func(*task.args, **task.kwargs)
+    return await run_in_threadpool(_call_in_thread, task)
+
+
+def is_starlettes(function: object) -> bool:
+    """Whether a function is defined in Starlette's module of background tasks, rather than wrapped around it."""
+    return isinstance(function, FunctionType) and function.__code__.co_filename == starlette.background.__file__
+
+
+def _call_in_thread(task: BackgroundTask) -> object:
+    run = current_run()
+    if run is not None and run.target is task:
+        run.thread_s, run.thread = _clock.monotonic(), get_ident()
+    try:
+        return task.func(*task.args, **task.kwargs)
+    finally:
+        if run is not None:
+            run.thread = None
+
+
+def owner_of_call(target: BackgroundTask) -> type:
+    """The class whose `__call__` a task has."""
+    return next(owner for owner in type(target).__mro__ if "__call__" in vars(owner))

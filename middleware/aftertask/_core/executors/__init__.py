@@ -1,0 +1,1 @@
+"""Where the function of a run is called: on the event loop, in a thread, in a process."""

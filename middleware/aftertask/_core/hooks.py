@@ -1,0 +1,389 @@
+"""
+The only module that patches Starlette and FastAPI.
+
+Patched, by ordinary wrappers that stay for the life of the process:
+
+1. `Response.__call__`, and that of each subclass which defines one: it has the ASGI scope as an argument, so it finds
+   the request's record there and schedules the runs of the background that the response carries.
+2. `BackgroundTask.__call__`, and that of each subclass which defines one: a task that the response being sent carries
+   is run by the record; a task that is called inside a run is its child; any other is left alone.
+3. `BackgroundTasks.__init__` and `add_task`: a task added to the container that FastAPI injects is scheduled at once.
+
+Every hook fails open: an error of ours is logged and counted, and the original is called.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import weakref
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from types import FunctionType
+from typing import Any, TypeVar
+
+from starlette.background import BackgroundTask, BackgroundTasks
+from starlette.responses import Response
+
+from .._log import log
+from .._taskrun import TaskRun, running
+from ..errors import NotSerializable, QueueFull
+from .background import BareCallable, Work, background_of, call_function, is_container, is_starlettes, owner_of_call, work_of
+from .request import COMPONENT, OWED, Owed, Request, Serving, serving_here
+
+T = TypeVar("T")
+
+#: Where the ASGI scope holds the request's record.
+KEY = "aftertask"
+
+#: The request that FastAPI injected a container into.
+_injected: weakref.WeakKeyDictionary[BackgroundTasks, Request] = weakref.WeakKeyDictionary()
+
+#: The containers to which a task is being added now: a wrapper of another library may call `add_task` twice.
+_adding: weakref.WeakSet[BackgroundTasks] = weakref.WeakSet()
+
+
+# --- 1. responses
+
+
+def _hook_response(owner: type, original: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    @functools.wraps(original)
+    async def __call__(self: Response, *args: Any, **kwargs: Any) -> None:
+        scope = _scope_in(args, kwargs)
+        request: Request | None = None if scope is None else scope.get(KEY)
+        if request is None or scope is None:
+            # Not ours: maybe another app's response, in a request that one of our tasks makes in this process.
+            with _OutsideOfAnyRequest():
+                return await original(self, *args, **kwargs)
+        bare = _guarded(request, "response", _stand_in, self)
+        serving = _guarded(request, "response", _respond, request, self, scope)
+        outer = serving_here.get()
+        serving_here.set(serving)
+        try:
+            await original(self, *args, **kwargs)
+        finally:
+            serving_here.set(outer)
+            _guarded(request, "end of the response", _take_away, bare, self)
+            if serving is not None:
+                _guarded(request, "end of the response", request.responded, serving, sys.exception())
+        owed = scope.get(OWED)
+        if isinstance(owed, Owed) and request.is_closed:  # this was the error response
+            await request.compensate(owed)
+
+    return __call__
+
+
+def _respond(request: Request, response: Response, scope: MutableMapping[str, Any]) -> Serving:
+    _keep_outermost()
+    return request.respond(response, scope)
+
+
+def _stand_in(response: Response) -> BareCallable | None:
+    """
+    Replace a background that is no `BackgroundTask` while the response is sent, so that its call is seen.
+
+    Several requests may send one response at the same time: they share the stand-in, and the last one removes it.
+    """
+    background, _ = background_of(response)
+    if isinstance(background, BareCallable):
+        bare = background
+    elif background is None or isinstance(background, BackgroundTask) or not callable(background):
+        return None
+    else:
+        bare = BareCallable(background)
+        try:
+            response.background = bare
+        except AttributeError:  # a class that does not allow it: this background is not observed
+            return None
+    bare.users += 1
+    return bare
+
+
+def _take_away(bare: BareCallable | None, response: Response) -> None:
+    if bare is not None:
+        bare.users -= 1
+        if not bare.users and background_of(response)[0] is bare:
+            response.background = bare.func
+
+
+# --- 2. tasks
+
+
+def _hook_task(owner: type, original: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
+    @functools.wraps(original)
+    async def __call__(self: BackgroundTask) -> None:
+        run = running.get()
+        if run is not None and run.outcome is None:
+            if run.target is self and owner is owner_of_call(self):
+                return await _call_through(original, self, run)
+            # A task of its own that calls `super().__call__()` has its function as a child.
+            if isinstance(self, BackgroundTasks) and owner is not owner_of_call(self):
+                return await original(self)
+            if is_container(self) or not isinstance(run.request, Request):
+                return await original(self)
+            return await run.request.child(_child_work(self), run, functools.partial(original, self))
+        serving = serving_here.get()
+        if serving is None or not serving.carries(self):
+            return await original(self)
+        await serving.request.run(self, serving, functools.partial(_run_container, original, self, serving.request))
+
+    return __call__
+
+
+def _child_work(task: BackgroundTask) -> Work:
+    """A task that user code calls: named by its function."""
+    func = vars(task).get("func")
+    return work_of(task) if func is None else work_of(task).named_by(func)
+
+
+async def _run_container(original: Callable[[Any], Awaitable[None]], container: Any, request: Request) -> None:
+    """
+    Run a framework's container by its own loop.
+
+    FastAPI's loop makes a span for each task. Where that span would go where ours goes, Starlette's loop, which makes
+    none, takes its place.
+    """
+    tracer = getattr((request.scope or {}).get("fastapi.telemetry"), "tracer", None)
+    if tracer is not None and request.same_provider(tracer):
+        await _starlettes_loop(container)
+    else:
+        await original(container)
+
+
+async def _starlettes_loop(container: BackgroundTasks) -> None:
+    for task in container.tasks:
+        await task()
+
+
+async def _call_through(original: Callable[[Any], Awaitable[None]], task: BackgroundTask, run: TaskRun) -> None:
+    """Call what was there before the hook; OpenTelemetry's own span is left out where it would double ours."""
+    request = run.request
+    tracer = _opentelemetrys_tracer(original)
+    if tracer is not None and isinstance(request, Request) and run.info.trace != "none":
+        if request.same_provider(tracer):
+            await call_function(task)
+            return
+    await original(task)
+
+
+def _opentelemetrys_tracer(function: object) -> object:
+    """
+    The tracer of OpenTelemetry's FastAPI instrumentation, if it has wrapped `BackgroundTask.__call__`; else None.
+
+    It keeps what it wrapped under a name of its own, and its tracer in the wrapper's closure.
+    """
+    if not isinstance(function, FunctionType) or not hasattr(BackgroundTask, "_otel_original_call"):
+        return None
+    return inspect.getclosurevars(function).nonlocals.get("tracer")
+
+
+# --- 3. the container that FastAPI injects
+
+
+def _hook_init(owner: type, original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: BackgroundTasks, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        request, exits = _request_injected_into()
+        if request is not None:
+            _guarded(request, "injection", request.inject, self, exits)
+            _injected[self] = request
+
+    return __init__
+
+
+def _request_injected_into() -> tuple[Request | None, object]:
+    """
+    The request for which FastAPI creates a container right now, and the exit stack of its dependencies.
+
+    The one look at another library's frame: FastAPI offers no other way to learn this. Its `solve_dependencies` calls
+    the constructor that calls us; where that changes, the self-check at install notices.
+    """
+    frame = sys._getframe(2)
+    if frame.f_code.co_name != "solve_dependencies":
+        return None, None
+    local = frame.f_locals
+    scope = getattr(local.get("request"), "scope", None)
+    request = scope.get(KEY) if isinstance(scope, MutableMapping) else None
+    if not isinstance(request, Request) or request.is_closed:
+        return None, None
+    return request, local.get("async_exit_stack")
+
+
+def _hook_add_task(owner: type, original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def add_task(self: BackgroundTasks, *args: Any, **kwargs: Any) -> None:
+        request = None if self in _adding else _injected.get(self)
+        if request is None:
+            return original(self, *args, **kwargs)
+        _adding.add(self)
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            _adding.discard(self)
+        func = args[0] if args else kwargs.get("func")
+        try:
+            request.add(self, _work_added(self.tasks[-1], func))
+        except (QueueFull, NotSerializable):
+            self.tasks.pop()  # the caller gets the error, and the task is as if it had not been added
+            raise
+        except Exception as error:
+            request.broken("add_task", error)
+
+    return add_task
+
+
+def _work_added(task: BackgroundTask, func: Any) -> Work:
+    """The task that was added, named by the function that the user gave, whatever a tracer made of it."""
+    work = work_of(task)
+    return work if work.whole or func is None else work.named_by(func)
+
+
+# --- helpers
+
+
+class _OutsideOfAnyRequest:
+    """Nothing that runs inside belongs to a request or a run of ours."""
+
+    def __enter__(self) -> None:
+        self._run, self._serving = running.get(), serving_here.get()
+        if self._run is not None:
+            running.set(None)
+        if self._serving is not None:
+            serving_here.set(None)
+
+    def __exit__(self, *raised: object) -> None:
+        if self._run is not None:
+            running.set(self._run)
+        if self._serving is not None:
+            serving_here.set(self._serving)
+
+
+def _scope_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> MutableMapping[str, Any] | None:
+    """The ASGI scope among the arguments of a response's call, whatever they are called."""
+    return next((each for each in (*args, *kwargs.values()) if isinstance(each, MutableMapping)), None)
+
+
+def _guarded(request: Request, on: str, function: Callable[..., T], *args: Any) -> T | None:
+    """What the function returns; None if it raises, which is logged and counted."""
+    try:
+        return function(*args)
+    except Exception as error:
+        request.broken(on, error)
+        return None
+
+
+# --- install
+
+
+Hook = Callable[[type, Any], Any]
+
+
+class _Installed:
+    """What has been patched, and how to undo it."""
+
+    def __init__(self) -> None:
+        self.undo: list[Callable[[], None]] = []
+        self.hooks: set[object] = set()
+
+    def patch(self, owner: type, name: str, hook: Hook) -> None:
+        original = vars(owner).get(name)
+        if not isinstance(original, FunctionType) or original in self.hooks:
+            return
+        hooked = hook(owner, original)
+        self.hooks.add(hooked)
+        setattr(owner, name, hooked)
+        self.undo.append(lambda: setattr(owner, name, original))
+
+    def patch_tree(self, root: type, hook: Hook) -> None:
+        """Patch `__call__` of a class and of its subclasses."""
+        for owner in _tree(root):
+            self.patch(owner, "__call__", hook)
+
+    def patch_future(self, root: type, hook: Hook) -> None:
+        """Patch `__call__` of the subclasses that are still to come."""
+        if "__init_subclass__" in vars(root):  # a Starlette that has one of its own: the self-check reports it
+            return
+
+        def __init_subclass__(cls: type, **kwargs: Any) -> None:
+            super(root, cls).__init_subclass__(**kwargs)
+            self.patch(cls, "__call__", hook)
+
+        self.hooks.add(__init_subclass__)
+        setattr(root, "__init_subclass__", classmethod(__init_subclass__))  # noqa: B010  # mypy knows no such assignment
+        self.undo.append(lambda: delattr(root, "__init_subclass__"))
+
+
+_installed: _Installed | None = None
+
+
+def install() -> None:
+    """Set the hooks, once per process, and check what they see."""
+    global _installed
+    if _installed is not None:
+        _installed.patch_tree(Response, _hook_response)
+        _installed.patch_tree(BackgroundTask, _hook_task)
+        return
+    _installed = _Installed()
+    _installed.patch_tree(Response, _hook_response)
+    _installed.patch_tree(BackgroundTask, _hook_task)
+    _installed.patch_future(Response, _hook_response)
+    _installed.patch_future(BackgroundTask, _hook_task)
+    _installed.patch(BackgroundTasks, "__init__", _hook_init)
+    for owner in _tree(BackgroundTasks):
+        _installed.patch(owner, "add_task", _hook_add_task)
+    missing = list(_check(_installed))
+    if missing:
+        log("error", "hooks.incomplete", missing=[what for what, _ in missing], not_seen=[unseen for _, unseen in missing])
+
+
+def uninstall() -> None:
+    """Undo every patch, in reverse order; for tests."""
+    global _installed
+    if _installed is not None:
+        for undo in reversed(_installed.undo):
+            undo()
+    _installed = None
+
+
+def _tree(root: type) -> Iterator[type]:
+    yield root
+    for cls in root.__subclasses__():
+        yield from _tree(cls)
+
+
+def _check(installed: _Installed) -> Iterator[tuple[str, str]]:
+    """What is not hooked, and what is not seen because of it."""
+    for owner, name, unseen in (
+        (Response, "__call__", "tasks that a response carries"),
+        (BackgroundTask, "__call__", "every background task"),
+        (BackgroundTasks, "__call__", "tasks in a BackgroundTasks container"),
+        (BackgroundTasks, "__init__", "tasks in a container that FastAPI injects, until the response is sent"),
+        (BackgroundTasks, "add_task", "tasks in a container that FastAPI injects, until the response is sent"),
+    ):
+        if vars(owner).get(name) not in installed.hooks:
+            yield f"{owner.__module__}.{owner.__qualname__}.{name}", unseen
+    for root in (Response, BackgroundTask):
+        found = vars(root).get("__init_subclass__")
+        if not isinstance(found, classmethod) or found.__func__ not in installed.hooks:
+            yield f"{root.__qualname__}.__init_subclass__", "classes of your own that are defined after start-up"
+    utils = sys.modules.get("fastapi.dependencies.utils")
+    if utils is not None:
+        solve = getattr(utils, "solve_dependencies", None)
+        names = inspect.signature(solve).parameters if callable(solve) else {}
+        if "request" not in names:
+            yield "fastapi.dependencies.utils.solve_dependencies", "tasks in an injected container that never ran"
+
+
+def _keep_outermost() -> None:
+    """
+    Set the hook of `BackgroundTask.__call__` again if OpenTelemetry's instrumentation has covered or removed it.
+
+    Under its wrapper our span would be a child of its span, and one task would have two. When it is switched off it
+    puts back what it found, which may be Starlette's own.
+    """
+    current = vars(BackgroundTask)["__call__"]
+    if _installed is None or current in _installed.hooks:
+        return
+    if is_starlettes(current) or _opentelemetrys_tracer(current) is not None:
+        _installed.patch(BackgroundTask, "__call__", _hook_task)

@@ -1,0 +1,294 @@
+"""The life of a run: from its turn to its outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import Context
+from typing import TypeVar
+
+import anyio
+
+from .. import _clock
+from .._taskrun import running
+from ..errors import TaskTimeout
+from ..events import Abandoned, AbandonedEnded
+from ..tasks import code_name
+from .emit import Emitter
+from .executors.process import call_in_process
+from .executors.thread import ThreadCall, call_in_thread
+from .limits import Limiter, SharedThreadSlot, Slot
+from .loops import on_trio
+from .run import Run
+from .stacks import stack_of
+
+T = TypeVar("T")
+
+
+class Lifecycle:
+    """
+    Takes the runs of one app through their lives.
+
+    Args:
+        emit: Gets every event.
+        threads: The limiter of aftertask's own threads.
+    """
+
+    def __init__(self, emit: Emitter, threads: Limiter) -> None:
+        self._emit = emit
+        self._threads = threads
+
+    async def live(self, run: Run) -> None:
+        """Run one run to its outcome; raise what its caller should see."""
+        delay_s = await self.attempt(run)
+        while delay_s is not None:
+            await self.back_off(run, delay_s)
+            delay_s = await self.attempt(run)
+
+    async def attempt(self, run: Run) -> float | None:
+        """
+        One attempt: acquire its slots, call the function, emit what became of it.
+
+        Returns:
+            Seconds until the next attempt; None if the run has ended.
+
+        Raises:
+            BaseException: What the last attempt raised: the task's own exception, or `TaskTimeout`.
+        """
+        if not await self._acquired(run):
+            return None
+        with _entered(run):
+            try:
+                self._emit(run.begin())
+                result = await self._call(run)
+            except Exception as error:
+                delay_s = run.delay_after(error)
+                if delay_s is not None:
+                    self._emit(run.retrying(error, self._emit.failure(error), delay_s))
+                    _release(run.slots)
+                    return delay_s
+                self._fail(run, error)
+                await self._call_on_error(run, error)
+                raise
+            except BaseException as error:
+                if cancelled_from_outside(error):
+                    self._emit(run.cancel())
+                else:
+                    self._fail(run, error)
+                raise
+            else:
+                self._emit(run.succeed(result))
+                return None
+            finally:
+                if run.outcome is not None:
+                    run.forget()
+
+    def observe_sync(self, run: Run, call: Callable[[], T]) -> T:
+        """Observe a function that user code calls without awaiting it, maybe in a thread."""
+        with _entered(run):
+            try:
+                self._emit(run.begin())
+                result = call()
+            except BaseException as error:
+                self._fail(run, error)
+                raise
+            else:
+                self._emit(run.succeed(result))
+                return result
+            finally:
+                run.forget()
+
+    async def back_off(self, run: Run, delay_s: float) -> None:
+        """Wait for the next attempt, without a slot or a thread."""
+        run.backing_off = True
+        with self._cancellation_emitted(run):
+            await _clock.sleep(delay_s)
+
+    # --- before an attempt
+
+    async def _acquired(self, run: Run) -> bool:
+        """Acquire the slots of an attempt; False if the run expired first."""
+        if run.attempt:
+            with self._cancellation_emitted(run):
+                await _acquire(run.slots)
+            return True
+        self._reserve_threads(run)
+        if run.resolved.expires is None or run.observed_only:
+            await _acquire(run.slots)
+            return True
+        left_s = run.scheduled_s + run.resolved.expires - _clock.monotonic()
+        if left_s > 0:
+            with _clock.move_on_after(left_s):
+                await _acquire(run.slots)
+                return True
+        self._emit(run.expire())
+        run.forget()
+        return False
+
+    def _reserve_threads(self, run: Run) -> None:
+        """A thread is a slot too, where it may have to be kept after the attempt."""
+        if run.resolved.own_thread and not run.observed_only:
+            slot = self._threads.reserve(run.info.priority, None)
+            run.slots = run.slots if slot is None else (*run.slots, slot)
+        elif _may_keep_its_thread(run):
+            run.slots = (*run.slots, SharedThreadSlot())
+
+    @contextmanager
+    def _cancellation_emitted(self, run: Run) -> Iterator[None]:
+        """A run that has started and is cancelled while it waits for its next attempt has ended."""
+        try:
+            yield
+        except BaseException:
+            self._emit(run.cancel())
+            run.forget()
+            raise
+
+    # --- an attempt
+
+    async def _call(self, run: Run) -> object:
+        """Call the function within the timeout."""
+        timeout = run.info.timeout
+        if timeout is None or run.observed_only:
+            return await self._execute(run)
+        cancellation: BaseException | None = None
+        try:
+            with _clock.move_on_after(timeout):
+                try:
+                    return await self._execute(run)
+                except anyio.get_cancelled_exc_class() as error:
+                    cancellation = error  # its traceback shows where the task was
+                    raise
+            run.passed_timeout = True
+            raise TaskTimeout(f"{run.task} did not finish within its timeout of {timeout:g} s") from cancellation
+        finally:
+            del cancellation  # a traceback that holds this frame would be a reference cycle
+
+    async def _execute(self, run: Run) -> object:
+        """Call the function on the loop, in a thread or in a process."""
+        work = run.work
+        assert work is not None  # until the run is over
+        coroutine: Awaitable[object]
+        if run.info.executor == "process" and not run.observed_only:
+            coroutine = call_in_process(work.func, work.args, work.kwargs)
+        elif (run.resolved.own_thread and not run.observed_only) or _may_keep_its_thread(run):
+            function = functools.partial(work.func, *work.args, **work.kwargs)
+            may_abandon = run.resolved.own_thread or run.info.timeout is not None
+            abandoned = functools.partial(self._abandon, run)
+            coroutine = call_in_thread(run, function, may_abandon=may_abandon, on_abandoned=abandoned)
+        else:
+            coroutine = work.call()
+        run.coroutine = coroutine
+        try:
+            return await coroutine
+        finally:
+            run.coroutine = None
+
+    # --- the end of an attempt
+
+    def _fail(self, run: Run, error: BaseException) -> None:
+        failure = self._emit.failure(error)
+        self._emit(run.time_out(failure) if run.passed_timeout else run.fail(error, failure))
+
+    async def _call_on_error(self, run: Run, error: Exception) -> None:
+        callback = run.resolved.on_error
+        if callback is None or run.observed_only:
+            return
+        try:
+            result = callback(run, error)
+            if inspect.isawaitable(result):
+                await result
+        except Exception as broken:
+            self._emit.broken(code_name(callback), "on_error", broken)
+
+    def _abandon(self, run: Run, call: ThreadCall) -> None:
+        """The attempt is over but its thread may not be: what it holds, it keeps until it ends."""
+        slots, started_s, limit_s = run.slots, run.started_s or 0.0, run.info.timeout or 0.0
+
+        def ended() -> None:
+            for slot in slots:
+                slot.close()
+            run.abandoned = False
+            self._emit(AbandonedEnded(run, _clock.timestamp(), _clock.monotonic() - started_s, limit_s))
+
+        if call.abandon(ended):
+            run.abandoned = True
+            run.slots = tuple(slot.another() for slot in slots)
+            if self._emit.wants(Abandoned):
+                running_s = _clock.monotonic() - started_s
+                stack = stack_of(run, self._emit.redact)
+                self._emit(Abandoned(run, _clock.timestamp(), running_s, limit_s, stack))
+
+
+def cancelled_from_outside(error: BaseException) -> bool:
+    """
+    Whether an attempt was cancelled by its surroundings, rather than ended by a `BaseException` of its own.
+
+    On asyncio a task that awaits something cancelled gets the same `CancelledError` as one that is cancelled itself;
+    only the latter's `cancelling()` counts the request.
+    """
+    if isinstance(error, (GeneratorExit, KeyboardInterrupt)):
+        return True
+    if not isinstance(error, anyio.get_cancelled_exc_class()):
+        return False
+    if on_trio():
+        return True
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+@contextmanager
+def _entered(run: Run) -> Iterator[None]:
+    """The run is current inside, with the endpoint's context variables where they were kept."""
+    outer = running.get()
+    running.set(run)
+    restore = _apply(run.variables)
+    try:
+        yield
+    finally:
+        # By value and not by token: a coroutine may be closed from another context, which is then left alone.
+        if running.get() is run:
+            restore()
+            running.set(outer)
+
+
+def _apply(variables: Context | None) -> Callable[[], None]:
+    """Set context variables here; returns what restores those that it changed."""
+    if variables is None:
+        return lambda: None
+    missing = object()
+    changed = [
+        (var, var.set(value))
+        for var, value in variables.items()
+        if var is not running and var.get(missing) is not value
+    ]
+
+    def restore() -> None:
+        for var, token in reversed(changed):
+            var.reset(token)
+
+    return restore
+
+
+async def _acquire(slots: tuple[Slot | SharedThreadSlot, ...]) -> None:
+    """Acquire all slots, one after another; none stays acquired if that is cancelled."""
+    try:
+        for slot in slots:
+            if not slot.acquire_nowait():
+                await slot.acquire()
+    except BaseException:
+        _release(slots)
+        raise
+
+
+def _release(slots: tuple[Slot | SharedThreadSlot, ...]) -> None:
+    for slot in slots:
+        slot.release()
+
+
+def _may_keep_its_thread(run: Run) -> bool:
+    """Whether a thread of Starlette's pool may be left behind with something it holds until it ends."""
+    limited = run.info.timeout is not None or run.resolved.limiter is not None
+    return run.info.shares_threads and limited and not run.observed_only

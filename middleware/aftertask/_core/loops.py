@@ -1,0 +1,33 @@
+"""Which event loop this code runs on, asyncio's or trio's, and how another thread calls something on it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from typing import TypeAlias
+
+#: Calls a function soon on one event loop, from any thread; raises RuntimeError once that loop is closed.
+CallSoon: TypeAlias = Callable[[Callable[[], object]], object]
+
+
+def on_trio() -> bool:
+    """Whether this code runs in a task of trio."""
+    # Not imported: an app that does not use trio does not have it. Another thread may be importing it at this moment.
+    in_trio_task = getattr(sys.modules.get("trio.lowlevel"), "in_trio_task", None)
+    return in_trio_task is not None and bool(in_trio_task())
+
+
+def call_soon_from_any_thread() -> CallSoon:
+    """
+    A function that calls another one soon on the event loop of this task, from any thread.
+
+    It raises RuntimeError once that loop is closed.
+
+    Raises:
+        RuntimeError: No event loop runs in this thread.
+    """
+    if on_trio():
+        run_sync_soon: CallSoon = sys.modules["trio.lowlevel"].current_trio_token().run_sync_soon
+        return run_sync_soon
+    return asyncio.get_running_loop().call_soon_threadsafe

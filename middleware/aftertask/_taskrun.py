@@ -1,0 +1,315 @@
+"""What signals and users see of a task, a request and a run. Standard library only; public through `aftertask.events`."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable
+from contextvars import Context, ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal, Protocol, TypeAlias, get_args
+
+from . import _clock
+
+Outcome: TypeAlias = Literal[
+    "succeeded",
+    "failed",
+    "timed_out",
+    "cancelled",
+    "skipped",
+    "dropped",
+    "rejected",
+    "expired",
+    "lost",
+    "offloaded",
+]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+
+#: A wait for a thread shorter than this many seconds is the ordinary cost of handing a call over.
+_NOTABLE_THREAD_WAIT = 0.005
+
+#: The longest note that `progress()` keeps, in characters.
+_LONGEST_NOTE = 200
+
+
+class SpanContext(Protocol):
+    """The part of OpenTelemetry's `SpanContext` that signals share with each other."""
+
+    @property
+    def trace_id(self) -> int: ...
+    @property
+    def span_id(self) -> int: ...
+    @property
+    def trace_flags(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TaskInfo:
+    """
+    What signals may know about a task: its name and the observable part of the policy in force.
+
+    Attributes:
+        task: The task's name, the `task` label of every metric.
+        code: The function as `module.qualname`, for `code.function.name`.
+        registered: Whether `@task` or `Settings.policies` names the task; its metrics then exist from the start.
+        executor: Where the function runs: `inline` (on the event loop), `thread` or `process`.
+        shares_threads: Whether it runs in the thread pool that sync endpoints use.
+        owner: The team or person responsible; None if not set.
+        expected: Exception classes that make a run failed but not bad.
+        trace: `child`, `link` or `none`; None means `Settings.trace`.
+        timeout: Seconds per attempt; None means no timeout.
+        max_attempts: Maximum number of attempts, at least 1.
+        priority: Smaller runs first.
+        alert: Whether failures of the task are alerted.
+        severity: Severity of its alerts; None means the default of the alert's kind.
+        alert_after: Number of bad runs before the first alert, at least 1.
+        slow_after: Seconds after which a running attempt is reported as slow; None means never.
+        stuck_after: Seconds after which a running attempt is reported as stuck.
+    """
+
+    task: str
+    code: str
+    registered: bool = False
+    executor: str = "inline"
+    shares_threads: bool = False
+    owner: str | None = None
+    expected: tuple[type[Exception], ...] = ()
+    trace: str | None = None
+    timeout: float | None = None
+    max_attempts: int = 1
+    priority: int = 0
+    alert: bool = True
+    severity: str | None = None
+    alert_after: int = 1
+    slow_after: float | None = None
+    stuck_after: float = 1800.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """
+    Progress that a task reported with `progress()`.
+
+    Attributes:
+        done: Amount done, in the task's own unit.
+        total: Total amount; None if unknown.
+        note: Short free text; None if not given.
+        timestamp: When it was reported, in seconds since the Unix epoch.
+    """
+
+    done: float
+    total: float | None
+    note: str | None
+    timestamp: float
+
+    @property
+    def text(self) -> str:
+        """The progress for people, such as `3/10 thumbnails`."""
+        of = "" if self.total is None else f"/{self.total:g}"
+        return f"{self.done:g}{of}{'' if self.note is None else f' {self.note}'}"
+
+
+class RequestInfo:
+    """
+    The request that scheduled a run: what all its runs have in common.
+
+    Attributes:
+        http_method: `GET`, `POST`, …; None for a WebSocket.
+        http_route: Template of the route (`/orders/{id}`), never the raw path; None if it is unknown.
+        request_id: The id that `Settings.request_id` found; None if there is none.
+        context: The context variables at the moment the request reached the middleware; None after the request.
+        span_context: The span current at that moment, set by `Tracing`; None without one.
+        thread: Identity of the thread that runs the request's event loop.
+        scope: The ASGI scope; None after the request.
+        app: Identifies the app whose middleware serves the request.
+        exits: FastAPI's exit stack of the request's dependencies, where it injected a container; else None.
+    """
+
+    http_method: str | None = None
+    http_route: str | None = None
+    request_id: str | None = None
+    context: Context | None = None
+    span_context: SpanContext | None = None
+    thread: int = 0
+    scope: Any = None
+    app: object = None
+    exits: object = None
+
+
+class TaskRun:
+    """
+    One execution of a task after a response, from scheduling to its outcome.
+
+    Attributes:
+        task: The task's name, as in every label.
+        info: What is known about the task.
+        request: The request that scheduled the run.
+        id: UUID version 7 (RFC 9562, section 5.7), hyphenated.
+        origin: What caused the run: `request` or `run_on_error`.
+        parent: The run in which user code called this one; None if the framework is the caller.
+        target: The object that the framework calls: a `BackgroundTask` or another callable; None after the run.
+        attempt: Number of the current or last attempt, from 1; 0 before the first.
+        outcome: How the run ended; None while it is in flight.
+        timestamp: When the run was scheduled, in seconds since the Unix epoch.
+        scheduled_s, queued_s, started_s: Monotonic seconds of each step (`started_s` of the current attempt); None if
+            the step has not been reached.
+        queue_wait_s: Seconds from queued to the first attempt; None before it, and for a run with a parent.
+        thread_s: Monotonic seconds at which a sync attempt began in its thread; None if unknown.
+        thread: Identity of that thread while the call runs; else None.
+        coroutine: The coroutine of the current attempt; its frame tells a blocked loop's stack which run it belongs to.
+        backing_off: Whether the run waits for its next attempt.
+        blocked_s: Seconds for which the run blocked the event loop, as far as that was noticed.
+        progress: The last progress the task reported; None if none.
+        span_context: The span of the current attempt, set by `Tracing`; None without one.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "attempt",
+        "backing_off",
+        "blocked_s",
+        "coroutine",
+        "id",
+        "info",
+        "origin",
+        "outcome",
+        "parent",
+        "progress",
+        "queue_wait_s",
+        "queued_s",
+        "request",
+        "scheduled_s",
+        "span_context",
+        "started_s",
+        "target",
+        "task",
+        "thread",
+        "thread_s",
+        "timestamp",
+    )
+
+    def __init__(
+        self, info: TaskInfo, request: RequestInfo, target: object = None, *, parent: TaskRun | None = None
+    ) -> None:
+        self.task = info.task
+        self.info = info
+        self.request = request
+        self.target = target
+        self.parent = parent
+        self.timestamp = _clock.timestamp()
+        self.scheduled_s = _clock.monotonic()
+        self.id = new_run_id(self.timestamp)
+        self.origin = "request"
+        self.attempt = 0
+        self.outcome: Outcome | None = None
+        self.queued_s: float | None = None
+        self.queue_wait_s: float | None = None
+        self.started_s: float | None = None
+        self.thread_s: float | None = None
+        self.thread: int | None = None
+        self.coroutine: object = None
+        self.backing_off = False
+        self.blocked_s = 0.0
+        self.progress: Progress | None = None
+        self.span_context: SpanContext | None = None
+
+    @property
+    def at(self) -> datetime:
+        """When the run was scheduled; aware, UTC."""
+        return datetime.fromtimestamp(self.timestamp, UTC)
+
+    @property
+    def http_method(self) -> str | None:
+        """Method of the request."""
+        return self.request.http_method
+
+    @property
+    def http_route(self) -> str | None:
+        """Route template of the request."""
+        return self.request.http_route
+
+    @property
+    def request_id(self) -> str | None:
+        """The request's id, if an earlier middleware left one."""
+        return self.request.request_id
+
+    @property
+    def engine(self) -> str:
+        """Where the run executes: `local`, or the name of an engine."""
+        return "local"
+
+    @property
+    def state(self) -> str:
+        """`scheduled`, `queued`, `running` or `backoff` while in flight, then the outcome."""
+        if self.outcome is not None:
+            return self.outcome
+        if self.backing_off:
+            return "backoff"
+        if self.started_s is not None:
+            return "running"
+        return "scheduled" if self.queued_s is None else "queued"
+
+    @property
+    def thread_wait_s(self) -> float | None:
+        """Seconds a sync attempt waited for a free thread; None if that was less than 5 ms or is unknown."""
+        if self.thread_s is None or self.started_s is None:
+            return None
+        waited = self.thread_s - self.started_s
+        return waited if waited >= _NOTABLE_THREAD_WAIT else None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether this code runs in the run's own context (False when a coroutine is closed from another one)."""
+        return running.get() is self
+
+    def __repr__(self) -> str:
+        return f"<TaskRun {self.task} {self.id} {self.state}>"
+
+
+#: The innermost run that this code is part of. A leaked context may hold a finished one: `current_run()` looks.
+running: ContextVar[TaskRun | None] = ContextVar("aftertask_run", default=None)
+
+#: Every run of this process that has not ended, in the order of scheduling.
+in_flight: dict[TaskRun, None] = {}
+
+
+def new_run_id(timestamp: float, random_bytes: Callable[[int], bytes] = os.urandom) -> str:
+    """A UUID version 7 for a moment in seconds since the Unix epoch (RFC 9562, section 5.7)."""
+    value = int(timestamp * 1000) << 80 | int.from_bytes(random_bytes(10))
+    value = value & ~(0xF << 76) | 0x7 << 76  # version
+    value = value & ~(0x3 << 62) | 0x2 << 62  # variant
+    return str(uuid.UUID(int=value))
+
+
+def current_run() -> TaskRun | None:
+    """The run that this code is part of, also in a sync task's thread; None outside of a run."""
+    run = running.get()
+    return run if run is not None and run.outcome is None else None
+
+
+def progress(done: float, total: float | None = None, note: str | None = None) -> None:
+    """
+    Report, from inside a task, how far it has come.
+
+    The last report appears in `current_run().progress`, in the log and in the shutdown report. Outside of a run, and in
+    a worker process, the call does nothing.
+
+    Args:
+        done: Amount done, in any unit.
+        total: Total amount in the same unit; None if unknown.
+        note: Short free text, cut to 200 characters. It is shown as it is: no secrets.
+    """
+    run = current_run()
+    if run is not None:
+        text = None if note is None else str(note)[:_LONGEST_NOTE]
+        run.progress = Progress(done, total, text, _clock.timestamp())
+
+
+async def get_run(id: str) -> TaskRun | None:
+    """
+    The run with this id while it is in flight in this process; None if there is none.
+
+    Looks through all runs in flight; meant for a status page or an endpoint.
+    """
+    return next((run for run in list(in_flight) if run.id == id), None)

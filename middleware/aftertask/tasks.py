@@ -1,0 +1,248 @@
+"""`@task` and `options`: which functions are tasks, what they are called, and what was declared for them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FunctionType, MethodType, ModuleType
+from typing import Any, ParamSpec, TypeVar, Unpack, overload
+
+from .errors import NameClash
+from .policies import Policy, PolicyOptions, policy_from
+
+P = ParamSpec("P")
+R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
+
+_ATTRIBUTE = "__aftertask__"
+
+#: No callable is unwrapped more often than this, whatever it claims to wrap.
+_DEEPEST = 50
+
+#: Tracers that replace a task by a closure of their own, by package, and the variable that holds the user's function.
+_TRACERS = {"ddtrace": "task"}
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A function registered with `@task`, under its final name."""
+
+    name: str
+    code: str
+    policy: Policy
+    executor: str
+
+
+_registry: dict[str, Registered] = {}
+
+
+def registered_tasks() -> list[Registered]:
+    """Every task registered in this process so far."""
+    return list(_registry.values())
+
+
+@contextmanager
+def registrations_forgotten() -> Iterator[None]:
+    """Forget, at the end, what was registered inside; for tests that declare tasks of their own."""
+    before = dict(_registry)
+    try:
+        yield
+    finally:
+        _registry.clear()
+        _registry.update(before)
+
+
+@overload
+def task(func: F, /) -> F: ...
+@overload
+def task(**policy: Unpack[PolicyOptions]) -> Callable[[F], F]: ...
+def task(func: Any = None, /, **policy: Any) -> Any:
+    """
+    Register a function as a task; the function itself is returned unchanged.
+
+    The metrics of a registered task exist from the start, at zero, so that `increase()` sees its first failure, and its
+    name is never folded into `__other__`. The keywords are those of `Policy`.
+
+    Raises:
+        NameClash: Another function is registered under this name.
+        TypeError: A keyword is unknown, or the object cannot be a task.
+    """
+    chosen = policy_from(policy)
+    if func is None:
+        return functools.partial(_register, policy=chosen)
+    return _register(func, policy=chosen)
+
+
+def _register(func: F, *, policy: Policy) -> F:
+    # @task may stand above @staticmethod or @classmethod.
+    target = func.__func__ if isinstance(func, (staticmethod, classmethod)) else func
+    if not callable(target):
+        raise TypeError(f"@task registers a function, got {func!r}")
+    code = code_name(target)
+    entry = Registered(policy.name or code, code, policy, executor_of(target, policy))
+    known = _registry.get(entry.name)
+    if known is not None and known.code != code:
+        raise NameClash(
+            f"the task name {entry.name!r} is already used by {known.code}, so {code} cannot have it; "
+            f"give one of them another name with @task(name=…)"
+        )
+    try:
+        setattr(target, _ATTRIBUTE, entry)
+    except (AttributeError, TypeError):
+        raise TypeError(
+            f"@task cannot mark {code}, which takes no attributes; name it in Settings.policies instead"
+        ) from None
+    _registry[entry.name] = entry
+    return func
+
+
+def options(func: Callable[P, R], /, **policy: Unpack[PolicyOptions]) -> Callable[P, R]:
+    """
+    The policy of one call: `tasks.add_task(options(send_mail, trace="link"), address)`.
+
+    The result can be called like `func`, without the middleware too. The keywords are those of `Policy`, without `name`
+    and `owner`, which belong to the task; they override every other source.
+
+    Raises:
+        TypeError: A keyword is unknown, or is `name` or `owner`.
+    """
+    if not callable(func):
+        raise TypeError(f"options() takes a function, got {func!r}")
+    for name in ("name", "owner"):
+        if name in policy:
+            raise TypeError(f"options() sets the policy of one call; {name} belongs to the task: use @task({name}=…)")
+    return (_AsyncCall if is_async(func) else _Call)(func, policy_from(policy))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Call:
+    """A function with the policy of one call."""
+
+    func: Callable[..., Any]
+    policy: Policy
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.func(*args, **kwargs)
+
+
+class _AsyncCall(_Call):
+    __slots__ = ()
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return await self.func(*args, **kwargs)
+
+
+def is_async(func: Any) -> bool:
+    """Whether a call returns an awaitable, decided as Starlette decides it."""
+    while isinstance(func, functools.partial):
+        func = func.func
+    return inspect.iscoroutinefunction(func) or (callable(func) and inspect.iscoroutinefunction(type(func).__call__))
+
+
+def executor_of(func: Any, policy: Policy) -> str:
+    """Where a task's function runs: `inline` on the event loop, `thread` or `process`."""
+    if policy.executor in (None, "auto"):
+        return "inline" if is_async(func) else "thread"
+    return str(policy.executor)
+
+
+def unwrap(func: Any) -> tuple[Any, Policy | None]:
+    """The function inside `functools.partial`, `options` and tracers, and the policy that `options` gave this call."""
+    policy = None
+    for _ in range(_DEEPEST):
+        if isinstance(func, functools.partial):
+            func = func.func
+        elif isinstance(func, _Call):
+            policy = func.policy if policy is None else policy.over(func.policy)
+            func = func.func
+        else:
+            inner = _traced(func)
+            if inner is None:
+                break
+            func = inner
+    return func, policy
+
+
+def _traced(func: Any) -> Any:
+    """The user's function inside the closure of a known tracer; None for any other callable."""
+    if not isinstance(func, FunctionType):
+        return None
+    variable = _TRACERS.get(func.__module__.partition(".")[0]) if isinstance(func.__module__, str) else None
+    return None if variable is None else inspect.getclosurevars(func).nonlocals.get(variable)
+
+
+def without_options(func: Any) -> Any:
+    """The function without the wrapper that `options` put around it, also inside `functools.partial`."""
+    if isinstance(func, _Call):
+        return without_options(func.func)
+    if isinstance(func, functools.partial):
+        return functools.partial(without_options(func.func), *func.args, **func.keywords)
+    return func
+
+
+def registration(func: Any) -> Registered | None:
+    """What `@task` registered for this function, looked up through `__wrapped__`; None if it is not registered."""
+    for _ in range(_DEEPEST):
+        entry = attribute(func, _ATTRIBUTE)
+        if isinstance(entry, Registered):
+            return entry
+        wrapped = attribute(func, "__wrapped__")
+        if wrapped is None:
+            return None
+        func = wrapped
+    return None
+
+
+def code_name(func: Any) -> str:
+    """
+    A callable as `module.qualname`: a bound method by its class, a callable object by its own class.
+
+    Looked up through `functools.partial`, `options`, tracers and `__wrapped__`. Never a `repr`, never an exception.
+    """
+    func, _ = unwrap(func)
+    for _ in range(_DEEPEST):
+        wrapped = None if type(func) is MethodType else attribute(func, "__wrapped__")
+        if wrapped is None:
+            break
+        func = unwrap(wrapped)[0]
+    owner, name = attribute(func, "__self__"), attribute(func, "__name__")
+    if owner is not None and isinstance(name, str):
+        if isinstance(owner, ModuleType):  # print, len: a builtin function belongs to its module
+            return f"{owner.__name__}.{attribute(func, '__qualname__') or name}"
+        kind = owner if isinstance(owner, type) else type(owner)
+        return f"{_module(kind)}.{kind.__qualname__}.{name}"
+    qualname = attribute(func, "__qualname__")
+    if isinstance(qualname, str) and not isinstance(func, type):
+        return f"{_module(func)}.{qualname}"
+    kind = func if isinstance(func, type) else type(func)
+    return f"{_module(kind)}.{kind.__qualname__}"
+
+
+def attribute(thing: Any, name: str) -> Any:
+    """
+    An attribute that really exists; None otherwise.
+
+    Mocks and remote proxies make up any attribute that is asked for, so a plain `getattr` proves nothing.
+    """
+    try:
+        if type(thing) is not MethodType:  # which passes on to its function
+            inspect.getattr_static(thing, name)
+        return getattr(thing, name, None)
+    except Exception:  # no such attribute, or a property of the user's that raises
+        return None
+
+
+def _module(thing: Any) -> str:
+    module = attribute(thing, "__module__")
+    if not isinstance(module, str):
+        module = attribute(type(thing), "__module__")
+    if not isinstance(module, str):
+        return "builtins"
+    if module == "__main__":
+        spec = attribute(sys.modules.get("__main__"), "__spec__")
+        return spec.name if spec is not None and spec.name else "__main__"
+    return module
