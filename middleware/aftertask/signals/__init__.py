@@ -1,31 +1,55 @@
-"""Who is told: `Tracing`, `Metrics`, `Logs`; `usual` is the list an app has when it names none."""
+"""The signals that come with aftertask: `Tracing`, `Metrics`, `Logs`; and `usual`, the list an app has by default."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
-from ..alerts import Alerts
+# Only the types of what `Settings` holds.
+from opentelemetry.trace import TracerProvider
+from prometheus_client import CollectorRegistry
+
+from ..alerts import Alerts, Channel, Route
 from ..events import Signal
+from ..policies import Policy, Trace, is_pattern
 from .logs import Logs, RunFilter
 from .metrics import Metrics
 from .tracing import Tracing
 
-if TYPE_CHECKING:
-    from ..settings import Settings
-
-__all__ = ["Logs", "Metrics", "RunFilter", "Tracing", "usual"]
+__all__ = ["Logs", "Metrics", "RunFilter", "SignalSettings", "Tracing", "usual"]
 
 
-def usual(settings: Settings) -> list[Signal]:
+class SignalSettings(Protocol):
+    """What `usual` reads: a part of `aftertask.Settings`, which documents each field."""
+
+    @property
+    def registry(self) -> CollectorRegistry: ...
+    @property
+    def policies(self) -> Mapping[str, Policy]: ...
+    @property
+    def tracer_provider(self) -> TracerProvider | None: ...
+    @property
+    def trace(self) -> Trace: ...
+    @property
+    def success_log_rate(self) -> float | None: ...
+    @property
+    def alerts(self) -> Sequence[Channel | Route | str]: ...
+    @property
+    def trace_url(self) -> str | None: ...
+    @property
+    def runbook_url(self) -> str | None: ...
+    @property
+    def redact(self) -> Callable[[str], str]: ...
+
+
+def usual(settings: SignalSettings) -> list[Signal]:
     """
-    The signals that `signals=None` means, to add one's own to: `signals=[*usual(settings), mine]`.
+    The signals an app has by default; add your own with `signals=[*usual(settings), mine]`.
 
-    Tracing comes first, so that the others know an attempt's span; `Alerts` is there where `Settings.alerts` names a
-    channel.
+    Tracing comes first, so that the others see the span of an attempt. `Alerts` is included if `Settings.alerts` names
+    a channel.
     """
-    metrics = Metrics(
-        settings.registry, tasks=[name for name in settings.policies if not any(c in name for c in "*?[")]
-    )
+    metrics = Metrics(settings.registry, tasks=[name for name in settings.policies if not is_pattern(name)])
     signals: list[Signal] = [
         Tracing(settings.tracer_provider, trace=settings.trace),
         metrics,
@@ -38,7 +62,7 @@ def usual(settings: Settings) -> list[Signal]:
                 trace_url=settings.trace_url,
                 runbook_url=settings.runbook_url,
                 redact=settings.redact,
-                numbers=metrics,
+                metrics=metrics,
             )
         )
     return signals

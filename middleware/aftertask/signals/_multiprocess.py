@@ -1,49 +1,192 @@
 """
-The numbers of several processes, in files that prometheus-client shares among them (`PROMETHEUS_MULTIPROC_DIR`).
+Several processes, one scrape: prometheus-client keeps each process's values in files of `PROMETHEUS_MULTIPROC_DIR`.
 
-Collectors of our own are not seen there, so these are prometheus-client's counters, gauges and histograms, each gauge
-with the way in which processes are put together. It keeps no exemplars there.
+Each worker holds a lock on a file of its own for as long as it lives, so a worker is dead exactly when its lock is
+free, even if another process has its pid. What a dead worker had scheduled and not finished is lost; that is computed
+from its files at each scrape, so it is counted exactly once, whichever worker is scraped.
 """
 
 from __future__ import annotations
 
+import collections
 import os
 import re
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, NamedTuple, TypeAlias
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
-from ..errors import RegistryClash
-from ..events import OUTCOMES, Ended, Failed, LoopBlocked, Retrying, Succeeded, TaskRun, TimedOut
-from ..policies import registered_tasks
 from . import families as f
-from ._series import STATES, Series, ages, whole_life
-from .families import Family
-from .metrics import OTHER, Bounds, Watched, build_info
 
-#: How often gauges that grow by themselves are written, in seconds.
-SAMPLE_EVERY = 5.0
+if sys.platform != "win32":
+    import fcntl
 
+#: Without these locks (Windows) no worker is ever taken for dead.
+_CAN_LOCK = sys.platform != "win32"
 
-def all_processes() -> CollectorRegistry:
-    """A registry that tells the sums over all processes; those that are dead no longer count as running anything."""
-    directory = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
-    for pid in {int(found[1]) for file in directory.glob("gauge_live*.db") if (found := _PID.search(file.name))}:
-        if not _alive(pid):
-            mark_process_dead(pid)  # type: ignore[no-untyped-call]  # not typed there
-    registry = CollectorRegistry(support_collectors_without_names=True)  # or `name[]` finds nothing
-    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]  # same
-    return registry
+#: Number of runs by task and engine.
+Runs: TypeAlias = Mapping[tuple[str, str], float]
 
+_PID = re.compile(r"_(\d+)\.\w+$")
 
-_PID = re.compile(r"_(\d+)\.db$")
+#: The samples that count a lost run, by family.
+_COUNTS_LOST: dict[str, dict[str, str]] = {
+    f.FINISHED.full_name: {"outcome": "lost"},
+    f.NOT_RUN.full_name: {"outcome": "lost", "reason": "crash"},
+    f.BAD.full_name: {},
+}
 
 
-def _alive(pid: int) -> bool:
+class Past(NamedTuple):
+    """
+    What an earlier process with the same pid left in the files that this process continues.
+
+    Attributes:
+        unfinished: Runs that it had scheduled and not finished.
+        gauges: Its gauges of what was going on.
+    """
+
+    unfinished: Runs
+    gauges: list[Metric]
+
+
+class Workers(Collector):
+    """
+    The workers that share a directory; collects the sum over all of them, dead ones included.
+
+    Args:
+        path: The directory.
+
+    Raises:
+        FileNotFoundError: The directory does not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"PROMETHEUS_MULTIPROC_DIR={str(path)!r} is not a directory; create it before the workers start"
+            )
+        self._path = path
+        self._mutex = threading.Lock()
+        self._own_lock: IO[bytes] | None = None
+
+    def registry(self, *, by_name: bool) -> CollectorRegistry:
+        """A registry that holds only this collector; `by_name` if it must find families, which takes twice as long."""
+        registry = CollectorRegistry(auto_describe=by_name)
+        registry.register(self)
+        return registry
+
+    def join(self, settle: Callable[[Past], object]) -> None:
+        """
+        Make this process one of the workers; does nothing if it is one.
+
+        Args:
+            settle: Called with what an earlier process with this pid left behind, if there was one: after a restart of
+                a container the pids are the same again, and the files go on from their last values.
+        """
+        if not _CAN_LOCK or self._own_lock is not None:
+            return
+        # No scrape may see the runs of the past both as a dead worker's and as settled.
+        with self._locked(fcntl.LOCK_EX):
+            lock_file = self._lock_file(os.getpid())
+            if lock_file.exists():
+                settle(self._past(os.getpid()))
+            self._own_lock = lock_file.open("ab")
+            fcntl.lockf(self._own_lock, fcntl.LOCK_EX)
+
+    def after_fork(self) -> None:
+        """Forget the parent's lock: this process does not hold it."""
+        self._mutex = threading.Lock()
+        self._own_lock = None
+
+    def collect(self) -> Iterable[Metric]:
+        """The sum over all workers."""
+        with self._locked(fcntl.LOCK_SH if _CAN_LOCK else None):
+            dead = self._dead()
+            lost = _unfinished(self._path / f"counter_{pid}.db" for pid in dead)
+            files = [file for file in self._path.glob("*.db") if not (_is_live_gauge(file) and _pid(file) in dead)]
+            metrics: list[Metric] = list(MultiProcessCollector.merge(map(str, files)))  # type: ignore[no-untyped-call]
+            for pid in dead:
+                if not _is_running(pid):  # another process may have opened files under this pid
+                    mark_process_dead(pid, str(self._path))  # type: ignore[no-untyped-call]
+        return [_with_lost(metric, lost) for metric in metrics]
+
+    def _dead(self) -> set[int]:
+        """The pids of workers that no longer hold their lock."""
+        if not _CAN_LOCK:
+            return set()
+        # Never its own file: closing it would release the lock.
+        files = {_pid(file): file for file in self._path.glob("aftertask_*.lock") if _pid(file) != os.getpid()}
+        return {pid for pid, file in files.items() if _is_free(file)}
+
+    def _past(self, pid: int) -> Past:
+        gauges = [str(file) for file in self._path.glob("gauge_live*.db") if _pid(file) == pid]
+        merged: Iterable[Metric] = MultiProcessCollector.merge(gauges)  # type: ignore[no-untyped-call]
+        return Past(_unfinished([self._path / f"counter_{pid}.db"]), list(merged))
+
+    def _lock_file(self, pid: int) -> Path:
+        return self._path / f"aftertask_{pid}.lock"
+
+    @contextmanager
+    def _locked(self, kind: int | None) -> Iterator[None]:
+        """Lock the directory; the lock is the process's, so its threads exclude each other by a mutex."""
+        with self._mutex, (self._path / "aftertask.lock").open("a+b") as file:
+            if kind is not None:
+                fcntl.lockf(file, kind)
+            yield
+
+
+def _unfinished(counter_files: Iterable[Path]) -> Runs:
+    """Runs scheduled and not finished, as the counters of these files show them."""
+    runs: collections.Counter[tuple[str, str]] = collections.Counter()
+    signs = {f.SCHEDULED.full_name: 1, f.FINISHED.full_name: -1}
+    files = [str(file) for file in counter_files if file.exists()]
+    for metric in MultiProcessCollector.merge(files):  # type: ignore[no-untyped-call]
+        sign = signs.get(metric.name)
+        for sample in metric.samples if sign else ():
+            runs[sample.labels["task"], sample.labels["engine"]] += sign * sample.value
+    return +runs
+
+
+def _with_lost(metric: Metric, lost: Runs) -> Metric:
+    """The metric with these lost runs counted, if it counts lost runs."""
+    where = _COUNTS_LOST.get(metric.name)
+    if where is None or not lost:
+        return metric
+    counted = Metric(metric.name, metric.documentation, metric.type)
+    for sample in metric.samples:
+        more = _lost_of(sample, lost) if where.items() <= sample.labels.items() else 0
+        counted.add_sample(sample.name, sample.labels, sample.value + more)
+    return counted
+
+
+def _lost_of(sample: Sample, lost: Runs) -> float:
+    """How many of the lost runs are of the sample's task, and of its engine if it has that label."""
+    task, engine = sample.labels["task"], sample.labels.get("engine")
+    return sum(count for (name, on), count in lost.items() if name == task and engine in (None, on))
+
+
+def _is_free(lock_file: Path) -> bool:
+    with lock_file.open("rb") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
+def _is_live_gauge(file: Path) -> bool:
+    return file.name.startswith("gauge_live")
+
+
+def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -53,229 +196,7 @@ def _alive(pid: int) -> bool:
     return True
 
 
-class SharedBook:
-    """One process's part of the numbers, in the shared files."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        directory = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
-        if not directory.is_dir():
-            raise FileNotFoundError(
-                f"PROMETHEUS_MULTIPROC_DIR={str(directory)!r} is no directory; create it before the workers start"
-            )
-        self._lock = threading.Lock()
-        self.by_task: dict[str, SharedSeries] = {}
-        try:
-            self.families: dict[Family, Any] = {family: _make(family, registry) for family in f.FAMILIES}
-        except ValueError as error:
-            raise RegistryClash(
-                f"the registry already has one of aftertask's metrics, put there by somebody else: {error}; "
-                f"give Settings(registry=…) a registry without it, or rename that metric"
-            ) from error
-        for label in ("task", "error_type"):
-            self.families[f.LABEL_OVERFLOW].labels(label)
-        self.families[f.SELF_ERRORS].labels(f.INTERCEPTION)
-        self.bounds = Bounds(self._overflow)
-        self.families[f.BUILD_INFO].labels(*build_info()).set(1)
-        self.families[f.LOOP_BLOCKED].labels(f.NO_TASK)
-        self.watched = Watched()
-        self._sampler: threading.Thread | None = None
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._start_over)
-
-    def of(self, run: TaskRun) -> SharedSeries:
-        """The numbers of a run's task."""
-        series = self.by_task.get(run.task)
-        return self._new(run) if series is None else series
-
-    def _new(self, run: TaskRun) -> SharedSeries:
-        self._sample_from_now_on()
-        with self._lock:
-            if run.task in self.by_task:
-                return self.by_task[run.task]
-            label = self.bounds.task(run)
-            series = self.by_task.get(label) or self._make(label)
-            if label != OTHER:
-                self.families[f.TASK_INFO].labels(label, "local", run.plan.owner or "", run.plan.executor).set(1)
-            return series
-
-    def _make(self, label: str) -> SharedSeries:
-        series = self.by_task[label] = SharedSeries((label, "local"), self)
-        return series
-
-    def register(self, name: str, owner: str, executor: str) -> None:
-        """Give a task its series before its first run, all at 0."""
-        self._sample_from_now_on()
-        with self._lock:
-            if name not in self.by_task:
-                self._make(name)
-                self.families[f.TASK_INFO].labels(name, "local", owner, executor).set(1)
-
-    def count_self_error(self, component: str) -> None:
-        """Something of ours raised."""
-        self.families[f.SELF_ERRORS].labels(component).inc()
-
-    def count_alerts(self, channel: str, status: str, count: int) -> None:
-        """So many bad runs have been told to a channel, or not."""
-        self.families[f.ALERTS].labels(channel, status).inc(count)
-        self.families[f.ALERT_DELIVERY].labels(channel)
-
-    def observe_alert_delivery(self, channel: str, seconds: float) -> None:
-        """A delivery took so long."""
-        self.families[f.ALERT_DELIVERY].labels(channel).observe(seconds)
-
-    def set_alert_queue(self, channel: str, length: int) -> None:
-        """So many kinds of failure wait for a channel."""
-        self.families[f.ALERT_QUEUE].labels(channel).set(length)
-
-    def lag(self, seconds: float) -> None:
-        """How late the event loop was."""
-        self.families[f.LOOP_LAG].observe(seconds)
-
-    def blocked_for(self, run: TaskRun | None, seconds: float) -> None:
-        """So many more seconds in which it did not answer, because of this run."""
-        task = f.NO_TASK if run is None else self.of(run).labels[0]
-        self.families[f.LOOP_BLOCKED].labels(task).inc(seconds)
-
-    def blocked(self, report: LoopBlocked) -> None:
-        """It was counted as it happened."""
-
-    def _overflow(self, label: str) -> None:
-        self.families[f.LABEL_OVERFLOW].labels(label).inc()
-
-    def _start_over(self) -> None:
-        # A fork leaves the sampler's thread behind, and what the parent counted is the parent's.
-        self._lock, self._sampler = threading.Lock(), None
-        self.by_task.clear()
-        self.bounds = Bounds(self._overflow)
-
-    def _sample_from_now_on(self) -> None:
-        with self._lock:
-            if self._sampler is None:
-                self._sampler = threading.Thread(target=self._sample, name="aftertask-ages", daemon=True)
-                self._sampler.start()
-
-    def _sample(self) -> None:
-        pause = threading.Event()
-        while not pause.wait(SAMPLE_EVERY):
-            self.sample()
-
-    def sample(self) -> None:
-        """Write what grows without an event: ages, and which runs are queued by now."""
-        for entry in registered_tasks():
-            self.register(entry.name, entry.policy.owner or "", entry.executor)
-        for series in list(self.by_task.values()):
-            series.sample()
-        for task, seconds in list(self.watched.timeouts.items()):
-            if task in self.by_task:
-                self.families[f.TASK_TIMEOUT].labels(task).set(seconds)
-        for family, values in self.watched.read().items():
-            for label, value in values.items():
-                self.families[family].labels(label).set(value)
-
-
-def _make(family: Family, registry: CollectorRegistry) -> Any:
-    if family.kind == "counter":
-        return Counter(family.full_name, family.help, family.labels, registry=registry)
-    if family.kind == "gauge":
-        return Gauge(family.full_name, family.help, family.labels, registry=registry, multiprocess_mode=family.mode)  # type: ignore[arg-type]  # "" is no gauge's
-    return Histogram(family.full_name, family.help, family.labels, registry=registry, buckets=family.buckets)
-
-
-class SharedSeries:
-    """All the numbers of one task, each child looked up once."""
-
-    def __init__(self, labels: tuple[str, str], book: SharedBook) -> None:
-        self.labels = labels
-        self._error_type: Callable[[str, str], str] = book.bounds.error_type
-        # What is in flight is counted as in one process, and written as gauges.
-        self._here = Series(labels, lambda task, kind: kind)
-        self._queued = self._running = self._backoff = 0
-        of = book.families
-        self._scheduled, self._bad, self._retries = (
-            of[family].labels(*labels) for family in (f.SCHEDULED, f.BAD, f.RETRIES)
-        )
-        self._finished = {outcome: of[f.FINISHED].labels(*labels, outcome) for outcome in OUTCOMES}
-        self._not_run, self._hazards, self._errors = of[f.NOT_RUN], of[f.HAZARDS], of[f.ERRORS]
-        for outcome, reason in f.NOT_RUN_REASONS:
-            self._not_run.labels(labels[0], outcome, reason)
-        self._wait, self._end_to_end = of[f.WAIT].labels(*labels), of[f.END_TO_END].labels(*labels)
-        self._ok, self._error = (of[f.ATTEMPT].labels(*labels, result) for result in ("ok", "error"))
-        self._inflight = {state: of[f.INFLIGHT].labels(*labels, state) for state in STATES}
-        of[f.LOOP_BLOCKED].labels(labels[0])
-        self._abandoned = of[f.ABANDONED].labels(labels[0])
-        self._ages = of[f.OLDEST_QUEUED].labels, of[f.OLDEST_RUNNING].labels
-        self._last_success, self._last_failure = of[f.LAST_SUCCESS].labels, of[f.LAST_FAILURE].labels
-
-    def schedule(self, run: TaskRun) -> None:
-        """A run came into being."""
-        self._here.schedule(run)
-        self._scheduled.inc()
-        self._write_inflight()
-
-    def succeed(self, event: Succeeded) -> None:
-        """The most frequent end."""
-        self._here.succeed(event)
-        self._waited(event.run)
-        self._ok.observe(event.duration_s)
-        self._end_to_end.observe(whole_life(event))
-        self._finished["succeeded"].inc()
-        self._last_success(*self.labels).set(event.timestamp)
-        self._write_inflight()
-
-    def retry(self, event: Retrying) -> None:
-        """An attempt raised, and another will follow."""
-        self._here.retry(event)
-        self._retries.inc()
-        self._attempt_failed(event)
-        self._write_inflight()
-
-    def end(self, event: Ended) -> None:
-        """A run ended, in any other way than by success."""
-        self._here.end(event)
-        self._waited(event.run)
-        self._finished[event.outcome].inc()
-        if event.bad:
-            self._bad.inc()
-        if isinstance(event, (Failed, TimedOut)):
-            self._attempt_failed(event)
-            self._end_to_end.observe(whole_life(event))
-            self._last_failure(*self.labels).set(event.timestamp)
-        elif event.run.attempt == 0 and event.outcome != "cancelled":
-            self._not_run.labels(self.labels[0], event.outcome, getattr(event, "reason", "other")).inc()
-        self._write_inflight()
-
-    def hazard(self, kind: str) -> None:
-        """Something was found."""
-        self._hazards.labels(self.labels[0], kind).inc()
-
-    def abandon(self, change: int) -> None:
-        """So many threads more go on that nobody waits for."""
-        self._abandoned.inc(change)
-
-    def sample(self) -> None:
-        """Write the gauges that change by themselves."""
-        states = self._here.states()
-        self._queued, self._running, self._backoff = (len(states[at]) for at in ("queued", "running", "backoff"))
-        self._write_inflight()
-        for labels, age in zip(self._ages, ages(states), strict=True):
-            labels(*self.labels).set(age or 0.0)
-
-    def _waited(self, run: TaskRun) -> None:
-        wait = run.queue_wait_s
-        if wait is not None:
-            self._wait.observe(wait)
-
-    def _attempt_failed(self, event: Failed | TimedOut | Retrying) -> None:
-        self._error.observe(event.duration_s)
-        self._errors.labels(*self.labels, self._error_type(self.labels[0], event.failure.type)).inc()
-
-    def _write_inflight(self) -> None:
-        # In which state each run is, is looked up by the sampler only: there may be thousands. Their sum is exact.
-        live = len(self._here.live)
-        running = min(self._running, live)
-        queued = min(self._queued, live - running)
-        backoff = min(self._backoff, live - running - queued)
-        self._inflight["running"].set(running)
-        self._inflight["queued"].set(queued)
-        self._inflight["backoff"].set(backoff)
-        self._inflight["scheduled"].set(live - running - queued - backoff)
+def _pid(file: Path) -> int:
+    """The pid at the end of a file's name; 0 if there is none."""
+    found = _PID.search(file.name)
+    return int(found[1]) if found else 0

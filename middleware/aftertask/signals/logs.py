@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import contextvars
-import json
 import logging
-from collections.abc import Callable, Mapping
-from contextvars import ContextVar
+import threading
+from collections.abc import Mapping
+from contextvars import Token
 from typing import Any
 
-import structlog
+from structlog.contextvars import bind_contextvars, get_contextvars, reset_contextvars
 
-from .._log import emit, iso, to_stderr, write
+from .._log import Level, enabled, log
 from ..events import (
     Abandoned,
     AbandonedEnded,
     Cancelled,
     Dropped,
+    Ended,
     Expired,
     Failed,
+    Failure,
     HazardFound,
     LoopBlocked,
-    LoopListener,
     Lost,
-    Offloaded,
-    Plan,
     Rejected,
-    Request,
     Retrying,
     Scheduled,
+    Signal,
     Skipped,
     Slow,
-    SpanContext,
     Started,
     Stuck,
     Succeeded,
@@ -42,375 +39,325 @@ from ..events import (
 )
 from .families import NO_TASK
 
-# What every line of ours carries, and what a task's own lines are given.
+#: The keys of every line about a run, which the task's own lines get, too.
 KEYS = ("task", "run_id", "attempt", "engine", "http_route", "http_method", "request_id", "trace_id", "span_id")
 
-# structlog keeps each bound key in a context variable; these are its own, so that its merge_contextvars finds them.
-_tokens: Mapping[str, contextvars.Token[Any]] = contextvars.Context().run(
-    structlog.contextvars.bind_contextvars, **dict.fromkeys(KEYS)
-)
-_VARS: tuple[ContextVar[Any], ...] = tuple(_tokens[key].var for key in KEYS)
-_GET = tuple(var.get for var in _VARS)
-_SET = tuple(var.set for var in _VARS)
-
-_bind_run_id, _bind_span_id = _SET[KEYS.index("run_id")], _SET[KEYS.index("span_id")]
+#: Each hazard is logged once per task and kind; no more than this many are remembered, and logged.
+_MOST_HAZARDS = 1000
 
 
 def run_keys(run: TaskRun) -> dict[str, Any]:
-    """The keys that say which run a line is about; those that are not known are left out."""
-    return {key: value for key, value in zip(KEYS, _values(run), strict=True) if value is not None}
+    """The keys that identify a run in a log line; unknown ones are left out."""
+    return {key: value for key, value in _all_keys(run).items() if value is not None}
 
 
-def _values(run: TaskRun) -> tuple[Any, ...]:
+def _all_keys(run: TaskRun) -> dict[str, Any]:
     request = run.request
     span = run.span_context or request.span_context
-    return (
-        run.task,
-        run.id,
-        run.attempt,
-        run.engine,
-        request.http_route,
-        request.http_method,
-        request.request_id,
-        None if span is None else span.trace_id.to_bytes(16).hex(),  # half the cost of a format
-        None if span is None else span.span_id.to_bytes(8).hex(),
-    )
+    return {
+        "task": run.task,
+        "run_id": run.id,
+        "attempt": run.attempt,
+        "engine": run.engine,
+        "http_route": request.http_route,
+        "http_method": request.http_method,
+        "request_id": request.request_id,
+        "trace_id": None if span is None else f"{span.trace_id:032x}",
+        "span_id": None if span is None else f"{span.span_id:016x}",
+    }
 
 
-class _Same(dict[tuple[Plan, str | None, str | None], str]):
-    """What is the same in the lines of all runs of a task that come from one route, as JSON; so many are kept."""
-
-    most = 2000
-
-    def of(self, run: TaskRun) -> str:
-        """The text for this run."""
-        request = run.request
-        key = run.plan, request.http_route, request.http_method
-        text = self.get(key)
-        if text is None:
-            names = ("task", "engine", "http_route", "http_method")
-            known = zip(names, (run.task, run.engine, request.http_route, request.http_method), strict=True)
-            if len(self) >= self.most:
-                self.clear()
-            text = self[key] = json.dumps({name: value for name, value in known if value is not None})[1:-1]
-        return text
-
-
-class _Bound:
+class Logs(Signal):
     """
-    What is bound for the runs of a batch, or for one run, and what was bound before.
+    One structured log line for each event; `docs/telemetry.md` lists events, levels and keys.
 
-    Setting a context variable costs a quarter of a microsecond, so for the next run of the same task only what
-    differs is set.
+    Lines go through structlog as the app configured it; else, if the app set up stdlib logging, to the logger
+    `aftertask` with the keys as attributes of the record; else to stderr as JSON, at info and above.
+
+    While a task runs, the keys that identify the run are bound for structlog, in a sync task's thread, too. For stdlib
+    logging, `RunFilter` adds them to a record.
+
+    Args:
+        success_log_rate: Maximum number of `task.succeeded` lines per second; the next line has the number of lines
+            left out as `suppressed_count`. None means no limit.
     """
 
-    __slots__ = (
-        "attempt",
-        "batch",
-        "before",
-        "head",
-        "plan",
-        "request",
-        "run",
-        "run_id",
-        "span",
-        "tail",
-        "texts",
-        "to_stderr",
-        "trace_id",
-        "trace_text",
-    )
+    def __init__(self, *, success_log_rate: float | None = None) -> None:
+        self._successes = _Rate(success_log_rate)
+        self._hazards: set[tuple[str, str]] = set()
+        #: The keys of each run with an attempt under way, and what restores those that were bound before.
+        self._bound: dict[TaskRun, tuple[dict[str, Any], Mapping[str, Token[Any]]]] = {}
+        #: structlog's keys that a sync endpoint bound in its worker thread, for the tasks it added there.
+        self._from_endpoint: dict[TaskRun, dict[str, Any]] = {}
 
-    def __init__(self, run: TaskRun, texts: _Same, to_stderr: bool) -> None:
-        self.run, self.request, self.batch = run, run.request, run.batch
-        self.texts, self.to_stderr = texts, to_stderr
-        self.run_id = ""
-        self.before = [get(...) for get in _GET]
-        self.plan: Plan | None = None
-        self.attempt = 0
-        self.span: SpanContext | None = None
-        self.trace_id: int | None = None
-        self.head = self.tail = self.trace_text = ""  # of a line that is put together by hand
+    # --- before and at the start of an attempt
 
-    def bind(self, run: TaskRun) -> None:
-        """Bind the keys of this run."""
-        span = run.span_context or run.request.span_context
-        self.run = run
-        run_id = self.run_id = run.id
-        if run.plan is not self.plan or run.attempt != self.attempt:
-            self._bind_all(run, span)
-        elif span is self.span:
-            _bind_run_id(run_id)
-        elif span is not None and span[0] == self.trace_id:
-            _bind_run_id(run_id)
-            span_id = span[1].to_bytes(8).hex()
-            _bind_span_id(span_id)
-            self.tail = f'{self.trace_text}{span_id}", "duration_s": '
-            self.span = span
+    def scheduled(self, event: Scheduled) -> None:
+        """`task.scheduled`; a sync endpoint's bound keys are kept for its task."""
+        run = event.run
+        if threading.get_ident() != run.request.thread and (bound := get_contextvars()):
+            self._from_endpoint[run] = bound
+        if enabled("debug"):
+            self._line("debug", "task.scheduled", event, priority=run.info.priority)
+
+    def started(self, event: Started) -> None:
+        """`task.started`; the run's keys are bound until the attempt ends."""
+        run = event.run
+        keys = run_keys(run)
+        self._bound[run] = keys, bind_contextvars(**{**self._from_endpoint.get(run, {}), **keys})
+        if enabled("debug"):
+            self._line("debug", "task.started", event, queue_wait_s=event.queue_wait_s)
+
+    # --- the end of an attempt
+
+    def retrying(self, event: Retrying) -> None:
+        """`task.retrying`."""
+        try:
+            if enabled("warning"):
+                keys = _failure_keys(event.failure)
+                what = f"{_error_text(event.failure)}; next attempt in {event.delay_s:.3g} s"
+                self._line("warning", "task.retrying", event, what, **keys, retry_in_s=event.delay_s)
+        finally:
+            self._unbind(event.run)
+
+    def succeeded(self, event: Succeeded) -> None:
+        """`task.succeeded`, within the rate."""
+        run = event.run
+        try:
+            if enabled("info") and (suppressed := self._successes.admit(event.timestamp)) is not None:
+                self._line(
+                    "info",
+                    "task.succeeded",
+                    event,
+                    duration_s=event.duration_s,
+                    queue_wait_s=run.queue_wait_s,
+                    thread_wait_s=run.thread_wait_s,
+                    suppressed_count=suppressed or None,
+                )
+        finally:
+            self._forget(run)
+
+    def failed(self, event: Failed) -> None:
+        """`task.failed`."""
+        self._failure(event)
+
+    def timed_out(self, event: TimedOut) -> None:
+        """`task.timed_out`."""
+        self._failure(event)
+
+    def cancelled(self, event: Cancelled) -> None:
+        """`task.cancelled`."""
+        self._ended("warning", event, event.reason)
+
+    def _failure(self, event: Failed | TimedOut) -> None:
+        failure, run = event.failure, event.run
+        try:
+            if enabled("error"):
+                self._line(
+                    "error",
+                    f"task.{event.outcome}",
+                    event,
+                    _error_text(failure),
+                    error=failure.error,
+                    **_failure_keys(failure),
+                    duration_s=event.duration_s,
+                    exception=failure.stack,
+                    hint=failure.hint,
+                    thread_wait_s=run.thread_wait_s,
+                )
+        finally:
+            self._forget(run)
+
+    # --- runs that never started
+
+    def skipped(self, event: Skipped) -> None:
+        """`task.skipped`, with the run that failed and its task."""
+        cause = event.caused_by
+        if cause is None:
+            self._ended("warning", event, event.reason)
         else:
-            self._bind_all(run, span)
+            self._ended("warning", event, event.reason, caused_by=cause.id, caused_by_task=cause.task)
 
-    def _bind_all(self, run: TaskRun, span: SpanContext | None) -> None:
-        values = _values(run)
-        for put, value, before in zip(_SET, values, self.before, strict=True):
-            if value is not None:
-                put(value)
-            elif self.plan is not None:
-                put(before)  # an earlier run of the batch may have had it
-        request_id, trace_id, span_id = values[6:]
-        id_text = "" if request_id is None else f', "request_id": {json.dumps(request_id)}'
-        self.head = f'", {self.texts.of(run)}{id_text}, "run_id": "'
-        attempt = f'", "attempt": {run.attempt}'
-        self.trace_text = f'{attempt}, "trace_id": "{trace_id}", "span_id": "'
-        self.tail = (attempt if span is None else f'{self.trace_text}{span_id}"') + ', "duration_s": '
-        self.plan, self.attempt, self.span = run.plan, run.attempt, span
-        self.trace_id = None if span is None else span.trace_id
+    def dropped(self, event: Dropped) -> None:
+        """`task.dropped`."""
+        self._ended("warning", event, event.reason, error_type=event.error_type)
 
-    def restore(self) -> None:
-        """As it was before."""
-        for put, value in zip(_SET, self.before, strict=True):
-            put(value)
+    def rejected(self, event: Rejected) -> None:
+        """`task.rejected`."""
+        self._ended("warning", event, event.reason)
 
+    def expired(self, event: Expired) -> None:
+        """`task.expired`."""
+        self._ended("warning", event, event.reason)
 
-class _LoopLog:
-    """The line that tells of a blocked event loop; one for all apps of the process, whose loop it is."""
+    def lost(self, event: Lost) -> None:
+        """`task.lost`."""
+        self._ended("error", event, event.reason, age_s=event.age_s)
 
-    def lag(self, seconds: float) -> None:
-        """For the metrics."""
+    def _ended(self, level: Level, event: Ended, reason: str, **keys: Any) -> None:
+        try:
+            if enabled(level):
+                because_of = f" of {keys['caused_by_task']}" if "caused_by_task" in keys else ""
+                self._line(level, f"task.{event.outcome}", event, reason + because_of, reason=reason, **keys)
+        finally:
+            self._forget(event.run)
 
-    def blocked_for(self, run: TaskRun | None, seconds: float) -> None:
-        """For the metrics."""
+    # --- what a watching thread finds
 
-    def blocked(self, report: LoopBlocked) -> None:
-        """Say who is to blame, and where it was."""
+    def slow(self, event: Slow) -> None:
+        """`task.slow`."""
+        self._running_long("warning", "task.slow", event, event.stack)
+
+    def stuck(self, event: Stuck) -> None:
+        """`task.stuck`."""
+        self._running_long("warning", "task.stuck", event, event.stack)
+
+    def abandoned(self, event: Abandoned) -> None:
+        """`task.abandoned`."""
+        self._running_long("error", "task.abandoned", event, event.stack)
+
+    def abandoned_ended(self, event: AbandonedEnded) -> None:
+        """`task.abandoned_ended`."""
+        self._running_long("info", "task.abandoned_ended", event, None)
+
+    def _running_long(
+        self, level: Level, name: str, event: Slow | Stuck | Abandoned | AbandonedEnded, stack: str | None
+    ) -> None:
+        if enabled(level):
+            what = f"running for {event.running_s:.3g} s, limit {event.limit_s:.3g} s"
+            self._line(level, name, event, what, running_s=event.running_s, limit_s=event.limit_s, stack=stack)
+
+    def hazard_found(self, event: HazardFound) -> None:
+        """`task.hazard`, once per task and kind."""
+        key = (event.run.task, event.kind)
+        if key in self._hazards or len(self._hazards) >= _MOST_HAZARDS:
+            return
+        self._hazards.add(key)
+        what = f"{event.kind}: {event.advice}"
+        self._line("warning", "task.hazard", event, what, kind=event.kind, argument=event.argument, advice=event.advice)
+
+    def loop_blocked(self, report: LoopBlocked) -> None:
+        """`loop.blocked`."""
         run = report.run
-        emit(
+        failed = log(
             "warning",
             "loop.blocked",
             timestamp=report.timestamp,
             **({"task": NO_TASK} if run is None else run_keys(run)),
-            blocked_s=round(report.blocked_s, 6),
+            blocked_s=report.blocked_s,
             where=report.where,
             stack=report.stack,
             still_blocked=None if report.over else True,
             suppressed_count=report.suppressed or None,
         )
-
-
-_loop_log = _LoopLog()
-
-
-class Logs:
-    """
-    One structured log line for each event (`TELEMETRY.md`).
-
-    Goes through structlog where the app has configured it, else through stdlib logging where it has handlers (the
-    keys are the record's `extra`), else as one JSON line to stderr at `info` and above.
-
-    While a task runs, the same keys are bound for structlog, in a sync task's thread too; for stdlib logging
-    `RunFilter` puts them on a record.
-
-    Args:
-        success_log_rate: At most so many `task.succeeded` lines a second; the next one tells in `suppressed_count`
-            how many were left out. None: no limit.
-    """
-
-    def __init__(self, *, success_log_rate: float | None = None) -> None:
-        self.loop: LoopListener = _loop_log
-        self._rate = success_log_rate
-        self._to_stderr = to_stderr()  # asked again with each batch
-        self._window = self._said = self._suppressed = 0
-        self._hazards: set[tuple[str, str]] = set()
-        self._bound: dict[TaskRun | tuple[Request, int], _Bound] = {}
-        self._same = _Same()
-        self._last: _Bound | None = None  # of those, the one that was looked up last
-        self.handlers: dict[type[TaskEvent], Callable[[Any], None]] = {
-            Scheduled: self._on_scheduled,
-            Started: self._on_started,
-            Retrying: self._on_retrying,
-            Succeeded: self._on_succeeded,
-            Failed: self._on_failed,
-            TimedOut: self._on_failed,
-            Cancelled: self._on_never_or_cut_off,
-            Skipped: self._on_never_or_cut_off,
-            Dropped: self._on_never_or_cut_off,
-            Rejected: self._on_never_or_cut_off,
-            Expired: self._on_never_or_cut_off,
-            Lost: self._on_lost,
-            Slow: self._on_running_long,
-            Stuck: self._on_running_long,
-            Abandoned: self._on_running_long,
-            AbandonedEnded: self._on_running_long,
-            HazardFound: self._on_hazard,
-        }
-
-    def __call__(self, event: TaskEvent) -> None:
-        """Log an event; those that have no line of their own (`Offloaded`) are passed over."""
-        if not isinstance(event, Offloaded):
-            self.handlers[type(event)](event)
-
-    def _on_scheduled(self, event: Scheduled) -> None:
-        if not self._to_stderr:
-            self._say("debug", "task.scheduled", event, priority=event.run.priority)
-
-    def _on_started(self, event: Started) -> None:
-        run = event.run
-        bound = self._last
-        if bound is None or bound.request is not run.request or bound.batch != run.batch or not run.batch:
-            bound = self._find(run)
-        bound.bind(run)
-        if not bound.to_stderr:
-            self._say("debug", "task.started", event, queue_wait_s=event.queue_wait_s)
-
-    def _find(self, run: TaskRun) -> _Bound:
-        key = (run.request, run.batch) if run.batch else run
-        bound = self._last = self._bound.get(key)
-        if bound is None:
-            self._to_stderr = to_stderr()
-            bound = self._last = self._bound[key] = _Bound(run, self._same, self._to_stderr)
-        return bound
-
-    def _on_succeeded(self, event: Succeeded) -> None:
-        run = event.run
-        suppressed = self._allowed(event.timestamp) if self._rate is not None else 0
-        if suppressed is not None:
-            bound = self._last
-            if bound is None or bound.run is not run:
-                bound = self._bound.get((run.request, run.batch) if run.batch else run)
-            wait = run.queue_wait_s
-            if bound is not None and bound.run is run and bound.to_stderr and run.progress is None:
-                # The line that most tasks end with, put together by hand: a fifth of what a general encoder takes.
-                waited = "" if wait is None else f', "queue_wait_s": {wait:.6f}'
-                more = f', "suppressed_count": {suppressed}' if suppressed else ""
-                if run.thread_s is not None and run.thread_wait_s is not None:
-                    waited += f', "thread_wait_s": {run.thread_wait_s:.6f}'
-                write(
-                    f'{{"event": "task.succeeded", "level": "info", "timestamp": "{iso(event.timestamp)}'
-                    f"{bound.head}{bound.run_id}{bound.tail}{event.duration_s:.6f}{waited}{more}}}\n"
-                )
-            else:
-                self._say_last(
-                    "info",
-                    "task.succeeded",
-                    event,
-                    duration_s=event.duration_s,
-                    queue_wait_s=wait,
-                    thread_wait_s=run.thread_wait_s,
-                    suppressed_count=suppressed or None,
-                )
-        if not run.batch:
-            self._unbind(run)
-
-    def _on_retrying(self, event: Retrying) -> None:
-        self._say_last(
-            "warning",
-            "task.retrying",
-            event,
-            error_type=event.failure.type,
-            error_message=event.failure.message,
-            error_fingerprint=event.failure.fingerprint,
-            retry_in_s=event.delay_s,
-        )
-
-    def _on_failed(self, event: Failed | TimedOut) -> None:
-        self._say_last(
-            "error",
-            f"task.{event.outcome}",
-            event,
-            error_type=event.failure.type,
-            error_message=event.failure.message,
-            error_fingerprint=event.failure.fingerprint,
-            duration_s=event.duration_s,
-            exception=event.failure.stack,
-            hint=event.failure.hint,
-            thread_wait_s=event.run.thread_wait_s,
-        )
-
-    def _on_never_or_cut_off(self, event: Cancelled | Skipped | Dropped | Rejected | Expired) -> None:
-        cause = getattr(event, "caused_by", None)
-        self._say_last(
-            "warning",
-            f"task.{event.outcome}",
-            event,
-            reason=event.reason,
-            caused_by=None if cause is None else cause.id,
-        )
-
-    def _on_lost(self, event: Lost) -> None:
-        self._say_last("error", "task.lost", event, reason=event.reason, age_s=event.age_s)
-
-    def _on_running_long(self, event: Slow | Stuck | Abandoned | AbandonedEnded) -> None:
-        name = "abandoned_ended" if isinstance(event, AbandonedEnded) else type(event).__name__.lower()
-        self._say(
-            "info" if isinstance(event, AbandonedEnded) else "warning",
-            f"task.{name}",
-            event,
-            running_s=event.running_s,
-            limit_s=event.limit_s,
-            stack=getattr(event, "stack", None),
-        )
-
-    def _on_hazard(self, event: HazardFound) -> None:
-        key = (event.run.task, event.kind)
-        if key not in self._hazards and len(self._hazards) < 1000:
-            self._hazards.add(key)
-            self._say("warning", "task.hazard", event, kind=event.kind, argument=event.argument, advice=event.advice)
-
-    def _say(self, level: str, name: str, event: TaskEvent, **keys: Any) -> None:
-        told = {key: round(value, 6) if isinstance(value, float) else value for key, value in keys.items()}
-        if event.run.progress is not None:
-            told["progress"] = event.run.progress.text
-        failed = emit(level, name, timestamp=event.timestamp, **run_keys(event.run), **told)
         if failed is not None:
-            raise failed  # so that it is told and counted as a signal that failed
+            raise failed
 
-    def _say_last(self, level: str, name: str, event: TaskEvent, **keys: Any) -> None:
-        """The line that an attempt ends with."""
-        try:
-            self._say(level, name, event, **keys)
-        finally:
-            self._unbind(event.run)
+    # --- one line, and what was bound
 
-    def _allowed(self, timestamp: float) -> int | None:
-        """How many lines were left out since the last one; None where this one is left out too."""
-        second = int(timestamp)
-        if second != self._window:
-            self._window, self._said = second, 0
-        if self._said >= (self._rate or 0):
-            self._suppressed += 1
-            return None
-        self._said += 1
-        suppressed, self._suppressed = self._suppressed, 0
-        return suppressed
+    def _line(
+        self,
+        level: Level,
+        name: str,
+        event: TaskEvent,
+        what: str | None = None,
+        *,
+        error: BaseException | None = None,
+        **keys: Any,
+    ) -> None:
+        """Log one line about a run; raise what the app's logging raised, so that it is counted as a failed signal."""
+        run = event.run
+        bound, _ = self._bound.get(run, (None, None))
+        failed = log(
+            level,
+            name,
+            message=None if what is None else _sentence(name, run, what),
+            timestamp=event.timestamp,
+            exc_info=error,
+            **(bound or run_keys(run)),
+            **keys,
+            progress=None if run.progress is None else run.progress.text,
+        )
+        if failed is not None:
+            raise failed
 
     def _unbind(self, run: TaskRun) -> None:
-        if not run.batch:
-            self._restore(run)  # nothing, where it was never started
+        _, tokens = self._bound.pop(run, (None, None))
+        # A coroutine may be closed from another context, which never had the keys.
+        if tokens is not None and run.is_current:
+            reset_contextvars(**tokens)
 
-    def batch_ended(self, request: Request, batch: int) -> None:
-        """Put back what was bound before the batch."""
-        self._restore((request, batch))
+    def _forget(self, run: TaskRun) -> None:
+        self._unbind(run)
+        self._from_endpoint.pop(run, None)
 
-    def _restore(self, key: TaskRun | tuple[Request, int]) -> None:
-        bound = self._bound.pop(key, None)
-        if bound is not None:
-            bound.restore()
-            if bound is self._last:
-                self._last = None  # or it would keep the request
+
+class _Rate:
+    """
+    Admits at most a number of lines per second and counts the others.
+
+    Args:
+        rate: Lines per second of the clock; None means no limit.
+    """
+
+    def __init__(self, rate: float | None) -> None:
+        self._rate = rate
+        self._second = self._admitted = self._left_out = 0
+
+    def admit(self, timestamp: float) -> int | None:
+        """How many lines were left out since the last one; None if this one is left out."""
+        if self._rate is None:
+            return 0
+        if int(timestamp) != self._second:
+            self._second, self._admitted = int(timestamp), 0
+        if self._admitted >= self._rate:
+            self._left_out += 1
+            return None
+        self._admitted += 1
+        left_out, self._left_out = self._left_out, 0
+        return left_out
+
+
+def _failure_keys(failure: Failure) -> dict[str, Any]:
+    return {
+        "error_type": failure.type,
+        "error_message": failure.message,
+        "error_fingerprint": failure.fingerprint,
+    }
+
+
+def _error_text(failure: Failure) -> str:
+    """The class and the first line of the message."""
+    message = failure.message.partition("\n")[0]
+    return f"{failure.type}: {message}" if message else failure.type
+
+
+def _sentence(name: str, run: TaskRun, what: str) -> str:
+    """
+    The message of a stdlib record, which has to be readable where only the message is printed:
+    `task.failed mail.welcome: ConnectionError: refused (POST /signup, attempt 2 of 4)`.
+    """
+    request = run.request
+    where = [" ".join(part for part in (request.http_method, request.http_route) if part)]
+    if run.info.max_attempts > 1 and run.attempt:
+        where.append(f"attempt {run.attempt} of {run.info.max_attempts}")
+    place = ", ".join(part for part in where if part)
+    return f"{name} {run.task}: {what} ({place})" if place else f"{name} {run.task}: {what}"
 
 
 class RunFilter(logging.Filter):
     """
-    Puts the keys of the run that is under way (`task`, `run_id`, `trace_id`, …) on every stdlib log record.
+    Adds the keys of the current run (`task`, `run_id`, `trace_id`, …) to every stdlib log record.
 
     Add it to a handler: `handler.addFilter(RunFilter())`. Outside of a run the keys are None, so that a format may
     name them.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Add the keys; no record is held back."""
+        """Add the keys that the record does not have; always True."""
         run = current_run()
-        for key, value in zip(KEYS, _values(run) if run is not None else (None,) * len(KEYS), strict=True):
+        keys = dict.fromkeys(KEYS) if run is None else _all_keys(run)
+        for key, value in keys.items():
             if not hasattr(record, key):
                 setattr(record, key, value)
         return True

@@ -1,24 +1,14 @@
-"""The numbers of every task for Prometheus."""
+"""Prometheus metrics of every task, run and event loop."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import platform
-import re
-import sys
-import threading
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterable
+from typing import TypeAlias
 
-import starlette
-from prometheus_client import REGISTRY, CollectorRegistry, Metric
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.registry import Collector
+from anyio.lowlevel import RunVar
+from prometheus_client import REGISTRY, CollectorRegistry
 
-from .._log import emit
-from ..errors import RegistryClash
+from .._taskrun import TaskInfo, TaskRun
 from ..events import (
     Abandoned,
     AbandonedEnded,
@@ -28,401 +18,229 @@ from ..events import (
     Expired,
     Failed,
     HazardFound,
-    LoopBlocked,
-    LoopListener,
     Lost,
     Offloaded,
+    Pool,
     Rejected,
     Retrying,
     Scheduled,
+    Signal,
     Skipped,
+    Started,
     Succeeded,
-    TaskEvent,
-    TaskRun,
     TimedOut,
 )
-from ..policies import registered_tasks
 from . import families as f
-from ._series import Counts, Series, tell
+from ._instruments import TaskSeries
+from ._metric_set import metric_set
+from ._several_workers import warn_of_several_workers
 
-#: How many tasks that nobody registered have a label of their own; the others are `__other__`.
-UNREGISTERED_TASKS = 100
-ERROR_TYPES_OF_A_TASK = 20
-ERROR_TYPES = 50
-OTHER = "__other__"
-
-N = TypeVar("N", int, float)
+NotRun: TypeAlias = Skipped | Dropped | Rejected | Expired | Lost
 
 
-class SeriesLike(Protocol):
-    """What a task's numbers are told, in one process's plain counts or in files shared by several."""
-
-    def schedule(self, run: TaskRun) -> None: ...
-    def succeed(self, event: Succeeded) -> None: ...
-    def retry(self, event: Retrying) -> None: ...
-    def end(self, event: Ended) -> None: ...
-    def hazard(self, kind: str) -> None: ...
-    def abandon(self, change: int) -> None: ...
-
-
-class Bounds:
-    """Keeps labels few: which tasks and error types have one of their own, and how many were folded."""
-
-    def __init__(self, on_overflow: Callable[[str], None]) -> None:
-        self._on_overflow = on_overflow
-        self._unregistered = 0
-        self._error_types: dict[str, set[str]] = {}
-        self._all_error_types: set[str] = set()
-        self._warned: set[str] = set()
-
-    def task(self, run: TaskRun) -> str:
-        """The task label of a run that has no series yet."""
-        if run.plan.registered:
-            return run.task
-        if self._unregistered < UNREGISTERED_TASKS:
-            self._unregistered += 1
-            return run.task
-        self._fold("task", f"{UNREGISTERED_TASKS} unregistered tasks have a label each; @task registers one for sure")
-        return OTHER
-
-    def error_type(self, task: str, kind: str) -> str:
-        """The `error_type` label of an exception class."""
-        known = self._error_types.setdefault(task, set())
-        if kind in known:
-            return kind
-        new = kind not in self._all_error_types
-        if len(known) >= ERROR_TYPES_OF_A_TASK or (new and len(self._all_error_types) >= ERROR_TYPES):
-            self._fold("error_type", f"{ERROR_TYPES_OF_A_TASK} a task and {ERROR_TYPES} in all have a label each")
-            return OTHER
-        known.add(kind)
-        self._all_error_types.add(kind)
-        return kind
-
-    def _fold(self, label: str, advice: str) -> None:
-        self._on_overflow(label)
-        if label not in self._warned:
-            self._warned.add(label)
-            emit("warning", "label.overflow", label=label, folded_into=OTHER, advice=advice)
-
-
-class Pool(Protocol):
-    """What has a limit, uses some of it, and lets others wait: a concurrency limit, a pool of threads."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def size(self) -> float: ...
-    @property
-    def in_use(self) -> float: ...
-    @property
-    def waiting(self) -> float: ...
-
-
-class Watched:
-    """What is read when Prometheus asks. Whoever is no more is forgotten; of one name there may be several."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._pools: weakref.WeakKeyDictionary[Pool, tuple[f.Family, ...]] = weakref.WeakKeyDictionary()
-        self.timeouts: dict[str, float] = {}
-
-    def add(self, pool: Pool, families: tuple[f.Family, ...]) -> None:
-        """Read this one from now on."""
-        with self._lock:
-            self._pools[pool] = families
-
-    def read(self) -> dict[f.Family, dict[str, float]]:
-        """Each family's value by label."""
-        told: dict[f.Family, dict[str, float]] = {family: {} for family in (*f.CONCURRENCY, *f.THREADPOOL)}
-        with self._lock:
-            pools = list(self._pools.items())
-        for pool, families in pools:
-            for family, value in zip(families, (pool.size, pool.in_use, pool.waiting), strict=True):
-                told[family][pool.name] = told[family].get(pool.name, 0) + value
-        return told
-
-
-class PlainBook(Collector):
-    """One process's numbers, kept as plain counts and told when the registry is collected."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._lock = threading.Lock()
-        self.by_task: dict[str, Series] = {}
-        self._infos: dict[str, tuple[str, str, str, str]] = {}
-        self.watched = Watched()
-        self._self_errors: dict[str, int] = {f.INTERCEPTION: 0}
-        self._overflows: dict[str, int] = {}
-        self._alerts: dict[tuple[str, ...], int] = {}
-        self._deliveries: dict[str, Counts] = {}
-        self._alert_queues: dict[str, int] = {}
-        self._lag = Counts(f.LOOP_LAG)
-        self._blocked: dict[str, float] = {f.NO_TASK: 0.0}
-        self._bounds = Bounds(self._overflow)
-        try:
-            registry.register(self)
-        except ValueError as error:
-            raise RegistryClash(
-                f"the registry already has one of aftertask's metrics, put there by somebody else: {error}; "
-                f"give Settings(registry=…) a registry without it, or rename that metric"
-            ) from error
-
-    def of(self, run: TaskRun) -> Series:
-        """The numbers of a run's task."""
-        series = self.by_task.get(run.task)
-        return self._new(run) if series is None else series
-
-    def _new(self, run: TaskRun) -> Series:
-        with self._lock:
-            if run.task in self.by_task:
-                return self.by_task[run.task]
-            label = self._bounds.task(run)
-            series = self.by_task.get(label) or self._make(label)
-            if label != OTHER:
-                self._infos[label] = (label, "local", run.plan.owner or "", run.plan.executor)
-            return series
-
-    def _make(self, label: str) -> Series:
-        series = self.by_task[label] = Series((label, "local"), self._bounds.error_type)
-        return series
-
-    def register(self, name: str, owner: str, executor: str) -> None:
-        """Give a task its series before its first run, all at 0."""
-        with self._lock:
-            if name not in self.by_task:
-                self._make(name)
-                self._infos[name] = (name, "local", owner, executor)
-
-    def count_self_error(self, component: str) -> None:
-        """Something of ours raised."""
-        with self._lock:
-            self._self_errors[component] = self._self_errors.get(component, 0) + 1
-
-    def count_alerts(self, channel: str, status: str, count: int) -> None:
-        """So many bad runs have been told to a channel, or not."""
-        with self._lock:
-            self._alerts[channel, status] = self._alerts.get((channel, status), 0) + count
-            self._deliveries.setdefault(channel, Counts(f.ALERT_DELIVERY))
-
-    def observe_alert_delivery(self, channel: str, seconds: float) -> None:
-        """A delivery took so long."""
-        with self._lock:
-            self._deliveries[channel].observe(seconds, None, 0.0)
-
-    def set_alert_queue(self, channel: str, length: int) -> None:
-        """So many kinds of failure wait for a channel."""
-        self._alert_queues[channel] = length
-
-    def lag(self, seconds: float) -> None:
-        """How late the event loop was."""
-        with self._lock:
-            self._lag.observe(seconds, None, 0.0)
-
-    def blocked_for(self, run: TaskRun | None, seconds: float) -> None:
-        """So many more seconds in which it did not answer, because of this run."""
-        task = f.NO_TASK if run is None else self.of(run).labels[0]
-        with self._lock:
-            self._blocked[task] = self._blocked.get(task, 0.0) + seconds
-
-    def blocked(self, report: LoopBlocked) -> None:
-        """It was counted as it happened."""
-
-    def _overflow(self, label: str) -> None:
-        self._overflows[label] = self._overflows.get(label, 0) + 1
-
-    def describe(self) -> Iterable[Metric]:
-        """The families without samples: the registry finds clashes by them."""
-        return [Metric(family.full_name, family.help, family.kind) for family in f.FAMILIES]
-
-    def collect(self) -> Iterator[Metric]:
-        """Everything, as of now."""
-        for entry in registered_tasks():
-            self.register(entry.policy.name or entry.name, entry.policy.owner or "", entry.executor)
-        with self._lock:
-            all_series, infos = list(self.by_task.values()), list(self._infos.values())
-            self_errors, overflows = dict(self._self_errors), dict(self._overflows)
-            queues = dict(self._alert_queues)
-            alerts = dict(self._alerts)
-            deliveries = HistogramMetricFamily(
-                f.ALERT_DELIVERY.full_name, f.ALERT_DELIVERY.help, labels=f.ALERT_DELIVERY.labels
-            )
-            for channel, counts in self._deliveries.items():
-                counts.tell(deliveries, (channel,))
-            lag = HistogramMetricFamily(f.LOOP_LAG.full_name, f.LOOP_LAG.help, labels=())
-            self._lag.tell(lag, ())
-            blocked = {**{series.labels[0]: 0.0 for series in all_series}, **self._blocked}
-        yield from tell(all_series)
-        yield _gauge(f.TASK_INFO, dict.fromkeys(infos, 1))
-        yield _gauge(f.BUILD_INFO, {build_info(): 1})
-        known = {series.labels[0] for series in all_series}
-        timeouts = {task: limit for task, limit in self.watched.timeouts.items() if task in known}
-        yield _gauge(f.TASK_TIMEOUT, _single(timeouts))
-        for family, values in self.watched.read().items():
-            yield _gauge(family, _single(values))
-        yield lag
-        yield _counter(f.LOOP_BLOCKED, _single(blocked))
-        yield _counter(f.ALERTS, alerts)
-        yield deliveries
-        yield _gauge(f.ALERT_QUEUE, _single(queues))
-        yield _counter(f.SELF_ERRORS, _single(self_errors))
-        yield _counter(f.LABEL_OVERFLOW, _single({"task": 0, "error_type": 0, **overflows}))
-
-
-def _gauge(family: f.Family, values: Mapping[tuple[str, ...], float]) -> Metric:
-    metric = GaugeMetricFamily(family.full_name, family.help, labels=family.labels)
-    for labels, value in values.items():
-        metric.add_metric(labels, value)
-    return metric
-
-
-def _single(values: Mapping[str, N]) -> dict[tuple[str, ...], N]:
-    """Values by one label, as those by several."""
-    return {(label,): value for label, value in values.items()}
-
-
-def _counter(family: f.Family, counts: Mapping[tuple[str, ...], float]) -> Metric:
-    metric = CounterMetricFamily(family.full_name, family.help, labels=family.labels)
-    for labels, count in counts.items():
-        metric.add_metric(labels, count)
-    return metric
-
-
-def build_info() -> tuple[str, str, str]:
-    """The versions in use: ours, Python's, Starlette's."""
-    from .. import __version__
-
-    return __version__, platform.python_version(), starlette.__version__
-
-
-_books: weakref.WeakKeyDictionary[CollectorRegistry, Any] = weakref.WeakKeyDictionary()
-# By directory, whatever the registry: prometheus-client keeps the files by process and family, and two books would
-# write over each other's values.
-_shared_books: dict[str, Any] = {}
-_books_lock = threading.Lock()
-
-
-def _book(registry: CollectorRegistry) -> Any:
-    """The one book of a registry, however many apps share it."""
-    with _books_lock:
-        book = _books.get(registry)
-        if book is None:
-            directory = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-            if directory:
-                from ._multiprocess import SharedBook
-
-                book = _shared_books.get(directory)
-                if book is None:
-                    book = _shared_books[directory] = SharedBook(registry)
-            else:
-                book = PlainBook(registry)
-                _warn_if_one_of_several()
-            _books[registry] = book
-        return book
-
-
-def _warn_if_one_of_several() -> None:
-    """Say once at start that one worker's numbers are not all."""
-    first = multiprocessing.parent_process() is None or multiprocessing.current_process().name.endswith("-1")
-    if workers() > 1 and first:
-        emit(
-            "warning",
-            "metrics.several_workers",
-            workers=workers(),
-            advice="a scrape sees one worker at a time: set PROMETHEUS_MULTIPROC_DIR to an empty directory",
-        )
-
-
-def workers() -> int:
-    """How many worker processes the server was told to start, as far as its command line or environment say."""
-    said = re.search(r"(?:^|\0)(?:--workers|-w)[=\0]?(\d+)(?:\0|$)", "\0".join(sys.argv))
-    text = said[1] if said else os.environ.get("WEB_CONCURRENCY", "")
-    return int(text) if text.isdigit() else 1
-
-
-class Metrics:
+class Metrics(Signal):
     """
-    Counts, durations and ages of every task (`TELEMETRY.md`), in a Prometheus registry.
+    Counts, durations and ages of every task (`docs/telemetry.md`, Metrics), in a Prometheus registry.
 
-    Any number of apps may share a registry: the families are registered once. With `PROMETHEUS_MULTIPROC_DIR` set the
-    numbers are kept in that directory's files, so that one scrape tells all workers; without exemplars then, since
-    prometheus-client keeps none there.
+    Any number of apps may share a registry: they then share the metrics. With `PROMETHEUS_MULTIPROC_DIR` set, one
+    scrape shows the sum over all workers, without exemplars, which prometheus-client does not keep there.
 
     Args:
-        registry: Where the families are registered; None: prometheus-client's own.
-        tasks: Names of tasks that have their series from the start, beside those that `@task` registered.
+        registry: Where the families are registered; None means prometheus-client's own registry.
+        tasks: Names of tasks whose series exist from the start, besides those that `@task` registered.
 
     Raises:
-        RegistryClash: The registry has a family of the same name that is not aftertask's.
+        RegistryClash: The registry holds a family of the same name that is not aftertask's.
+        FileNotFoundError: `PROMETHEUS_MULTIPROC_DIR` is not a directory.
     """
 
     def __init__(self, registry: CollectorRegistry | None = None, *, tasks: Iterable[str] = ()) -> None:
-        self._book = _book(REGISTRY if registry is None else registry)
-        self.loop: LoopListener = self._book
-        self._of: Callable[[TaskRun], SeriesLike] = self._book.of
-        self._known: dict[str, SeriesLike] = self._book.by_task
+        self._registry = REGISTRY if registry is None else registry
+        self._set = metric_set(self._registry)
+        self._of = self._set.of
+        # By loop: without a lifespan, each request of a TestClient has a new one.
+        self._has_seen_loop: RunVar[bool] = RunVar(f"aftertask_metrics_{id(self)}", False)
+        self._is_alone = self._set.workers is None
         for name in tasks:
-            self._book.register(name, "", "")
-        for entry in registered_tasks():
-            self._book.register(entry.name, entry.policy.owner or "", entry.executor)
-        self.handlers: dict[type[TaskEvent], Callable[[Any], None]] = {
-            Scheduled: self._on_scheduled,
-            Succeeded: self._on_succeeded,
-            Retrying: self._on_retrying,
-            HazardFound: self._on_hazard,
-            Abandoned: self._on_abandoned,
-            AbandonedEnded: self._on_abandoned_ended,
-            **dict.fromkeys((Failed, TimedOut, Cancelled, Skipped, Dropped), self._on_ended),
-            **dict.fromkeys((Rejected, Expired, Lost, Offloaded), self._on_ended),
-        }
+            self._set.declare(name)
+        self._set.declare_registered()
+        if self._is_alone:
+            warn_of_several_workers()
 
-    def __call__(self, event: TaskEvent) -> None:
-        """Count an event; those that are no change of a number are passed over."""
-        handler = self.handlers.get(type(event))
-        if handler is not None:
-            handler(event)
+    # --- the app
 
-    def count_self_error(self, component: str) -> None:
-        """Something of aftertask's raised, and was contained."""
-        self._book.count_self_error(component)
+    def open(self) -> None:
+        """The app starts."""
+        self._set.stay_in(self._registry)
+        self._set.start()
+        if self._is_alone:
+            warn_of_several_workers()  # only now, if the app was built before its server forked the workers
 
-    def watch(self, pool: Pool, *, threads: bool) -> None:
-        """Tell a concurrency limit, or a pool of threads, as it is at each scrape."""
-        self._book.watched.add(pool, f.THREADPOOL if threads else f.CONCURRENCY)
+    def batch_started(self) -> None:
+        """A batch starts: on a loop that has not been seen, the app may have started, or its registry been emptied."""
+        if not self._has_seen_loop.get():
+            self._has_seen_loop.set(True)
+            self.open()
 
-    def know_timeout(self, task: str, seconds: float) -> None:
-        """A task has this time limit."""
-        self._book.watched.timeouts[task] = seconds
+    def task_known(self, info: TaskInfo) -> None:
+        """Create a registered task's series; others are created by their first run."""
+        if info.registered:
+            self._set.declare(info.task)
+        if self._set.has(info.task):
+            self._set.describe_task(info)
+
+    def pool_known(self, pool: Pool, *, threads: bool) -> None:
+        """Expose a limiter or a thread pool."""
+        self._set.watch(pool, f.THREADPOOL if threads else f.CONCURRENCY)
+
+    # --- the life of a run
+
+    def scheduled(self, event: Scheduled) -> None:
+        """A run came into being."""
+        self._set.start()
+        self._set.schedule(event.run)
+
+    def started(self, event: Started) -> None:
+        """An attempt begins; before the first one the run has waited."""
+        if event.queue_wait_s is not None:
+            self._series(event.run).wait.observe(event.queue_wait_s, self._exemplar(event.run))
+
+    def retrying(self, event: Retrying) -> None:
+        """An attempt raised, and another follows."""
+        series = self._series(event.run)
+        series.retries.inc()
+        self._attempt_raised(series, event, self._exemplar(event.run))
+
+    def succeeded(self, event: Succeeded) -> None:
+        """The function returned."""
+        series, exemplar = self._ended(event), self._exemplar(event.run)
+        series.ok.observe(event.duration_s, exemplar)
+        series.end_to_end.observe(_end_to_end_s(event), exemplar)
+        series.last_success.set(event.timestamp)
+
+    def failed(self, event: Failed) -> None:
+        """The last attempt raised."""
+        self._failed(event)
+
+    def timed_out(self, event: TimedOut) -> None:
+        """The timeout ended the last attempt."""
+        self._failed(event)
+
+    def cancelled(self, event: Cancelled) -> None:
+        """A started run was cancelled from outside; how long its attempt took says nothing."""
+        self._ended(event)
+
+    def offloaded(self, event: Offloaded) -> None:
+        """The run was handed to another engine."""
+        self._ended(event)
+
+    def skipped(self, event: Skipped) -> None:
+        """An earlier run of the batch failed."""
+        self._not_run(event)
+
+    def dropped(self, event: Dropped) -> None:
+        """The request ended without starting the run."""
+        self._not_run(event)
+
+    def rejected(self, event: Rejected) -> None:
+        """The run was not accepted."""
+        self._not_run(event)
+
+    def expired(self, event: Expired) -> None:
+        """The run's deadline passed before it started."""
+        self._not_run(event)
+
+    def lost(self, event: Lost) -> None:
+        """The run will never run or finish."""
+        self._not_run(event)
+
+    # --- threads, hazards, the event loop
+
+    def abandoned(self, event: Abandoned) -> None:
+        """A sync attempt passed its timeout; its thread continues."""
+        self._series(event.run).abandoned.inc()
+
+    def abandoned_ended(self, event: AbandonedEnded) -> None:
+        """The thread of an abandoned attempt ended."""
+        self._series(event.run).abandoned.dec()
+
+    def hazard_found(self, event: HazardFound) -> None:
+        """A hazard was found."""
+        task, _ = self._series(event.run).labels
+        self._of.counters[f.HAZARDS].labels(task, event.kind).inc()
+
+    def loop_lag(self, seconds: float) -> None:
+        """How late the event loop responded."""
+        self._of.histograms[f.LOOP_LAG].observe(seconds)
+
+    def loop_blocked_for(self, run: TaskRun | None, seconds: float) -> None:
+        """The event loop was blocked for this many more seconds."""
+        if run is None:
+            self._of.counters[f.LOOP_BLOCKED].labels(f.NO_TASK).inc(seconds)
+        else:
+            self._series(run).loop_blocked.inc(seconds)
+
+    # --- aftertask itself
+
+    def self_error(self, component: str) -> None:
+        """A part of aftertask raised, and the error was contained."""
+        self._of.counters[f.SELF_ERRORS].labels(component).inc()
 
     def count_alerts(self, channel: str, status: str, count: int) -> None:
-        """So many bad runs have been told to a channel, or not; 0 makes the series."""
-        self._book.count_alerts(channel, status, count)
+        """Count runs to be alerted by what became of them; a count of 0 creates the series."""
+        self._of.counters[f.ALERTS].labels(channel, status).inc(count)
+        self._of.histograms[f.ALERT_DELIVERY].labels(channel)
 
     def observe_alert_delivery(self, channel: str, seconds: float) -> None:
-        """The attempt that delivered an alert took so long."""
-        self._book.observe_alert_delivery(channel, seconds)
+        """The attempt that delivered an alert took this many seconds."""
+        self._of.histograms[f.ALERT_DELIVERY].labels(channel).observe(seconds)
 
     def set_alert_queue(self, channel: str, length: int) -> None:
-        """So many kinds of failure wait for a channel."""
-        self._book.set_alert_queue(channel, length)
+        """This many alerts wait for a channel."""
+        self._of.gauges[f.ALERT_QUEUE].labels(channel).set(length)
 
-    def _on_scheduled(self, event: Scheduled) -> None:
-        run = event.run
-        (self._known.get(run.task) or self._of(run)).schedule(run)
+    # --- shared by several events
 
-    def _on_succeeded(self, event: Succeeded) -> None:
-        run = event.run
-        (self._known.get(run.task) or self._of(run)).succeed(event)
+    def _series(self, run: TaskRun) -> TaskSeries:
+        return self._set.series(run.info)
 
-    def _on_retrying(self, event: Retrying) -> None:
-        self._of(event.run).retry(event)
+    def _ended(self, event: Ended) -> TaskSeries:
+        series = self._series(event.run)
+        with self._set.lock:  # a scrape sees the run either in flight or finished
+            series.finished[event.outcome].inc()
+            series.remove(event.run)
+        if event.bad:
+            series.bad.inc()
+        return series
 
-    def _on_ended(self, event: Ended) -> None:
-        self._of(event.run).end(event)
+    def _not_run(self, event: NotRun) -> None:
+        series = self._ended(event)
+        if event.run.attempt == 0:
+            self._of.counters[f.NOT_RUN].labels(series.labels[0], event.outcome, event.reason).inc()
 
-    def _on_abandoned(self, event: Abandoned) -> None:
-        self._of(event.run).abandon(1)
+    def _failed(self, event: Failed | TimedOut) -> None:
+        series, exemplar = self._ended(event), self._exemplar(event.run)
+        self._attempt_raised(series, event, exemplar)
+        series.end_to_end.observe(_end_to_end_s(event), exemplar)
+        series.last_failure.set(event.timestamp)
 
-    def _on_abandoned_ended(self, event: AbandonedEnded) -> None:
-        self._of(event.run).abandon(-1)
+    def _attempt_raised(
+        self, series: TaskSeries, event: Retrying | Failed | TimedOut, exemplar: dict[str, str] | None
+    ) -> None:
+        series.error.observe(event.duration_s, exemplar)
+        kind = self._set.error_type(series, event.failure.type)
+        self._of.counters[f.ERRORS].labels(*series.labels, kind).inc(exemplar=exemplar)
 
-    def _on_hazard(self, event: HazardFound) -> None:
-        self._of(event.run).hazard(event.kind)
+    def _exemplar(self, run: TaskRun) -> dict[str, str] | None:
+        """The ids of the attempt's span; None unless it is sampled: an exemplar must lead to a trace that exists."""
+        span = run.span_context
+        if span is None or not span.trace_flags & 1 or not self._is_alone:
+            return None
+        return {"trace_id": f"{span.trace_id:032x}", "span_id": f"{span.span_id:016x}"}
+
+
+def _end_to_end_s(event: Succeeded | Failed | TimedOut) -> float:
+    """Seconds from scheduling to the end of the last attempt."""
+    run = event.run
+    started = run.scheduled_s if run.started_s is None else run.started_s
+    return started - run.scheduled_s + event.duration_s
