@@ -12,9 +12,9 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
-from .._failure import is_library
-from ..policies import is_async, unwrap
-from ._arguments import kind_of
+from .._text import is_library_file
+from ..tasks import is_async, unwrap
+from ..hazards._arguments import kind_of
 
 #: Calls that keep a thread waiting, as they are written once imports are resolved, and what does not. A trailing dot
 #: stands for all that is below.
@@ -166,7 +166,7 @@ class Source:
         file = getattr(module, "__file__", None)
         if module is None or file is None or not file.endswith(".py"):
             return None
-        if is_library(compile("", file, "exec")):
+        if is_library_file(file):
             return None
         try:
             return Module(module)

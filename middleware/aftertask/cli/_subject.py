@@ -13,8 +13,9 @@ from typing import Any, Literal
 import starlette
 from starlette.background import BackgroundTasks
 
-from ..policies import Policy, PolicyBook, code_name, is_async, registered_tasks, registration, unwrap
+from ..policies import Policy, PolicyBook
 from ..settings import Settings, disabled
+from ..tasks import code_name, is_async, registered_tasks, registration, unwrap
 from ._source import Added, Source, annotated, argument_kinds, place_of
 
 Severity = Literal["note", "warning", "error"]

@@ -14,9 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .._redact import default_redact
+from .._text import default_redact
 from ..alerts import send_test
-from ..hazards._app import Finding, Subject, findings
+from ._subject import Finding, Subject, findings
 from ..middleware import AftertaskMiddleware
 from ..policies import Limit, Retry, code_name
 from ..settings import Settings

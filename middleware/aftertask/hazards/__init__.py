@@ -1,111 +1,124 @@
-"""What makes background tasks fail, told by name: dead arguments, the blocked loop, starved threads."""
+"""What makes background tasks fail, found by name: dead arguments, a blocked loop, starved threads, traps."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
 
-from ..events import Failed, HazardFound, LoopListener, Retrying, Scheduled, Signal, TaskEvent, TaskRun, TimedOut
-from . import _failures, _watcher
+from starlette.responses import Response
+
+from .. import _clock
+from .._core.emit import Emitter, overrides
+from .._taskrun import TaskRun
+from ..events import (
+    Failed,
+    HazardFound,
+    Retrying,
+    Scheduled,
+    Signal,
+    Succeeded,
+    TaskInfo,
+    TimedOut,
+)
+from . import _failures
 from ._arguments import Arguments
-from ._blocks import Subscriber
-from ._loop import Watch
+from ._reports import LoopReports
 from ._threads import KIND, Threads
+from .loop import WATCHER, this_loop
+from .stuck import StuckWatch
 
-if TYPE_CHECKING:
-    from .._runner import Engine
+__all__ = ["Hazards", "Hints"]
 
-__all__ = ["Hazards", "around"]
-
-_PART = "aftertask.hazards"
-
-BLOCKED = (
+_BLOCKED = (
     "it blocks the event loop, so every request of the process waits: at {where}; make it a plain `def`, which runs in "
     "a thread, or await something that does not block"
 )
 
+#: What a task returned, and why that means that it did nothing.
+_TRAPS: tuple[tuple[type, str, str], ...] = (
+    (
+        GeneratorType,
+        "generator",
+        "a generator function does nothing when it is called: loop over it in a function, and add that",
+    ),
+    (
+        AsyncGeneratorType,
+        "generator",
+        "an async generator does nothing when it is called: loop over it in a coroutine, and add that",
+    ),
+    (CoroutineType, "unawaited_coroutine", "it returned a coroutine that is never awaited: make it `async def`"),
+    (
+        Response,
+        "response_returned",
+        "it returned a response, which goes nowhere: an endpoint was given as a task; give it the function that does "
+        "the work",
+    ),
+)
 
-def around(signals: Iterable[Signal], threshold: float | None) -> tuple[list[Signal], Hazards | None]:
+
+class Hazards(Signal):
     """
-    The signals, and around them what finds hazards, where any of them wants to know.
+    Finds what makes an app's background tasks fail, and emits `HazardFound`, `Slow` and `Stuck`.
 
     Args:
-        signals: Who is told.
-        threshold: Seconds from which on the event loop is blocked; None: blocked loops are not looked for.
-    """
-    chosen = list(signals)
-    if not any(_wants(signal) for signal in chosen):
-        return chosen, None
-    hazards = Hazards(threshold)
-    return [Hints(hazards), *chosen, hazards], hazards
-
-
-def _wants(signal: object) -> bool:
-    handlers = getattr(signal, "handlers", None)
-    return handlers is None or HazardFound in handlers or hasattr(signal, "loop")
-
-
-class Hazards:
-    """
-    Finds what makes an app's background tasks fail, and has it told.
-
-    Args:
-        threshold: Seconds without an answer from which on the event loop is blocked; None: not looked for.
+        threshold: `Settings.block_threshold`.
     """
 
     def __init__(self, threshold: float | None) -> None:
-        self._threshold = math.inf if threshold is None else threshold
-        self._arguments, self._threads = Arguments(self.tell), Threads()
-        self._engine: Engine | None = None
-        self._subscriber: Subscriber | None = None
-        self._watch: Watch | None = None
-        self.handlers: dict[type[TaskEvent], Callable[[Any], None]] = {Scheduled: self._arguments.look}
+        self._threshold = threshold
+        self._arguments, self._threads = Arguments(self._found), Threads()
 
-    def __call__(self, event: TaskEvent) -> None:
-        """Look at what is scheduled; other events are passed over."""
-        if isinstance(event, Scheduled):
-            self._arguments.look(event)
-
-    def attach(self, engine: Engine) -> None:
-        """Tell what is found through this engine."""
-        self._engine = engine
-        found = {id(loop): loop for s in engine.dispatch.signals if (loop := getattr(s, "loop", None)) is not None}
-        listeners: list[LoopListener] = list(found.values())
-        self._subscriber = Subscriber(
-            threshold=self._threshold,
-            listeners=listeners,
-            found=self._on_blocked,
-            looked=self._on_look,
-            redact=engine.settings.redact,
-            broken=self._broken,
+    @staticmethod
+    def wanted_by(signals: Iterable[object]) -> bool:
+        """Whether any of these signals would get what is found."""
+        methods = ("hazard_found", "slow", "stuck", "loop_lag", "loop_blocked_for", "loop_blocked")
+        return any(
+            not isinstance(signal, Signal) or any(overrides(signal, method) for method in methods) for signal in signals
         )
 
+    def attach(self, emit: Emitter) -> None:
+        """Emit through this app's signals; call it once, before the app is built."""
+        self._emit = emit
+        self._stuck = StuckWatch(emit)
+        self._reports = LoopReports(self._threshold, emit, self._loop_blocked_by, self._look_at_threads)
+        self._loop: object = None
+
     def open(self) -> None:
-        """The app starts: watch its event loop."""
-        self.serving()
+        """The app starts: watch its event loop and its runs."""
+        self._stuck.is_open = True
+        self.batch_started()
 
     def close(self) -> None:
-        """The app has stopped serving on this loop."""
-        if self._subscriber is not None:
-            _watcher.unwatch(self._subscriber)
-        self._watch = None
+        """The app has stopped."""
+        self._stuck.is_open = False
+        WATCHER.unwatch(self._reports)
+        self._loop = None
 
-    def serving(self) -> None:
-        """A batch starts, maybe on a loop that is not watched yet: of an app whose lifespan nobody runs."""
-        watch = self._watch
-        if watch is None or watch.ended or not _watcher.is_here(watch):
-            if self._subscriber is None:
-                return
-            self._watch = _watcher.watch(self._subscriber)
+    def batch_started(self) -> None:
+        """A batch starts, maybe on an event loop that is not watched yet."""
+        here = this_loop()
+        if self._loop is not here or WATCHER.find() is None:
+            WATCHER.watch(self._reports)
+            self._loop = here
 
-    def tell(self, run: TaskRun, kind: str, argument: str | None, advice: str) -> None:
-        """Have a hazard told."""
-        if self._engine is not None:
-            self._engine.tell_hazard(run, kind, advice, argument=argument)
+    def task_known(self, info: TaskInfo) -> None:
+        """A task with limits of its own exists."""
+        self._stuck.add(info)
+
+    def scheduled(self, event: Scheduled) -> None:
+        """Look at the arguments of a run."""
+        self._arguments.look(event)
+
+    def succeeded(self, event: Succeeded) -> None:
+        """Look at what a task returned."""
+        if event.result is None:
+            return
+        for kind, hazard, advice in _TRAPS:
+            if isinstance(event.result, kind) and not isinstance(event.run.target, Response):
+                self._found(event.run, hazard, None, advice)
 
     def hint(self, run: TaskRun, error: BaseException) -> str | None:
-        """What a failure comes from, where that is an argument that was dead; told as a hazard, too."""
+        """The likely cause of a failure, if it is an argument that was dead; emitted as a hazard, too."""
         if not _failures.says_closed(error):
             return None
         found = list(self._arguments.suspects(run))
@@ -114,38 +127,36 @@ class Hazards:
         if not found:
             return None
         argument, kind, advice = found[0]
-        self.tell(run, kind, argument, advice)
+        self._found(run, kind, argument, advice)
         return advice if argument is None else f"argument {argument!r}: {advice}"
 
-    def _on_blocked(self, run: TaskRun, where: str, stack: str) -> None:
-        engine = self._engine
-        if engine is not None and getattr(run.request, "_engine", None) is self._engine:
-            engine.tell_hazard(run, "blocked_loop", BLOCKED.format(where=where), stack=stack)
+    def _loop_blocked_by(self, run: TaskRun, where: str, stack: str) -> None:
+        self._emit(HazardFound(run, _clock.timestamp(), "blocked_loop", None, _BLOCKED.format(where=where), stack))
 
-    def _on_look(self, limiter: Any) -> None:
-        found = self._threads.look(limiter)
+    def _look_at_threads(self) -> None:
+        watch = WATCHER.find_for(self._reports)
+        found = None if watch is None else self._threads.look(watch.threads)
         if found is not None:
-            self.tell(found[0], KIND, None, found[1])
+            self._found(found[0], KIND, None, found[1])
 
-    def _broken(self, on: str, error: Exception) -> None:
-        if self._engine is not None:
-            self._engine.broken(_PART, on, error)
+    def _found(self, run: TaskRun, kind: str, argument: str | None, advice: str) -> None:
+        self._emit(HazardFound(run, _clock.timestamp(), kind, argument, advice))
 
 
-class Hints:
-    """Stands before the other signals, so that they find in a failure what it comes from."""
+class Hints(Signal):
+    """Comes before the other signals, so that they find the likely cause in a failure."""
 
     def __init__(self, hazards: Hazards) -> None:
         self._hazards = hazards
-        self.handlers: dict[type[TaskEvent], Callable[[Any], None]] = dict.fromkeys(
-            (Failed, TimedOut, Retrying), self._on_failed
-        )
 
-    def __call__(self, event: TaskEvent) -> None:
-        """Look at a failure; other events are passed over."""
-        if isinstance(event, (Failed, TimedOut, Retrying)):
-            self._on_failed(event)
+    def failed(self, event: Failed) -> None:
+        """The last attempt raised."""
+        event.failure.hint = self._hazards.hint(event.run, event.error)
 
-    def _on_failed(self, event: Failed | TimedOut | Retrying) -> None:
-        failure = event.failure
-        failure.hint = self._hazards.hint(event.run, failure.error)
+    def timed_out(self, event: TimedOut) -> None:
+        """The timeout ended the last attempt."""
+        event.failure.hint = self._hazards.hint(event.run, event.failure.error)
+
+    def retrying(self, event: Retrying) -> None:
+        """An attempt raised."""
+        event.failure.hint = self._hazards.hint(event.run, event.error)

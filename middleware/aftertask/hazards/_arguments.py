@@ -18,7 +18,7 @@ from starlette.background import BackgroundTask
 from starlette.requests import Request
 
 from ..events import Scheduled, TaskRun
-from ..policies import unwrap
+from ..tasks import unwrap
 
 #: Told with the task's name: the kind, the argument's name, what is wrong and what to do.
 Tell = Callable[[TaskRun, str, str, str], None]

@@ -1,13 +1,13 @@
-"""What a failure comes from, where that is an argument that was dead: said in the failure itself."""
+"""Failures that come from something that was closed: recognised by the exception."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 
-from .._failure import error_type
+from .._text import error_type
 
-#: What libraries say of a thing that is closed: by the name of the exception's class, and its message.
+#: How libraries report that something is closed: the name of the exception's class, and its message.
 _CLOSED: tuple[tuple[str, str], ...] = (
     (r"ValueError", r"closed file|file is closed|uninitialized stream"),
     (r"sqlalchemy\.exc\.(ResourceClosedError|InvalidRequestError|InterfaceError|OperationalError)", r"clos"),
