@@ -1,16 +1,17 @@
 """
-Alerts: a failure reaches a person, once, in time, with what they need.
+Alerts: a failure reaches a person, once, in time, with all that is needed to act.
 
 `Settings(alerts=[Webhook("https://…"), Apprise("slack://…"), a_function])`, or `AFTERTASK_ALERTS=URL,URL`.
 """
 
 from __future__ import annotations
 
-from ._alert import Alert, Kind, Suppressed
-from ._channel import Channel, DeliveryFailed, Route
-from ._signal import Alerts
-from ._test import Tested, send_test
+from .alert import Alert, Kind
 from .apprise import Apprise
+from .calls import Tested, send_test
+from .channel import Channel, DeliveryFailed
+from .routing import Route
+from .signal import Alerts
 from .webhook import Webhook
 
 __all__ = [
@@ -21,7 +22,6 @@ __all__ = [
     "DeliveryFailed",
     "Kind",
     "Route",
-    "Suppressed",
     "Tested",
     "Webhook",
     "send_test",

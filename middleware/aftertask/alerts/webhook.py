@@ -1,8 +1,8 @@
 """
-Alerts as JSON over HTTP, signed.
+`Webhook`: alerts as signed JSON over HTTP.
 
-The client is the standard library's: one POST now and then needs no pool, no HTTP/2 and no dependency, so that
-`AFTERTASK_ALERTS=https://…` is enough to receive an alert.
+The HTTP client is the standard library's: an occasional POST needs no connection pool and no dependency, so
+`AFTERTASK_ALERTS=https://…` works without an extra.
 """
 
 from __future__ import annotations
@@ -22,34 +22,43 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
-from ._alert import Alert
-from ._channel import DeliveryFailed
+from .alert import Alert
+from .channel import DeliveryFailed
+from .checks import check_seconds
 
-#: Answers after which another attempt may succeed (RFC 9110, 15.5.9 and 15.6; RFC 6585, 4; RFC 8470, 5.2).
-TRY_AGAIN = frozenset({408, 425, 429, *range(500, 600)})
+#: Statuses after which a retry may succeed (RFC 9110, 15.5.9 and 15.6; RFC 6585, 4; RFC 8470, 5.2).
+_RETRIED = frozenset({408, 425, 429, *range(500, 600)})
 
-#: Nobody is made to wait longer than this, in seconds, whatever `Retry-After` says.
+#: A longer `Retry-After` is cut to this many seconds.
 LONGEST_RETRY_AFTER = 3600.0
 
-_OURS = frozenset({"content-type", "content-length", "host", "webhook-id", "webhook-timestamp", "webhook-signature"})
+_RESERVED = frozenset(
+    {"content-type", "content-length", "host", "webhook-id", "webhook-timestamp", "webhook-signature"}
+)
+
+_BAD_SECRET = (
+    "Webhook.secret must be 'whsec_' and the base64 of 24 to 64 random bytes; make one with: "
+    "python -c \"import base64, secrets; print('whsec_' + base64.b64encode(secrets.token_bytes(32)).decode())\""
+)
 
 
 class Webhook:
     """
-    Posts each alert as JSON (`Alert.as_dict()`) to a URL; an answer from 200 to 299 is a delivery.
+    Posts each alert as JSON (`Alert.as_dict()`) to a URL; a status from 200 to 299 means delivered.
 
-    With a secret it is signed as Standard Webhooks 1.0.0 says: `webhook-signature` is `v1,` and the base64 of
-    HMAC-SHA256 over `{webhook-id}.{webhook-timestamp}.{body}`, so that libraries of many languages can verify it.
-    Redirects are not followed: a signed message must not go elsewhere.
+    With a secret the request is signed according to Standard Webhooks 1.0.0: `webhook-signature` is `v1,` and the
+    base64 of HMAC-SHA256 over `{webhook-id}.{webhook-timestamp}.{body}`. Redirects are not followed, so a signed
+    message goes to no other receiver.
 
     Args:
-        url: `https://…` or `http://…`. It is a secret if its path is one: only its host is ever shown.
-        secret: `whsec_` and the base64 of 24 to 64 bytes; None: not signed.
-        headers: Sent along, such as `{"Authorization": "Bearer …"}`.
-        timeout: Seconds without a sign of life after which an attempt has failed; `Route.timeout` limits the whole.
+        url: `https://…` or `http://…`. Its path may be a secret: errors, logs and `repr` show only the host.
+        secret: `whsec_` and the base64 of 24 to 64 bytes; None means unsigned.
+        headers: Additional headers, such as `{"Authorization": "Bearer …"}`.
+        timeout: Seconds without a response after which an attempt fails, more than 0; `Route.timeout` limits the whole
+            attempt.
 
     Raises:
-        TypeError, ValueError: A value is not one of those allowed; the message shows no secret.
+        TypeError, ValueError: A value is not allowed; the message shows no secret.
 
     Source: https://www.standardwebhooks.com, https://github.com/standard-webhooks/standard-webhooks
     """
@@ -62,9 +71,8 @@ class Webhook:
         self._host = _host(url)
         self._url = url.strip()
         self._key = None if secret is None else _key(secret)
-        self._headers = _headers(headers or {})
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < float("inf"):
-            raise ValueError(f"Webhook.timeout must be more than 0 seconds, got {timeout!r}")
+        self._headers = _headers({} if headers is None else headers)
+        check_seconds("Webhook.timeout", timeout)
         self._timeout = timeout
         self._opener = urllib.request.build_opener(_NoRedirect)
 
@@ -73,26 +81,26 @@ class Webhook:
         Deliver one alert.
 
         Raises:
-            DeliveryFailed: The receiver could not be reached, or did not answer from 200 to 299.
+            DeliveryFailed: The receiver could not be reached, or did not respond with a status from 200 to 299.
         """
         body = alert.as_json()
         headers = {"User-Agent": "aftertask", **self._headers, "Content-Type": "application/json"}
         headers |= self._signature(alert.id, body)
         request = urllib.request.Request(self._url, body, headers, method="POST")
         try:
-            with self._opener.open(request, timeout=self._timeout) as answer:
-                answer.read(1)
+            with self._opener.open(request, timeout=self._timeout) as response:
+                response.read(1)
         except urllib.error.HTTPError as error:
             with contextlib.closing(error):
                 raise DeliveryFailed(
-                    f"{self._host} answered {error.code}",
+                    f"{self._host} responded with {error.code}",
                     retry_after=retry_after(error.headers.get("Retry-After")),
-                    permanent=error.code not in TRY_AGAIN,
+                    permanent=error.code not in _RETRIED,
                 ) from None
         except urllib.error.URLError as error:
-            raise DeliveryFailed(f"{self._host} cannot be reached: {_said(error.reason)}") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise DeliveryFailed(f"{self._host} did not answer: {_said(error)}") from None
+            raise DeliveryFailed(f"{self._host} cannot be reached: {_reason(error.reason)}") from None
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
+            raise DeliveryFailed(f"{self._host} did not respond: {_reason(error)}") from None
 
     def _signature(self, id: str, body: bytes) -> dict[str, str]:
         timestamp = str(int(time.time()))
@@ -112,9 +120,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def retry_after(text: str | None) -> float | None:
-    """
-    `Retry-After` in seconds from now, an hour at most; None where it is missing or makes no sense (RFC 9110, 10.2.3).
-    """
+    """`Retry-After` in seconds from now, at most an hour; None if missing or malformed (RFC 9110, 10.2.3)."""
     if text is None:
         return None
     if text.strip().isdecimal():
@@ -126,57 +132,57 @@ def retry_after(text: str | None) -> float | None:
     return min(max(0.0, at - time.time()), LONGEST_RETRY_AFTER)
 
 
-def _said(error: object) -> str:
-    """An error without the address that some of them repeat."""
+def _reason(error: object) -> str:
+    """An error without its own text, which may repeat the URL."""
     if isinstance(error, TimeoutError):
         return "timed out"
-    return getattr(error, "strerror", None) or type(error).__name__
+    text = error.strerror if isinstance(error, OSError) else None
+    return text or type(error).__name__
 
 
 def _host(url: object) -> str:
+    """The host of a valid URL. Errors show no part of the URL but its scheme: any other part may be a secret."""
     if not isinstance(url, str):
         raise TypeError(f"Webhook.url must be a string, got {type(url).__name__}")
     text = url.strip()
+    scheme, separator, _ = text.partition("://")
+    if scheme.lower() not in ("http", "https") or not separator:
+        raise ValueError(
+            f"Webhook.url must begin with https:// or http://{f', got {scheme}://' if separator else ''}; "
+            f"for other schemes use Apprise(…)"
+        )
     try:
         parts = urllib.parse.urlsplit(text)
         host, _ = parts.hostname, parts.port
-    except ValueError as error:
-        raise ValueError(f"Webhook.url is malformed: {error}") from None
-    if parts.scheme.lower() not in ("http", "https"):
-        scheme = parts.scheme or "nothing"
-        raise ValueError(
-            f"Webhook.url must begin with https:// or http://, got {scheme!r}; for other schemes use Apprise(…)"
-        )
+    except ValueError:  # its text repeats parts of the URL
+        raise ValueError("Webhook.url is malformed: its host or port cannot be read") from None
     if not host or re.search(r"[\s\x00-\x1f\x7f]", text) or not text.isascii():
-        raise ValueError("Webhook.url is malformed: it needs a host, and no blanks or letters outside of ASCII")
+        raise ValueError("Webhook.url is malformed: it needs a host, and allows no spaces or non-ASCII characters")
     if parts.username is not None or parts.password is not None:
-        raise ValueError("Webhook.url must not hold a user or password; use headers={'Authorization': …}")
+        raise ValueError("Webhook.url must not contain a user or password; use headers={'Authorization': …}")
     return parts.netloc
 
 
 def _key(secret: object) -> bytes:
-    help = (
-        "Webhook.secret must be 'whsec_' and the base64 of 24 to 64 random bytes; make one with: "
-        "python -c \"import base64, secrets; print('whsec_' + base64.b64encode(secrets.token_bytes(32)).decode())\""
-    )
     if not isinstance(secret, str) or not secret.startswith("whsec_"):
-        raise ValueError(help)
+        raise ValueError(_BAD_SECRET)
     try:
         key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
-    except binascii.Error:
-        raise ValueError(help) from None
+    except (binascii.Error, ValueError):  # the latter for a character outside of ASCII
+        raise ValueError(_BAD_SECRET) from None
     if not 24 <= len(key) <= 64:
-        raise ValueError(help)
+        raise ValueError(_BAD_SECRET)
     return key
 
 
 def _headers(headers: object) -> dict[str, str]:
     if not isinstance(headers, Mapping):
         raise TypeError(f"Webhook.headers must map names to values, got {type(headers).__name__}")
-    for name, value in headers.items():
+    for number, (name, value) in enumerate(headers.items(), 1):
+        # A malformed name is not shown: it may be a whole line with its value.
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
-            raise ValueError(f"Webhook.headers: {name!r} is no header's name")
-        if name.lower() in _OURS:
+            raise ValueError(f"Webhook.headers: the name of header {number} is malformed")
+        if name.lower() in _RESERVED:
             raise ValueError(f"Webhook.headers: {name!r} is set by aftertask itself")
         if not isinstance(value, str) or not re.fullmatch(r"[\x20-\x7e\t]*", value):
             raise ValueError(f"Webhook.headers: the value of {name!r} must be one line of ASCII text")
