@@ -1,7 +1,8 @@
-"""What all tests share."""
+"""Fixtures that all tests share."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -15,26 +16,28 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from aftertask import AftertaskMiddleware, Settings, policies
+from aftertask import AftertaskMiddleware, Settings
+from aftertask.tasks import registrations_forgotten
 
 ClientFor = Callable[..., TestClient]
 
 
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> Any:
-    """Async tests run on both."""
+    """Async tests run on asyncio and on trio."""
     return request.param
 
 
 @pytest.fixture(autouse=True)
-def own_registrations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers by `@task` is forgotten after it."""
-    monkeypatch.setattr(policies, "_registry", dict(policies._registry))
+def own_registrations() -> Iterator[None]:
+    """What a test registers with `@task` is forgotten after it."""
+    with registrations_forgotten():
+        yield
 
 
 @pytest.fixture(autouse=True)
 def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment of whoever runs the tests says nothing to aftertask."""
+    """The environment of the test run does not configure aftertask."""
     import os
 
     for name in [name for name in os.environ if name.startswith("AFTERTASK_") and "_TEST_" not in name]:
@@ -43,8 +46,14 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def no_log_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logging as in an app that configures none: pytest puts handlers on the root logger."""
+    monkeypatch.setattr(logging.getLogger("aftertask"), "propagate", False)
+
+
+@pytest.fixture
 def registry() -> CollectorRegistry:
-    """A Prometheus registry of the test's own."""
+    """A fresh Prometheus registry."""
     return CollectorRegistry()
 
 

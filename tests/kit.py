@@ -13,7 +13,8 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import BaseRoute, Route
 
-from aftertask import AftertaskMiddleware, Settings, Started
+from aftertask import AftertaskMiddleware, Settings
+from aftertask.events import Started
 from aftertask.testing import Recorder
 
 #: What the tasks below have done, in order.

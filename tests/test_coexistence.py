@@ -1,7 +1,7 @@
 """
 Beside others that trace: FastAPI's own telemetry and OpenTelemetry's packages for FastAPI and Starlette.
 
-Each case is a process of its own: the packages patch classes for the whole process, and it matters who came first.
+Each case is a process of its own: the packages patch classes for the whole process, and their order matters.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-#: The child: does the steps it is given one after another, and tells after each `look` which spans there were.
+#: The child process: takes the steps of its arguments one after another, and prints the spans after each `look`.
 CHILD = '''
 import json, sys
 
@@ -108,7 +108,7 @@ def make_starlette():
 
 
 def add(provider="ours", mode="child"):
-    """As an app does it: the middleware is built with the first request."""
+    """As an app does: the middleware is built with the first request."""
     settings = Settings(
         registry=CollectorRegistry(), tracer_provider=providers.get(provider), trace=mode, metrics_path=None
     )
@@ -119,7 +119,7 @@ def add(provider="ours", mode="child"):
 
 
 def hooks():
-    """Ours are set now, by some other app of the process."""
+    """Our hooks are installed now, by another app of the process."""
     AftertaskMiddleware(None, settings=Settings(registry=CollectorRegistry()), signals=[])
 
 
@@ -144,7 +144,7 @@ def contrib(kind, provider="ours"):
 
 
 def contrib_all(kind):
-    """As `opentelemetry-instrument` does it: every app that is made from now on."""
+    """As `opentelemetry-instrument` does: every app that is made from now on."""
     instrumentor(kind)().instrument(tracer_provider=providers["ours"])
 
 
@@ -162,9 +162,9 @@ def look(path):
     status = client.get(path).status_code
     finished = {name: exporter.get_finished_spans() for name, exporter in exporters.items()}
     names = {span.context.span_id: span.name for spans in finished.values() for span in spans}
-    told = {"status": status, "ends": [[event.run.task, event.outcome] for event in ends]}
+    looked = {"status": status, "ends": [[event.run.task, event.outcome] for event in ends]}
     for name, spans in finished.items():
-        told[name] = [
+        looked[name] = [
             {
                 "name": span.name,
                 "parent": span.parent and names.get(span.parent.span_id, "unknown"),
@@ -179,14 +179,14 @@ def look(path):
             for span in spans
         ]
         exporters[name].clear()
-    print("LOOKED", json.dumps(told))
+    print("LOOKED", json.dumps(looked))
 
 
 for step, *args in steps:
     globals()[step](*args)
 '''
 
-#: The ways in which the two come into one process.
+#: The orders in which both come into one process.
 ORDERS = {
     "theirs, ours": [["make_fastapi"], ["contrib", "fastapi"], ["add"]],
     "ours, theirs": [["make_fastapi"], ["add"], ["contrib", "fastapi"]],
@@ -210,7 +210,7 @@ Span = dict[str, Any]
 
 
 def do(*steps: list[Any], backend: str = "asyncio") -> list[dict[str, Any]]:
-    """What the child told of each look."""
+    """Run these steps in a child process; what each look found."""
     arguments = json.dumps([backend, *steps])
     done = subprocess.run([sys.executable, "-c", CHILD, arguments], capture_output=True, text=True, timeout=18)
     assert done.returncode == 0, done.stderr
@@ -220,7 +220,7 @@ def do(*steps: list[Any], backend: str = "asyncio") -> list[dict[str, Any]]:
 
 
 def of_tasks(spans: list[Span]) -> list[tuple[str, str | None]]:
-    """The spans that were made for tasks, whoever made them, and their parents' names."""
+    """The names of all spans for tasks, of any origin, and of their parents."""
     return [(span["name"], span["parent"]) for span in spans if "background" in span["name"].lower()]
 
 
@@ -254,7 +254,7 @@ def check_failing(looked: dict[str, Any], requests: str = "ours") -> None:
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 @has_native
 def test_fastapis_own_feeding_the_same_provider(backend: str) -> None:
-    """One span an attempt, ours, under FastAPI's request; FastAPI's other spans are those of an app without us."""
+    """One span for an attempt, ours, under FastAPI's request; its other spans are those of an app without aftertask."""
     looks = [["look", "/both"], ["look", "/failing"], ["look", "/direct"]]
     native = ["native", "ours"]
     without, with_us = do(native, *looks, backend=backend), do(native, ["add"], *looks, backend=backend)
@@ -272,7 +272,7 @@ def test_fastapis_own_feeding_the_same_provider(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 @has_native
 def test_fastapis_own_feeding_another_provider(backend: str) -> None:
-    """Both trace the task; not one of FastAPI's spans differs from those of an app without us."""
+    """Both trace the task; FastAPI's spans are exactly those of an app without aftertask."""
     looks = [["look", "/both"], ["look", "/failing"], ["look", "/direct"]]
     native = ["native", "other"]
     without, with_us = do(native, *looks, backend=backend), do(native, ["add"], *looks, backend=backend)
@@ -286,8 +286,16 @@ def test_fastapis_own_feeding_another_provider(backend: str) -> None:
 
 
 @has_native
+def test_fastapis_own_span_stays_where_ours_is_switched_off() -> None:
+    """`trace="none"` for the app leaves tracing to FastAPI."""
+    (looked,) = do(["native", "ours"], ["add", "ours", "none"], ["look", "/both"])
+    assert [span["name"] for span in looked["ours"]].count("fastapi.background_task") == 2
+    assert not [span for span in looked["ours"] if span["scope"] == "aftertask"]
+
+
+@has_native
 def test_fastapis_own_and_the_global_provider_that_comes_late() -> None:
-    """Nobody was given a provider: no span until there is a global one, then one for each attempt."""
+    """Without a provider in the settings there is no span until there is a global one, then one for each attempt."""
     before, both, failing = do(
         *(["make_fastapi"], ["add", None], ["look", "/both"], ["global_provider"]),
         *(["look", "/both"], ["look", "/failing"]),
@@ -301,7 +309,7 @@ def test_fastapis_own_and_the_global_provider_that_comes_late() -> None:
 @has_fastapi_package
 @pytest.mark.parametrize("order", ORDERS)
 def test_contrib_feeding_the_same_provider(order: str) -> None:
-    """opentelemetry-instrumentation-fastapi traces the request, we its tasks, whoever came first."""
+    """In any order, opentelemetry-instrumentation-fastapi traces the request and aftertask its tasks."""
     both, failing, direct = do(*ORDERS[order], ["look", "/both"], ["look", "/failing"], ["look", "/direct"])
     check_both(both)
     check_failing(failing)
@@ -345,7 +353,7 @@ def test_contrib_gone_again(order: str) -> None:
         *(*ORDERS[order], ["look", "/both"], ["gone", "fastapi"]),
         *(["look", "/both"], ["look", "/failing"], ["look", "/direct"]),
     )
-    # Nobody traces the request now, unless FastAPI's own telemetry does, and there is no global provider.
+    # The request has no span now: FastAPI's own telemetry has no global provider.
     assert of_tasks(both["ours"]) == [("background_task first", None), ("background_task second", None)]
     assert of_tasks(failing["ours"]) == [("background_task broken", None)]
     assert failing["ends"] == [["broken", "failed"], ["first", "skipped"]]
@@ -367,7 +375,7 @@ def test_contrib_gone_again(order: str) -> None:
     ],
 )
 def test_tasks_that_user_code_runs_are_seen_after_contrib_is_gone(order: str, path: str, ends: list[Any]) -> None:
-    """A child run is observed, and an injected task that its endpoint ran itself is not told as dropped."""
+    """A child run is observed, and an injected task that its endpoint ran itself is not dropped."""
     before, after = do(*ORDERS[order], ["look", path], ["gone", "fastapi"], ["look", path])
     assert before["ends"] == ends
     assert after["ends"] == ends
@@ -406,10 +414,10 @@ def test_fastapis_own_and_contrib_at_once() -> None:
 )
 def test_contrib_for_starlette(steps: list[list[Any]]) -> None:
     """
-    opentelemetry-instrumentation-starlette traces the request only: our spans are there whoever came first.
+    opentelemetry-instrumentation-starlette traces the request only, so our spans are there in any order.
 
-    It is a middleware as ours is, so the one that was added last is around the other: within it our spans are the
-    request's children; around it they cannot know it.
+    It is a middleware as ours is, and the one that is added last is outermost: inside of it our spans are children of
+    the request's; around it they are roots.
     """
     both, failing = do(*steps, ["look", "/both"], ["look", "/failing"])
     within = steps[-1] != ["add"]
@@ -433,8 +441,8 @@ def test_contrib_for_starlette_gone_again() -> None:
     assert failing["ends"] == [["broken", "failed"], ["first", "skipped"]]
 
 
-def test_nobody_else() -> None:
-    """A provider and no other instrumentation: our spans are roots."""
+def test_no_other_instrumentation() -> None:
+    """With a provider and no other instrumentation our spans are roots."""
     both, failing = do(["make_fastapi"], ["add"], ["look", "/both"], ["look", "/failing"])
     assert of_tasks(both["ours"]) == [("background_task first", None), ("background_task second", None)]
     assert of_tasks(failing["ours"]) == [("background_task broken", None)]

@@ -1,31 +1,64 @@
-"""Log lines: where they go, what they say, what the task's own lines carry."""
+"""Log lines: where they go, what is in them, and what the task's own lines carry."""
 
 from __future__ import annotations
 
+import ast
+import contextvars
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
 from fastapi import BackgroundTasks, FastAPI, HTTPException
-from hypothesis import given
-from hypothesis import strategies as st
 from opentelemetry.sdk.trace import TracerProvider
 from prometheus_client import CollectorRegistry
+from starlette.background import BackgroundTask
+from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
-from aftertask import AftertaskMiddleware, Settings, _log, current_run, task
+from aftertask import AftertaskMiddleware, Retry, Settings, current_run, task
+from aftertask.events import (
+    METHODS,
+    Abandoned,
+    AbandonedEnded,
+    Cancelled,
+    Dropped,
+    Expired,
+    Failed,
+    Failure,
+    HazardFound,
+    LoopBlocked,
+    Lost,
+    Rejected,
+    RequestInfo,
+    Retrying,
+    Scheduled,
+    Skipped,
+    Slow,
+    Started,
+    Stuck,
+    Succeeded,
+    TaskEvent,
+    TaskInfo,
+    TaskRun,
+    TimedOut,
+)
 from aftertask.signals import Logs, RunFilter
 from aftertask.testing import VirtualClock
 
 ClientFor = Callable[..., TestClient]
+Line = dict[str, Any]
+
+ROOT = Path(__file__).parent.parent
+STDLIB = logging.getLogger("aftertask")
 
 
 @task(name="logs.ok")
@@ -43,25 +76,26 @@ class Stderr:
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self.read: Callable[[], str] = lambda: capsys.readouterr().err
 
-    def lines(self) -> list[dict[str, Any]]:
-        """The JSON lines, each one parsed."""
+    def lines(self) -> list[Line]:
+        """The lines, each parsed as JSON."""
         return [json.loads(line) for line in self.read().splitlines()]
 
 
 @pytest.fixture
 def stderr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Stderr:
-    """Nothing is configured, and stderr is read."""
-    monkeypatch.setattr(_log, "_handled", lambda: False)  # pytest puts handlers on every logger
+    """No logging is configured."""
+    # pytest has handlers on the root logger, and on every logger that does not propagate.
+    monkeypatch.setattr(STDLIB, "parent", None)
     return Stderr(capsys)
 
 
 @pytest.fixture
-def lines() -> Iterator[list[dict[str, Any]]]:
-    """structlog is configured as an app would, and its lines are kept."""
-    kept: list[dict[str, Any]] = []
+def lines() -> Iterator[list[Line]]:
+    """structlog is configured as by an app; its lines are kept."""
+    kept: list[Line] = []
 
-    def keep(logger: Any, name: str, event: Any) -> Any:
-        kept.append(dict(event))
+    def keep(logger: Any, name: str, line: Any) -> Any:
+        kept.append(dict(line))
         raise structlog.DropEvent
 
     structlog.configure(processors=[structlog.contextvars.merge_contextvars, structlog.stdlib.add_log_level, keep])
@@ -69,8 +103,11 @@ def lines() -> Iterator[list[dict[str, Any]]]:
     structlog.reset_defaults()
 
 
+# --- nothing configured: JSON on stderr
+
+
 def test_one_json_line_where_nothing_is_configured(client_for: ClientFor, stderr: Stderr) -> None:
-    """At info and above, to stderr, with the keys of the contract."""
+    """Without any logging configuration each run ends with one JSON line on stderr, with the keys of the contract."""
     with VirtualClock(1_800_000_000):
         client_for(ok, broken, ok, tracer_provider=TracerProvider()).get("/")
 
@@ -79,17 +116,18 @@ def test_one_json_line_where_nothing_is_configured(client_for: ClientFor, stderr
         *("event", "level", "timestamp", "task", "engine", "http_route", "http_method", "run_id", "attempt"),
         *("trace_id", "span_id", "duration_s", "queue_wait_s"),
     }
+    assert list(succeeded)[:3] == ["event", "level", "timestamp"]
     assert (succeeded["event"], succeeded["level"], succeeded["task"]) == ("task.succeeded", "info", "logs.ok")
     assert (succeeded["http_route"], succeeded["http_method"], succeeded["attempt"]) == ("/", "GET", 1)
     assert succeeded["timestamp"] == "2027-01-15T08:00:00.000000Z"
     assert (failed["event"], failed["level"], failed["error_type"]) == ("task.failed", "error", "LookupError")
     assert len(failed["error_fingerprint"]) == 16
     assert (skipped["event"], skipped["level"], skipped["reason"]) == ("task.skipped", "warning", "sibling_failed")
-    assert skipped["caused_by"] == failed["run_id"]
+    assert (skipped["caused_by"], skipped["caused_by_task"]) == (failed["run_id"], "logs.broken")
 
 
 def test_text_from_exceptions_is_redacted(client_for: ClientFor, stderr: Stderr) -> None:
-    """Message and stack, by Settings.redact."""
+    """Message and stack of an exception pass `Settings.redact`."""
     client_for(broken).get("/")
     (failed,) = stderr.lines()
     assert failed["error_message"] == "password=[redacted] is wrong"
@@ -101,7 +139,7 @@ def test_text_from_exceptions_is_redacted(client_for: ClientFor, stderr: Stderr)
 
 
 def test_no_frame_locals_and_no_arguments(registry: CollectorRegistry, stderr: Stderr) -> None:
-    """What a task was given stays with it."""
+    """Arguments, locals, headers, paths and query strings appear in no line."""
     app = FastAPI()
     app.add_middleware(AftertaskMiddleware, settings=Settings(registry=registry))
 
@@ -121,8 +159,106 @@ def test_no_frame_locals_and_no_arguments(registry: CollectorRegistry, stderr: S
     assert "secret-" not in text.replace('tasks.add_task(charge, "secret-argument")', "")
 
 
-def test_structlog_gets_the_events_as_the_app_configured_it(client_for: ClientFor, lines: list[dict[str, Any]]) -> None:
-    """All levels: what is shown is the app's own decision."""
+def test_a_dropped_run_has_its_reason_and_the_requests_trace(registry: CollectorRegistry, stderr: Stderr) -> None:
+    """A run that never started has no span; its line has the ids of the request's."""
+    app = FastAPI()
+    provider = TracerProvider()
+    app.add_middleware(AftertaskMiddleware, settings=Settings(registry=registry, tracer_provider=provider))
+
+    @app.get("/")
+    async def endpoint(tasks: BackgroundTasks) -> None:
+        tasks.add_task(ok)
+        raise HTTPException(409)
+
+    traces = []
+
+    async def under_a_span(scope: Any, receive: Any, send: Any) -> None:
+        with provider.get_tracer("server").start_as_current_span("GET") as span:
+            traces.append(f"{span.get_span_context().trace_id:032x}")
+            await app(scope, receive, send)
+
+    TestClient(under_a_span).get("/")
+    (dropped,) = stderr.lines()
+    assert (dropped["event"], dropped["reason"], dropped["attempt"]) == ("task.dropped", "http_exception", 0)
+    assert [dropped["trace_id"]] == traces
+
+
+def test_the_request_id_comes_from_the_state_and_never_from_a_header(
+    registry: CollectorRegistry, stderr: Stderr
+) -> None:
+    """By default `request_id` is what an earlier middleware left in `scope["state"]`."""
+    app = FastAPI()
+
+    @app.get("/")
+    async def endpoint(tasks: BackgroundTasks) -> None:
+        tasks.add_task(ok)
+
+    app.add_middleware(AftertaskMiddleware, settings=Settings(registry=registry))
+
+    async def outer(scope: Any, receive: Any, send: Any) -> None:
+        scope.setdefault("state", {})["request_id"] = "from-state"
+        await app(scope, receive, send)
+
+    TestClient(outer, headers={"x-request-id": "from-header"}).get("/")
+    assert stderr.lines()[0]["request_id"] == "from-state"
+
+
+def test_an_app_without_any_configuration_writes_one_line(tmp_path: Path) -> None:
+    """A process on its own writes one JSON line to the real stderr, and nothing to stdout."""
+    (tmp_path / "app.py").write_text(
+        "from fastapi import BackgroundTasks, FastAPI\n"
+        "from starlette.testclient import TestClient\n"
+        "from aftertask import AftertaskMiddleware\n"
+        "app = FastAPI()\n"
+        "app.add_middleware(AftertaskMiddleware)\n"
+        "async def mail(): ...\n"
+        "@app.get('/')\n"
+        "async def endpoint(tasks: BackgroundTasks): tasks.add_task(mail)\n"
+        "TestClient(app).get('/')\n"
+    )
+    done = subprocess.run([sys.executable, "app.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    (line,) = done.stderr.splitlines()
+    assert json.loads(line)["task"] == "__main__.mail"
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("stream", ["closed", "full", "absent"])
+def test_a_broken_stderr_breaks_no_task(
+    stream: str, client_for: ClientFor, stderr: Stderr, monkeypatch: pytest.MonkeyPatch, registry: CollectorRegistry
+) -> None:
+    """Without a stderr that works there is no line, and that is no error of ours."""
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError("no space left on device")
+
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stderr", {"closed": closed, "full": Full(), "absent": None}[stream])
+    assert client_for(ok, broken).get("/").text == "ok"
+    assert registry.get_sample_value("aftertask_self_errors_total", {"component": "aftertask.signals.logs.Logs"}) in (
+        None,
+        0,
+    )
+
+
+def test_success_lines_are_limited_and_the_rest_is_counted(client_for: ClientFor, stderr: Stderr) -> None:
+    """`success_log_rate` limits `task.succeeded` per second; failures are always logged."""
+    with VirtualClock(1_800_000_000) as clock:
+        client = client_for(*[ok] * 5, broken, success_log_rate=2)
+        client.get("/")
+        clock.advance(1)
+        client.get("/")
+    events = [(line["event"], line.get("suppressed_count")) for line in stderr.lines()]
+    second = [("task.succeeded", None), ("task.succeeded", None), ("task.failed", None)]
+    assert events == [*second, ("task.succeeded", 3), *second[1:]]
+
+
+# --- structlog configured
+
+
+def test_structlog_gets_the_events_as_the_app_configured_it(client_for: ClientFor, lines: list[Line]) -> None:
+    """Events of all levels go to the app's structlog, which decides what is shown."""
     client_for(ok).get("/")
     assert [line["event"] for line in lines] == ["task.scheduled", "task.started", "task.succeeded"]
     assert [line["level"] for line in lines] == ["debug", "debug", "info"]
@@ -130,8 +266,104 @@ def test_structlog_gets_the_events_as_the_app_configured_it(client_for: ClientFo
     assert lines[0]["priority"] == 0
 
 
-def test_the_tasks_own_lines_carry_the_same_keys(client_for: ClientFor, lines: list[dict[str, Any]]) -> None:
-    """In an async task and in a sync task's thread; and what was bound before comes back."""
+def test_structlog_never_gets_the_exception_itself(client_for: ClientFor, lines: list[Line]) -> None:
+    """The app's own processors would print the exception's text, which has not been redacted."""
+    client_for(broken).get("/")
+    (failed,) = (line for line in lines if line["event"] == "task.failed")
+    assert "exc_info" not in failed
+    assert "hunter2" not in str(failed).replace('LookupError("password=hunter2 is wrong")', "")
+
+
+class Output:
+    """The end of a structlog pipeline."""
+
+    def __init__(self, output: list[str]) -> None:
+        self.debug = self.info = self.warning = self.error = output.append
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_lines_follow_a_new_configuration_of_structlog(cached: bool, client_for: ClientFor) -> None:
+    """An app, or its tests, may configure structlog again; the next line goes where the new configuration sends it."""
+    kept: dict[str, list[str]] = {"first": [], "second": []}
+    client = client_for(ok)
+    try:
+        for name, output in kept.items():
+            structlog.configure(
+                processors=[structlog.processors.KeyValueRenderer(key_order=["event"])],
+                logger_factory=lambda *args, output=output: Output(output),
+                wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+                cache_logger_on_first_use=cached,
+            )
+            client.get("/")
+            assert [line.partition(" ")[0] for line in output] == ["event='task.succeeded'"], name
+    finally:
+        structlog.reset_defaults()
+
+
+def by_filtering_bound_logger(level: int) -> dict[str, Any]:
+    """structlog filters, as its docs show."""
+    return {"wrapper_class": structlog.make_filtering_bound_logger(level)}
+
+
+def by_stdlib(level: int) -> dict[str, Any]:
+    """stdlib logging filters, asked by structlog."""
+    STDLIB.setLevel(level)
+    return {
+        "wrapper_class": structlog.stdlib.BoundLogger,
+        "logger_factory": structlog.stdlib.LoggerFactory(),
+        "processors": [structlog.stdlib.filter_by_level, *structlog.get_config()["processors"]],
+    }
+
+
+@pytest.mark.parametrize("configure", [by_filtering_bound_logger, by_stdlib])
+@pytest.mark.parametrize(
+    ("level", "events"),
+    [
+        (logging.DEBUG, ["task.scheduled", "task.started", "task.succeeded"]),
+        (logging.INFO, ["task.succeeded"]),
+        (logging.WARNING, []),
+    ],
+)
+def test_the_level_that_the_app_chose_decides(
+    configure: Callable[[int], dict[str, Any]],
+    level: int,
+    events: list[str],
+    client_for: ClientFor,
+    lines: list[Line],
+) -> None:
+    """Lines below the level of the app's structlog are not logged, whichever way it filters."""
+    before = STDLIB.level
+    structlog.configure(**configure(level))
+    try:
+        client_for(ok).get("/")
+    finally:
+        STDLIB.setLevel(before)
+    assert [line["event"] for line in lines] == events
+
+
+def test_a_line_that_is_filtered_is_not_put_together(client_for: ClientFor) -> None:
+    """The stack of a failure is not formatted where no line shows it."""
+    redacted: list[str] = []
+
+    def redact(text: str) -> str:
+        redacted.append(text)
+        return text
+
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    try:
+        if not hasattr(structlog.make_filtering_bound_logger(logging.INFO), "is_enabled_for"):
+            pytest.skip("structlog before 25.1 cannot be asked for its level")
+        client_for(broken, redact=redact, signals=[Logs()]).get("/")
+    finally:
+        structlog.reset_defaults()
+    assert redacted == []
+
+
+# --- keys on the task's own lines
+
+
+def test_the_tasks_own_lines_carry_the_same_keys(client_for: ClientFor, lines: list[Line]) -> None:
+    """In an async task and in a sync task's thread, the app's lines have the keys that identify the run."""
 
     def sync() -> None:
         structlog.get_logger().info("mine")
@@ -146,17 +378,34 @@ def test_the_tasks_own_lines_carry_the_same_keys(client_for: ClientFor, lines: l
     own = [line for line in lines if line["event"] == "mine"]
     ours = [line for line in lines if line["event"] == "task.succeeded"]
     assert len(own) == 2
-    for mine, told in zip(own, ours, strict=False):
+    for mine, succeeded in zip(own, ours, strict=False):
         for key in ("task", "run_id", "attempt", "engine", "http_route", "http_method", "trace_id", "span_id"):
-            assert mine[key] == told[key], key
+            assert mine[key] == succeeded[key], key
     assert own[0]["run_id"] != own[1]["run_id"]
     assert own[0]["span_id"] != own[1]["span_id"]
 
 
-def test_a_run_without_a_span_has_not_the_ids_of_the_one_before(
-    client_for: ClientFor, lines: list[dict[str, Any]]
-) -> None:
-    """Neither on its own lines nor on ours."""
+def test_each_attempt_has_its_own_number_and_span(client_for: ClientFor, lines: list[Line]) -> None:
+    """The keys are bound anew for a second attempt."""
+
+    @task(name="logs.twice", retry=Retry(attempts=2, wait_initial=0))
+    async def twice() -> None:
+        structlog.get_logger().info("mine")
+        run = current_run()
+        assert run is not None
+        if run.attempt == 1:
+            raise ConnectionError("refused")
+
+    client_for(twice, tracer_provider=TracerProvider()).get("/")
+    own = [line for line in lines if line["event"] == "mine"]
+    assert [line["attempt"] for line in own] == [1, 2]
+    assert own[0]["span_id"] != own[1]["span_id"]
+    (retrying,) = (line for line in lines if line["event"] == "task.retrying")
+    assert retrying["span_id"] == own[0]["span_id"]
+
+
+def test_a_run_without_a_span_does_not_have_the_ids_of_the_one_before(client_for: ClientFor, lines: list[Line]) -> None:
+    """A run with `trace="none"` has no trace id, on its own lines nor on ours."""
 
     @task(name="logs.traced")
     async def traced() -> None: ...
@@ -166,75 +415,140 @@ def test_a_run_without_a_span_has_not_the_ids_of_the_one_before(
         structlog.get_logger().info("mine")
 
     client_for(traced, untraced, traced, tracer_provider=TracerProvider()).get("/")
-    told = [line for line in lines if line["event"] in ("task.succeeded", "mine")]
-    assert [(line["task"], "trace_id" in line, "span_id" in line) for line in told] == [
+    seen = [line for line in lines if line["event"] in ("task.succeeded", "mine")]
+    assert [(line["task"], "trace_id" in line, "span_id" in line) for line in seen] == [
         ("logs.traced", True, True),
         ("logs.untraced", False, False),
         ("logs.untraced", False, False),
         ("logs.traced", True, True),
     ]
-    assert told[0]["trace_id"] != told[3]["trace_id"]
+    assert seen[0]["trace_id"] != seen[3]["trace_id"]
 
 
-def test_what_the_app_had_bound_comes_back_after_the_batch(registry: CollectorRegistry) -> None:
-    """Also under a name of ours."""
-    seen: list[dict[str, Any]] = []
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_the_app_had_bound_is_bound_again_after_the_batch(fails: bool, registry: CollectorRegistry) -> None:
+    """A key of the app under a name of ours is restored, and none of ours is left, also after a failure."""
+    seen: list[Line] = []
 
     async def look() -> None:
         seen.append(structlog.contextvars.get_contextvars())
+        if fails:
+            raise ValueError("no")
 
     async def inner(scope: Any, receive: Any, send: Any) -> None:
-        from starlette.background import BackgroundTask
-        from starlette.responses import PlainTextResponse
-
         structlog.contextvars.bind_contextvars(task="mine", color="red")
-        await PlainTextResponse("ok", background=BackgroundTask(look))(scope, receive, send)
-        seen.append(structlog.contextvars.get_contextvars())
+        try:
+            await PlainTextResponse("ok", background=BackgroundTask(look))(scope, receive, send)
+        finally:
+            seen.append(structlog.contextvars.get_contextvars())
 
-    TestClient(AftertaskMiddleware(inner, settings=Settings(registry=registry), signals=[Logs()])).get("/")
+    app = AftertaskMiddleware(inner, settings=Settings(registry=registry), signals=[Logs()])
+    TestClient(app, raise_server_exceptions=False).get("/")
     during, afterwards = seen
     assert during["color"] == "red"
     assert during["task"].endswith("look")
     assert afterwards == {"task": "mine", "color": "red"}
 
 
+@pytest.mark.parametrize("async_task", [False, True])
 def test_keys_bound_in_a_sync_endpoint_reach_its_tasks(
-    registry: CollectorRegistry, lines: list[dict[str, Any]]
+    async_task: bool, registry: CollectorRegistry, lines: list[Line]
 ) -> None:
-    """A sync endpoint runs in a thread with a copy of the context; its bound keys are copied, and no other variable."""
+    """A sync endpoint runs in a thread with a copy of the context; the keys it bound are bound for its tasks, too."""
     app = FastAPI()
     app.add_middleware(AftertaskMiddleware, settings=Settings(registry=registry))
 
     def mail() -> None:
         structlog.get_logger().info("mine")
 
+    async def mail_async() -> None:
+        structlog.get_logger().info("mine")
+
     @app.get("/")
     def endpoint(tasks: BackgroundTasks) -> None:
         structlog.contextvars.bind_contextvars(customer="ada")
-        tasks.add_task(mail)
+        tasks.add_task(mail_async if async_task else mail)
 
     TestClient(app).get("/")
-    assert next(line for line in lines if line["event"] == "mine")["customer"] == "ada"
+    mine, succeeded = (line for line in lines if line["event"] in ("mine", "task.succeeded"))
+    assert mine["customer"] == succeeded["customer"] == "ada"
     assert "customer" not in structlog.contextvars.get_contextvars()
 
 
+# --- stdlib logging
+
+
+def of_runs(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """The records about runs: an earlier test's alert may still be on its way, in a thread of its own."""
+    return [record for record in caplog.records if record.message.startswith("task.")]
+
+
 def test_stdlib_logging_gets_records_with_extras(client_for: ClientFor, caplog: pytest.LogCaptureFixture) -> None:
-    """The message is the event, the keys are attributes."""
+    """Event and keys are attributes of the record."""
     with caplog.at_level(logging.INFO):
         client_for(ok, broken).get("/")
-    # Those of runs alone: an earlier test's alert may still be on its way, in a thread of its own.
-    succeeded, failed = (record for record in caplog.records if record.message.startswith("task."))
+    succeeded, failed = of_runs(caplog)
     assert (succeeded.name, succeeded.message, succeeded.levelno) == ("aftertask", "task.succeeded", logging.INFO)
-    assert vars(succeeded)["task"] == "logs.ok"
+    assert (vars(succeeded)["event"], vars(succeeded)["task"]) == ("task.succeeded", "logs.ok")
     assert vars(succeeded)["duration_s"] >= 0
-    assert (failed.message, failed.levelno) == ("task.failed", logging.ERROR)
+    assert (vars(failed)["event"], failed.levelno) == ("task.failed", logging.ERROR)
     assert vars(failed)["error_type"] == "LookupError"
+
+
+def test_the_message_of_a_failure_is_readable_by_itself(
+    client_for: ClientFor, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a plain `basicConfig` only the message is shown: it has the task, the error, the route and the attempt."""
+
+    @task(name="mail.welcome", retry=Retry(attempts=2, wait_initial=0))
+    async def welcome() -> None:
+        raise ConnectionError("100% refused\nsecond line")
+
+    client_for(welcome, ok).get("/")
+    retrying, failed, skipped = of_runs(caplog)
+    assert re.fullmatch(
+        r"task\.retrying mail\.welcome: ConnectionError: 100% refused; next attempt in \S+ s \(GET /, attempt 1 of 2\)",
+        retrying.message,
+    )
+    assert failed.message == "task.failed mail.welcome: ConnectionError: 100% refused (GET /, attempt 2 of 2)"
+    assert skipped.message == "task.skipped logs.ok: sibling_failed of mail.welcome (GET /)"
+
+
+def test_the_record_of_a_failure_has_the_exception_and_prints_the_redacted_stack(
+    client_for: ClientFor, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Error reporters group by `exc_info`; a formatter prints the stack that passed `Settings.redact`."""
+    client_for(broken).get("/")
+    (failed,) = of_runs(caplog)
+    assert failed.exc_info is not None
+    assert isinstance(failed.exc_info[1], LookupError)
+    printed = logging.Formatter("%(message)s").format(failed)
+    assert printed.endswith("LookupError: password=[redacted] is wrong\n")
+    assert printed.count("Traceback") == 1
+
+
+def test_keys_that_a_record_has_itself_get_an_underscore(caplog: pytest.LogCaptureFixture) -> None:
+    """A record factory of the app may have set an attribute under a name of ours; it is left as it is."""
+    factory = logging.getLogRecordFactory()
+
+    def with_task(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = factory(*args, **kwargs)
+        record.task = "the app's"
+        return record
+
+    logging.setLogRecordFactory(with_task)
+    try:
+        Logs().dropped(Dropped(some_run(), 0.0, "other"))
+    finally:
+        logging.setLogRecordFactory(factory)
+    (record,) = of_runs(caplog)
+    assert (vars(record)["task"], vars(record)["task_"]) == ("the app's", "logs.some")
 
 
 def test_a_filter_puts_the_keys_on_the_tasks_own_stdlib_records(
     client_for: ClientFor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """RunFilter on a handler; outside of a run the keys are there and None."""
+    """`RunFilter` on a handler adds the keys to every record; outside of a run they are None."""
     runs = []
 
     def sync() -> None:
@@ -253,85 +567,7 @@ def test_a_filter_puts_the_keys_on_the_tasks_own_stdlib_records(
     assert vars(outside)["run_id"] is None
 
 
-def test_success_lines_are_limited_and_the_rest_is_counted(client_for: ClientFor, stderr: Stderr) -> None:
-    """`success_log_rate` a second; failures always."""
-    with VirtualClock(1_800_000_000) as clock:
-        client = client_for(*[ok] * 5, broken, success_log_rate=2)
-        client.get("/")
-        clock.advance(1)
-        client.get("/")
-    events = [(line["event"], line.get("suppressed_count")) for line in stderr.lines()]
-    second = [("task.succeeded", None), ("task.succeeded", None), ("task.failed", None)]
-    assert events == [*second, ("task.succeeded", 3), *second[1:]]
-
-
-def test_a_dropped_task_is_told_with_its_reason(registry: CollectorRegistry, stderr: Stderr) -> None:
-    """And the request's trace, though it never had a span."""
-    app = FastAPI()
-    provider = TracerProvider()
-    app.add_middleware(AftertaskMiddleware, settings=Settings(registry=registry, tracer_provider=provider))
-
-    @app.get("/")
-    async def endpoint(tasks: BackgroundTasks) -> None:
-        tasks.add_task(ok)
-        raise HTTPException(409)
-
-    async def under_a_span(scope: Any, receive: Any, send: Any) -> None:
-        with provider.get_tracer("server").start_as_current_span("GET"):
-            await app(scope, receive, send)
-
-    TestClient(under_a_span).get("/")
-    (dropped,) = stderr.lines()
-    assert (dropped["event"], dropped["reason"], dropped["attempt"]) == ("task.dropped", "http_exception", 0)
-    assert len(dropped["trace_id"]) == 32
-
-
-def test_the_request_id_comes_from_the_state_and_never_from_a_header(
-    registry: CollectorRegistry, stderr: Stderr
-) -> None:
-    """What an earlier middleware left in scope["state"]["request_id"]."""
-    app = FastAPI()
-
-    @app.get("/")
-    async def endpoint(tasks: BackgroundTasks) -> None:
-        tasks.add_task(ok)
-
-    app.add_middleware(AftertaskMiddleware, settings=Settings(registry=registry))
-
-    async def outer(scope: Any, receive: Any, send: Any) -> None:
-        scope.setdefault("state", {})["request_id"] = "from-state"
-        await app(scope, receive, send)
-
-    TestClient(outer, headers={"x-request-id": "from-header"}).get("/")
-    assert stderr.lines()[0]["request_id"] == "from-state"
-
-
-def test_an_app_without_any_configuration_writes_one_line(tmp_path: Path) -> None:
-    """In a process of its own, as it is run: one JSON line on the real stderr, and nothing on stdout."""
-    (tmp_path / "app.py").write_text(
-        "from fastapi import BackgroundTasks, FastAPI\n"
-        "from starlette.testclient import TestClient\n"
-        "from aftertask import AftertaskMiddleware\n"
-        "app = FastAPI()\n"
-        "app.add_middleware(AftertaskMiddleware)\n"
-        "async def mail(): ...\n"
-        "@app.get('/')\n"
-        "async def endpoint(tasks: BackgroundTasks): tasks.add_task(mail)\n"
-        "TestClient(app).get('/')\n"
-    )
-    done = subprocess.run([sys.executable, "app.py"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    (line,) = done.stderr.splitlines()
-    assert json.loads(line)["task"] == "__main__.mail"
-    assert done.stdout == ""
-
-
-def test_a_broken_stderr_breaks_no_task(client_for: ClientFor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A closed stream is nobody's business but its owner's."""
-    monkeypatch.setattr(_log, "_handled", lambda: False)
-    closed = io.StringIO()
-    closed.close()
-    monkeypatch.setattr(sys, "stderr", closed)
-    assert client_for(ok, broken).get("/").text == "ok"
+# --- logging that fails
 
 
 @pytest.mark.parametrize("how", ["structlog", "logging"])
@@ -342,10 +578,10 @@ def test_logging_that_raises_breaks_nothing_and_no_line_is_lost(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A processor or a filter of the app's own; the lines go to stderr, and each failure is told and counted."""
+    """If a processor or a filter of the app raises, lines go to stderr, and each failure is logged and counted."""
 
-    def broken(*given: object) -> Any:
-        raise RuntimeError("cannot log, and says what it was given: secret")
+    def fails_to_log(*given: object) -> Any:
+        raise RuntimeError("cannot log secret")
 
     ran: list[int] = []
 
@@ -358,24 +594,107 @@ def test_logging_that_raises_breaks_nothing_and_no_line_is_lost(
 
     caplog.set_level("INFO")
     if how == "structlog":
-        structlog.configure(processors=[broken])
+        structlog.configure(processors=[fails_to_log])
     else:
-        logging.getLogger("aftertask").addFilter(broken)
+        STDLIB.addFilter(fails_to_log)
     try:
         assert client_for(works, fails).get("/").status_code == 200
     finally:
         structlog.reset_defaults()
-        logging.getLogger("aftertask").removeFilter(broken)
+        STDLIB.removeFilter(fails_to_log)
     assert ran == [1, 2]
-    told = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
-    assert {line["event"] for line in told} >= {"task.succeeded", "task.failed", "signal.failed"}
-    assert {line["logging_error"] for line in told} == {"RuntimeError"}
+    written = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    assert {line["event"] for line in written} >= {"task.succeeded", "task.failed", "signal.failed"}
+    assert {line["logging_error"] for line in written} == {"RuntimeError"}
     assert registry.get_sample_value("aftertask_self_errors_total", {"component": "aftertask.signals.logs.Logs"})
+    assert structlog.contextvars.get_contextvars() == {}
 
 
-@given(st.floats(0, 4e9, allow_nan=False))
-def test_a_timestamp_is_told_to_the_microsecond(timestamp: float) -> None:
-    """Put together by hand, so it is compared with what Python makes of it."""
-    second = int(timestamp)
-    told = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-    assert _log.iso(timestamp) == f"{told}.{int((timestamp - second) * 1e6):06d}Z"
+# --- the contract: docs/telemetry.md against the code
+
+
+def documented() -> dict[str, tuple[str, set[str]]]:
+    """Level and keys of each event in the table of `docs/telemetry.md`."""
+    text = (ROOT / "docs" / "telemetry.md").read_text().partition("## Log events")[2]
+    table: dict[str, tuple[str, set[str]]] = {}
+    for row in re.findall(r"^\| (`[a-z_.]+`(?:, `[a-z_.]+`)*) \| ([a-z]+)[^|]* \| (.*) \|$", text, re.MULTILINE):
+        events, level, keys = row
+        for event in re.findall(r"`([a-z_]+\.[a-z_]+)`", events):
+            # Of a remark in parentheses no word is a key.
+            table[event] = level, set(re.findall(r"`([a-z_]+)`", re.sub(r"\([^)]*\)", "", keys)))
+    return table
+
+
+def some_run(*, parent: TaskRun | None = None) -> TaskRun:
+    """A run of no app."""
+    request = RequestInfo()
+    request.thread = threading.get_ident()
+    return TaskRun(TaskInfo("logs.some", "logs.some"), request, parent=parent)
+
+
+def every_event() -> list[TaskEvent]:
+    """One event of each kind that `Logs` handles, with all it can have."""
+    run, other = some_run(), some_run()
+    run.started_s, run.thread_s, run.queue_wait_s = 0.0, 1.0, 0.5
+    error = ValueError("no")
+    failure = Failure(error, str)
+    failure.hint = "closed"
+    return [
+        Scheduled(run, 0.0),
+        Started(run, 0.0, 1, 0.1),
+        Retrying(run, 0.0, 1, 0.1, error, failure, 1.0),
+        Succeeded(run, 0.0, 1, 0.1, None),
+        Failed(run, 0.0, 1, 0.1, error, failure, False),
+        TimedOut(run, 0.0, 1, 0.1, 1.0, failure),
+        Cancelled(run, 0.0, 1, 0.1, "cancelled"),
+        Skipped(run, 0.0, "sibling_failed", other),
+        Dropped(run, 0.0, "handler_error", "ValueError"),
+        Rejected(run, 0.0, "queue_full"),
+        Expired(run, 0.0, "deadline"),
+        Lost(run, 0.0, "shutdown", 1.0),
+        Slow(run, 0.0, 1.0, 1.0, "stack"),
+        Stuck(run, 0.0, 1.0, 1.0, "stack"),
+        Abandoned(run, 0.0, 1.0, 1.0, "stack"),
+        AbandonedEnded(run, 0.0, 1.0, 1.0),
+        HazardFound(run, 0.0, "closed_upload", "file", "read it first"),
+    ]
+
+
+def test_every_event_has_the_level_and_the_keys_of_the_docs(lines: list[Line]) -> None:
+    """The table in `docs/telemetry.md` lists each line about a run with its level and the keys it may have."""
+    table = documented()
+
+    def log_all() -> None:
+        logs = Logs()
+        for event in every_event():
+            getattr(logs, METHODS[type(event)])(event)
+        logs.loop_blocked(LoopBlocked(some_run(), 0.0, 1.0, "app.py:3 in f", "stack", 2, False))
+
+    contextvars.copy_context().run(log_all)  # keys stay bound: the runs never are current
+    common = {"event", "level", "timestamp", "task", "run_id", "attempt", "engine"}
+    for line in lines:
+        level, keys = table[line["event"]]
+        assert line["level"] == level, line["event"]
+        if line["event"] == "task.succeeded":
+            keys = keys - {"suppressed_count"}  # only where lines were left out
+        if line["event"] in ("task.skipped", "task.dropped", "task.rejected", "task.expired", "task.cancelled"):
+            assert line.keys() - common <= keys, line["event"]
+        else:
+            assert line.keys() - common == keys, line["event"]
+    assert len(lines) == len(every_event()) + 1
+
+
+def test_every_line_that_the_code_writes_is_in_the_docs() -> None:
+    """Each call of `log` names a level and an event of the table, and each event of the table is written somewhere."""
+    table, found = documented(), set()
+    for path in (ROOT / "middleware" / "aftertask").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or len(node.args) < 2:
+                continue
+            level, event = (arg.value if isinstance(arg, ast.Constant) else None for arg in node.args[:2])
+            if level in ("debug", "info", "warning", "error") and isinstance(event, str) and "." in event:
+                assert event in table, f"{event} in {path.name}"
+                assert table[event][0] == level, f"{event} in {path.name}"
+                found.add(event)
+    ends = ("failed", "timed_out", "cancelled", "skipped", "dropped", "rejected", "expired", "lost")
+    assert found | {f"task.{outcome}" for outcome in ends} == set(table)

@@ -1,4 +1,4 @@
-"""The metrics as a scrape shows them: names, labels, the accounting rule, bounds."""
+"""The metrics as a scrape shows them: names, labels, the accounting rule, bounds, and the endpoint."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, BackgroundTasks, FastAPI, HTTPException
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
-from prometheus_client import CollectorRegistry
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Metric, generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -23,21 +27,24 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
 
-from aftertask import AftertaskMiddleware, Policy, Settings, _exchange, current_run, task
-from aftertask.signals import families
+from aftertask import AftertaskMiddleware, Policy, RegistryClash, Retry, Settings, TaskEvent, current_run, task
+from aftertask.events import Abandoned, AbandonedEnded
+from aftertask.signals import Metrics, families
 from aftertask.testing import VirtualClock
+from kit import drive
 
 ClientFor = Callable[..., TestClient]
 OPENMETRICS = {"accept": "application/openmetrics-text"}
+ROOT = Path(__file__).parent.parent
 
 
 def value(registry: CollectorRegistry, name: str, **labels: str) -> float | None:
-    """One sample; `engine` is local unless said otherwise."""
+    """The value of one sample; None if there is none."""
     return registry.get_sample_value(f"aftertask_{name}", labels)
 
 
 def local(registry: CollectorRegistry, name: str, task: str, **labels: str) -> float | None:
-    """One sample of a task."""
+    """The value of one sample of a task with the engine `local`."""
     return value(registry, name, task=task, engine="local", **labels)
 
 
@@ -55,8 +62,11 @@ async def declined() -> None:
     raise LookupError("declined")
 
 
-def test_every_number_of_a_run_that_succeeds(client_for: ClientFor, registry: CollectorRegistry) -> None:
-    """Counted scheduled and finished, its wait, duration and whole life observed, nothing left in flight."""
+# --- what each run adds
+
+
+def test_a_successful_run_is_counted_and_timed(client_for: ClientFor, registry: CollectorRegistry) -> None:
+    """It is counted as scheduled and finished, its wait and durations are observed, and nothing stays in flight."""
     with VirtualClock(1_800_000_000) as clock:
 
         @task(name="shop.slow")
@@ -81,8 +91,8 @@ def test_every_number_of_a_run_that_succeeds(client_for: ClientFor, registry: Co
     assert local(registry, "oldest_running_age_seconds", "shop.slow") is None
 
 
-def test_what_is_in_flight_is_told_while_it_is(client_for: ClientFor, registry: CollectorRegistry) -> None:
-    """A scrape in the middle shows the running run, its age and its wait, and the queued sibling."""
+def test_a_scrape_shows_what_is_in_flight(client_for: ClientFor, registry: CollectorRegistry) -> None:
+    """A scrape in the middle of a batch shows the running run, its age and its wait, and the queued sibling."""
     seen: dict[str, float | None] = {}
     with VirtualClock() as clock:
 
@@ -109,10 +119,39 @@ def test_what_is_in_flight_is_told_while_it_is(client_for: ClientFor, registry: 
     }
 
 
+def test_an_age_disappears_with_its_run(client_for: ClientFor, registry: CollectorRegistry) -> None:
+    """The age that a scrape showed during a run is absent from the next scrape."""
+    ages: list[float | None] = []
+
+    @task(name="shop.seen")
+    async def seen() -> None:
+        ages.append(local(registry, "oldest_running_age_seconds", "shop.seen"))
+
+    client_for(seen).get("/")
+    assert ages[0] is not None
+    assert local(registry, "oldest_running_age_seconds", "shop.seen") is None
+
+
+def test_the_wait_is_observed_when_the_first_attempt_starts(client_for: ClientFor, registry: CollectorRegistry) -> None:
+    """It is there during the first attempt and is not observed again by a retry."""
+    counts: list[float | None] = []
+
+    @task(name="shop.second_try", retry=Retry(attempts=2, wait_initial=0))
+    async def second_try() -> None:
+        counts.append(local(registry, "queue_wait_seconds_count", "shop.second_try"))
+        if len(counts) == 1:
+            raise LookupError
+
+    client_for(second_try).get("/")
+    assert counts == [1, 1]
+    assert local(registry, "queue_wait_seconds_count", "shop.second_try") == 1
+    assert local(registry, "retries_total", "shop.second_try") == 1
+
+
 def test_a_failure_is_counted_by_its_class_and_skips_its_siblings(
     client_for: ClientFor, registry: CollectorRegistry
 ) -> None:
-    """The failed run is bad, and so is the one that was skipped for it."""
+    """The failed run is bad, and so is the sibling that was skipped because of it."""
     client_for(broken, ok).get("/")
 
     assert local(registry, "tasks_finished_total", "shop.broken", outcome="failed") == 1
@@ -127,14 +166,17 @@ def test_a_failure_is_counted_by_its_class_and_skips_its_siblings(
 
 
 def test_an_expected_failure_is_not_bad(client_for: ClientFor, registry: CollectorRegistry) -> None:
-    """It is counted as failed all the same."""
+    """It is counted as failed nevertheless."""
     client_for(declined).get("/")
     assert local(registry, "tasks_finished_total", "shop.declined", outcome="failed") == 1
     assert local(registry, "tasks_bad_total", "shop.declined") == 0
 
 
+# --- which series exist
+
+
 def test_a_registered_task_has_its_series_from_the_start(registry: CollectorRegistry) -> None:
-    """All at 0 before the first run, or the first failure is invisible to increase()."""
+    """All are at 0 before the first run, or the first failure would be invisible to increase()."""
     AftertaskMiddleware(
         PlainTextResponse("ok"), settings=Settings(registry=registry, policies={"by.operator": Policy()})
     )
@@ -146,19 +188,58 @@ def test_a_registered_task_has_its_series_from_the_start(registry: CollectorRegi
         assert local(registry, "tasks_scheduled_total", name) == 0
         assert local(registry, "tasks_finished_total", name, outcome="failed") == 0
         assert local(registry, "attempt_duration_seconds_bucket", name, result="error", le="+Inf") == 0
-        assert value(registry, "tasks_not_run_total", task=name, outcome="dropped", reason="handler_error") == 0
+        assert value(registry, "event_loop_blocked_seconds_total", task=name) == 0
+        for outcome, reason in families.NOT_RUN_REASONS:
+            assert value(registry, "tasks_not_run_total", task=name, outcome=outcome, reason=reason) == 0
+        assert local(registry, "last_success_timestamp_seconds", name) is None
+        assert local(registry, "oldest_queued_age_seconds", name) is None
     assert value(registry, "task_info", task="shop.late", engine="local", owner="shop", executor="thread") == 1
     assert value(registry, "task_info", task="shop.ok", engine="local", owner="shop", executor="inline") == 1
 
 
-def test_the_first_error_of_our_own_can_be_seen(client_for: ClientFor, registry: CollectorRegistry) -> None:
-    """Its series is there at 0, under the very name it is counted under."""
-    assert client_for(ok).get("/").status_code == 200
-    assert value(registry, "self_errors_total", component=_exchange._PART) == 0
+def test_a_task_has_one_info_series(registry: CollectorRegistry, client_for: ClientFor) -> None:
+    """An owner from `Settings.policies` replaces the one from `@task`."""
+    client_for(ok, policies={"shop.ok": Policy(owner="mail", timeout=5)}).get("/")
+    owners = [
+        sample.labels["owner"]
+        for metric in registry.collect()
+        if metric.name == "aftertask_task_info"
+        for sample in metric.samples
+        if sample.labels["task"] == "shop.ok"
+    ]
+    assert owners == ["mail"]
+    assert value(registry, "task_timeout_seconds", task="shop.ok") == 5
 
 
-def test_labels_stay_few(client_for: ClientFor, registry: CollectorRegistry, caplog: pytest.LogCaptureFixture) -> None:
-    """100 unregistered tasks have a label of their own; the others share one, which is counted, and warned of once."""
+def test_the_first_error_inside_aftertask_increases_a_series(
+    client_for: ClientFor, registry: CollectorRegistry
+) -> None:
+    """Its series exists at 0 before the error."""
+
+    def no_id(scope: Any) -> str:
+        raise LookupError
+
+    def errors() -> dict[str, float]:
+        return {
+            sample.labels["component"]: sample.value
+            for metric in registry.collect()
+            if metric.name == "aftertask_self_errors"
+            for sample in metric.samples
+        }
+
+    client = client_for(ok, request_id=no_id)
+    client.get("/metrics")
+    before = errors()
+    client.get("/")
+    after = errors()
+    assert set(after) == set(before)
+    assert sum(before.values()) == 0 < sum(after.values())
+
+
+def test_tasks_beyond_the_bound_share_a_label(
+    client_for: ClientFor, registry: CollectorRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    """100 unregistered tasks have a label of their own; the others share one, which is counted, and logged once."""
 
     def make(number: int) -> Callable[[], None]:
         def unregistered() -> None: ...
@@ -174,51 +255,295 @@ def test_labels_stay_few(client_for: ClientFor, registry: CollectorRegistry, cap
     assert len([name for name in names if name.startswith(f"{__name__}.task_")]) == 100
     assert local(registry, "tasks_finished_total", "__other__", outcome="succeeded") == 20
     assert local(registry, "tasks_finished_total", "shop.ok", outcome="succeeded") == 1
-    assert (value(registry, "label_overflow_total", label="task") or 0) >= 20
+    assert value(registry, "label_overflow_total", label="task") == 20
     (warning,) = (record for record in caplog.records if record.message == "label.overflow")
     assert vars(warning)["folded_into"] == "__other__"
 
 
-def test_error_types_stay_few(client_for: ClientFor, registry: CollectorRegistry) -> None:
-    """Twenty classes a task have a label; the others are folded."""
-    numbers = iter(range(25))
+@pytest.mark.parametrize(("tasks", "classes", "labels"), [(1, 25, 20), (4, 15, 50)], ids=["per task", "per process"])
+def test_error_types_beyond_the_bound_share_a_label(
+    client_for: ClientFor, registry: CollectorRegistry, tasks: int, classes: int, labels: int
+) -> None:
+    """20 classes per task and 50 per process have a label of their own; the others are folded and counted."""
 
-    @task(name="shop.creative")
-    def creative() -> None:
-        raise type(f"Error{next(numbers)}", (Exception,), {"__module__": "app"})("new every time")
+    def make(number: int) -> Callable[[], None]:
+        raised = iter(range(classes))
 
-    client = client_for(creative)
-    for _ in range(25):
+        @task(name=f"shop.creative_{number}")
+        def creative() -> None:
+            raise type(f"Error{number}_{next(raised)}", (Exception,), {"__module__": "app"})("new every time")
+
+        creative.__qualname__ += str(number)
+        return creative
+
+    for number in range(tasks):
+        client = client_for(make(number))
+        for _ in range(classes):
+            client.get("/")
+
+    counts: dict[str, float] = {}
+    for metric in registry.collect():
+        if metric.name == "aftertask_attempt_errors":
+            for sample in metric.samples:
+                kind = sample.labels["error_type"]
+                counts[kind] = counts.get(kind, 0) + sample.value
+    assert len(counts) == labels + 1
+    assert counts["__other__"] == tasks * classes - labels
+    assert value(registry, "label_overflow_total", label="error_type") == tasks * classes - labels
+
+
+def documented() -> dict[str, tuple[str, tuple[float, ...], tuple[str, ...], str]]:
+    """The table in docs/telemetry.md: type, buckets, labels and HELP of each metric."""
+    text = (ROOT / "docs" / "telemetry.md").read_text()
+    table = text.partition("\n## Metrics\n")[2].partition("\n## ")[0]
+    rows = {}
+    for name, kind, labels, help in re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \|$", table, re.MULTILINE):
+        kind, _, buckets = kind.partition(": ")
+        names = tuple(re.findall(r"`(\w+)`", labels))
+        rows[f"aftertask_{name}"] = (kind, tuple(map(float, buckets.split())), names, help)
+    return rows
+
+
+def test_the_metrics_are_those_of_the_documentation() -> None:
+    """Every metric has the type, buckets, labels and HELP text of docs/telemetry.md, and none is missing."""
+    declared = {
+        family.full_name + ("_total" if family.kind == "counter" else ""): (
+            *(family.kind, family.buckets, family.labels),
+            family.help,
+        )
+        for family in families.FAMILIES
+    }
+    assert declared == documented()
+
+
+def test_a_scrape_has_the_documented_metrics(client_for: ClientFor) -> None:
+    """Each family is exposed with its type, its HELP text and its labels, and there is no other."""
+    client = client_for(broken)
+    client.get("/")
+    exposed = list(text_string_to_metric_families(client.get("/metrics", headers=OPENMETRICS).text))
+    assert {family.name: (family.type, family.documentation) for family in exposed} == {
+        family.full_name: (family.kind, family.help) for family in families.FAMILIES
+    }
+    labels = {family.full_name: set(family.labels) for family in families.FAMILIES}
+    for family in exposed:
+        for sample in family.samples:
+            assert set(sample.labels) - {"le"} == labels[family.name]
+
+
+def test_there_are_no_created_series(client_for: ClientFor, registry: CollectorRegistry) -> None:
+    """They are left out of our families only: the client library's own switch is not touched."""
+    theirs = Counter("theirs", "Another counter.", registry=registry)
+    theirs.inc()
+    client = client_for(broken)
+    client.get("/")
+    for headers in ({}, OPENMETRICS):
+        names = re.findall(r"^(\w+_created)", client.get("/metrics", headers=headers).text, re.MULTILINE)
+        assert names == ["theirs_created"]
+
+
+# --- registries
+
+
+def test_apps_may_share_a_registry(client_for: ClientFor, registry: CollectorRegistry) -> None:
+    """They count together."""
+    for client in (client_for(ok), client_for(ok)):
         client.get("/")
+    assert local(registry, "tasks_finished_total", "shop.ok", outcome="succeeded") == 2
 
-    counts = {
-        sample.labels["error_type"]: sample.value
-        for metric in registry.collect()
-        if metric.name == "aftertask_attempt_errors"
+
+def test_a_foreign_metric_of_the_same_name_is_an_error(registry: CollectorRegistry) -> None:
+    """The error names it."""
+    Counter("aftertask_retries", "Another one.", registry=registry)
+    with pytest.raises(RegistryClash, match=r"aftertask_retries.*another registry"):
+        Metrics(registry)
+
+
+@pytest.fixture
+def emptied() -> Iterator[Callable[[], None]]:
+    """Empties prometheus-client's own registry, as test suites do; restores it afterwards."""
+    before = list(REGISTRY._collector_to_names)
+
+    def empty() -> None:
+        for collector in list(REGISTRY._collector_to_names):
+            REGISTRY.unregister(collector)
+
+    yield empty
+    empty()
+    for collector in before:
+        REGISTRY.register(collector)
+
+
+@pytest.mark.parametrize("is_new", [False, True], ids=["the same app", "a new app"])
+@pytest.mark.parametrize("how", ["endpoint", "registry", "lifespan"])
+def test_an_emptied_registry_gets_the_metrics_again(
+    client_for: ClientFor, emptied: Callable[[], None], how: str, is_new: bool
+) -> None:
+    """The next request, start or scrape brings them back, in the app that exists and in a new one."""
+    client = client_for(ok, registry=REGISTRY)
+    client.get("/")
+    emptied()
+    if is_new:
+        client = client_for(ok, registry=REGISTRY)
+    if how == "lifespan":
+        with client:
+            assert local(REGISTRY, "tasks_scheduled_total", "shop.ok") is not None
+        return
+    if how == "registry":
+        client.get("/")
+    text = client.get("/metrics").text if how == "endpoint" else generate_latest(REGISTRY).decode()
+    assert 'aftertask_tasks_finished_total{engine="local",outcome="succeeded",task="shop.ok"}' in text
+
+
+# --- no counter falls
+
+
+def counters(metrics: list[Metric]) -> dict[tuple[str, ...], float]:
+    """Every sample that must never fall: counters, buckets, counts and sums."""
+    return {
+        (sample.name, *(f"{name}={text}" for name, text in sorted(sample.labels.items()))): sample.value
+        for metric in metrics
+        if metric.type != "gauge"
         for sample in metric.samples
     }
-    assert len(counts) == 21
-    assert counts["__other__"] == 5
-    assert value(registry, "label_overflow_total", label="error_type") == 5
 
 
-def test_the_families_are_those_of_the_contract(client_for: ClientFor) -> None:
-    """Types and labels as the telemetry documentation says them, and no family that it does not know."""
-    told = {
-        family.name: family.type
-        for family in text_string_to_metric_families(client_for(ok).get("/metrics", headers=OPENMETRICS).text)
-    }
-    page = (Path(__file__).parent.parent / "docs" / "telemetry.md").read_text()
-    for family in families.FAMILIES:
-        assert told[family.full_name] == family.kind
-        row = re.search(rf"\| `{family.name}(_total)?` \| {family.kind} \| (.*?) \|", page)
-        assert row is not None, f"docs/telemetry.md does not tell of {family.name}"
-        assert set(re.findall(r"`(\w+)`", row[2])) >= set(family.labels)
-    assert set(told) == {family.full_name for family in families.FAMILIES}
+def unaccounted(metrics: list[Metric]) -> float:
+    """Runs scheduled but neither finished nor in flight; 0 by the accounting rule."""
+    signs = {"aftertask_tasks_scheduled": 1, "aftertask_tasks_finished": -1, "aftertask_tasks_inflight": -1}
+    return sum(signs.get(metric.name, 0) * sample.value for metric in metrics for sample in metric.samples)
+
+
+class Scrapes:
+    """A signal that scrapes at every event and compares with the scrape before."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self._before: dict[tuple[str, ...], float] = {}
+        self.fallen: list[tuple[str, ...]] = []
+        self.drift: list[float] = []
+        self.abandoned = 0
+        self.thread_ended = threading.Semaphore(0)
+
+    def __call__(self, event: TaskEvent) -> None:
+        """Scrape."""
+        metrics = list(self._registry.collect())
+        now = counters(metrics)
+        self.fallen += [key for key, before in self._before.items() if now.get(key, -1) < before]
+        self.drift.append(unaccounted(metrics))
+        self._before = now
+        self.abandoned += isinstance(event, Abandoned)
+        if isinstance(event, AbandonedEnded):
+            self.thread_ended.release()
+
+
+class Behaviours:
+    """Tasks that end in every way that a task can end."""
+
+    def __init__(self) -> None:
+        self.scope = anyio.CancelScope()
+        self.release = threading.Event()
+
+    async def succeed(self) -> None:
+        """Succeeds."""
+        await anyio.lowlevel.checkpoint()
+
+    def succeed_in_thread(self) -> None:
+        """Succeeds in a thread."""
+
+    async def fail(self) -> None:
+        """Fails."""
+        raise LookupError
+
+    async def recover(self) -> None:
+        """Succeeds at the third attempt."""
+        run = current_run()
+        assert run is not None
+        if run.attempt < 3:
+            raise ConnectionError
+
+    async def give_up(self) -> None:
+        """Fails at every attempt."""
+        raise ConnectionError
+
+    async def time_out(self) -> None:
+        """Never ends by itself."""
+        await anyio.sleep_forever()
+
+    def abandon(self) -> None:
+        """Continues in its thread after its timeout."""
+        self.release.wait(10)
+
+    async def cancel(self) -> None:
+        """Has the whole request cancelled."""
+        self.scope.cancel()
+        await anyio.lowlevel.checkpoint()
+
+
+_RETRY = Retry(attempts=3, wait_initial=0)
+POLICIES = {
+    "*.recover": Policy(retry=_RETRY),
+    "*.give_up": Policy(retry=_RETRY),
+    "*.time_out": Policy(timeout=0.001, retry=Retry(attempts=2, wait_initial=0)),
+    "*.abandon": Policy(timeout=0.001),
+}
+NAMES = [name for name in vars(Behaviours) if not name.startswith("_")]
+
+
+async def play(names: list[str], raises: bool, on_failure: Any, scrapes: Scrapes, registry: CollectorRegistry) -> None:
+    """Serve one request with these tasks, and wait for the threads that it abandons."""
+    behaviours, app = Behaviours(), FastAPI()
+
+    @app.get("/")
+    async def endpoint(tasks: BackgroundTasks) -> None:
+        for name in names:
+            tasks.add_task(getattr(behaviours, name))
+        if raises:
+            raise HTTPException(503)
+
+    chosen = Settings(registry=registry, policies=POLICIES, on_failure=on_failure)
+    app.add_middleware(AftertaskMiddleware, settings=chosen, signals=[Metrics(registry), scrapes])
+    with behaviours.scope:
+        await drive(app)
+    behaviours.release.set()
+    for _ in range(scrapes.abandoned):
+        await anyio.to_thread.run_sync(scrapes.thread_ended.acquire)
+    scrapes.abandoned = 0
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.sampled_from(NAMES), max_size=4),
+            st.booleans(),
+            st.sampled_from(["stop", "continue", "contain"]),
+            st.sampled_from(["asyncio", "trio"]),
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
+def test_no_counter_falls_and_every_run_is_accounted_for(requests: list[tuple[list[str], bool, Any, str]]) -> None:
+    """Whatever becomes of the runs, a scrape at any event shows no smaller counter, bucket or sum than before."""
+    registry = CollectorRegistry()
+    scrapes = Scrapes(registry)
+    for names, raises, on_failure, backend in requests:
+        anyio.run(play, names, raises, on_failure, scrapes, registry, backend=backend)
+    assert not scrapes.fallen
+    assert not any(scrapes.drift)
+    metrics = list(registry.collect())
+    assert unaccounted(metrics) == 0
+    inflight = [
+        sample.value for metric in metrics if metric.name == "aftertask_tasks_inflight" for sample in metric.samples
+    ]
+    assert not any(inflight)
+
+
+# --- exemplars
 
 
 def test_exemplars_name_the_span_of_the_attempt(client_for: ClientFor) -> None:
-    """On the three histograms and the errors, for sampled spans."""
+    """The three histograms and the errors carry the ids of sampled spans."""
     provider = TracerProvider()
     spans: dict[str, str] = {}
 
@@ -249,15 +574,18 @@ def test_exemplars_name_the_span_of_the_attempt(client_for: ClientFor) -> None:
     assert all(labels == spans for _, labels in found)
 
 
-def test_no_exemplar_for_a_span_that_nobody_will_see(client_for: ClientFor) -> None:
-    """A sampler that drops leaves none."""
+def test_a_span_that_is_not_sampled_leaves_no_exemplar(client_for: ClientFor) -> None:
+    """An exemplar must lead to a trace that exists."""
     client = client_for(ok, tracer_provider=TracerProvider(sampler=ALWAYS_OFF))
     client.get("/")
     assert " # {" not in client.get("/metrics", headers=OPENMETRICS).text
 
 
+# --- the endpoint
+
+
 def test_the_format_is_negotiated(client_for: ClientFor) -> None:
-    """Text by default, OpenMetrics where asked, compressed where asked, without a body for HEAD."""
+    """Text by default, OpenMetrics and gzip on request, and no body for HEAD."""
     client = client_for(ok)
     text = client.get("/metrics")
     assert text.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -276,8 +604,8 @@ def test_the_format_is_negotiated(client_for: ClientFor) -> None:
     assert client.post("/metrics").status_code == 404
 
 
-def test_only_named_families_where_asked(client_for: ClientFor) -> None:
-    """`name[]` narrows a scrape, as it does for prometheus-client's own endpoint."""
+def test_a_query_selects_families(client_for: ClientFor) -> None:
+    """`name[]` narrows a scrape, as it does at prometheus-client's own endpoint."""
     text = client_for(ok).get("/metrics", params={"name[]": "aftertask_build_info"}).text
     assert "aftertask_build_info" in text
     assert "aftertask_tasks_scheduled" not in text
@@ -293,14 +621,14 @@ def test_only_named_families_where_asked(client_for: ClientFor) -> None:
     ],
 )
 def test_an_app_keeps_its_own_metrics(registry: CollectorRegistry, route: Any, ours: bool) -> None:
-    """A route or mount of that very path is the app's; a catch-all is none."""
+    """A route or mount of exactly that path is the app's; a catch-all does not count."""
     middleware = [Middleware(AftertaskMiddleware, settings=Settings(registry=registry))]
     text = TestClient(Starlette(routes=[route], middleware=middleware)).get("/metrics").text
     assert ("aftertask_build_info" in text) is ours
 
 
-def test_a_fastapi_app_keeps_its_own_metrics_too(registry: CollectorRegistry) -> None:
-    """Also when the route comes from an included router with a prefix."""
+def test_a_fastapi_app_keeps_its_own_metrics(registry: CollectorRegistry) -> None:
+    """Also if the route comes from an included router with a prefix."""
     app, router = FastAPI(), APIRouter(prefix="/metrics")
 
     @router.get("")
@@ -321,13 +649,13 @@ def test_the_path_is_relative_to_the_root_path(registry: CollectorRegistry) -> N
     assert TestClient(outer).get("/metrics").status_code == 404
 
 
-def test_no_metrics_path_serves_none(client_for: ClientFor) -> None:
+def test_without_a_metrics_path_there_is_no_endpoint(client_for: ClientFor) -> None:
     """`metrics_path=None` leaves the path to the app."""
     assert client_for(ok, metrics_path=None).get("/metrics").status_code == 404
 
 
 def test_excluded_routes_are_not_observed(registry: CollectorRegistry) -> None:
-    """Paths, patterns and templates; everything else is."""
+    """Paths, patterns and templates are excluded; everything else is observed."""
     seen: list[Any] = []
 
     async def endpoint(request: Any) -> PlainTextResponse:
@@ -342,16 +670,17 @@ def test_excluded_routes_are_not_observed(registry: CollectorRegistry) -> None:
     for path in ("/health", "/internal/a/b", "/items/3", "/items/3/x", "/seen"):
         assert client.get(path).status_code == 200
 
-    assert [event.run.http_route for event in seen][::3] == ["/items/{id}/x", "/seen"]
+    assert [event.run.request.http_route for event in seen][::3] == ["/items/{id}/x", "/seen"]
 
+
+# --- multi-process mode in one process; several are in live/test_multiproc.py
 
 TWO_REGISTRIES = """
 from fastapi import BackgroundTasks, FastAPI
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
 
 from aftertask import AftertaskMiddleware, Settings
-from aftertask.signals._multiprocess import all_processes
 
 def mail():
     pass
@@ -369,14 +698,26 @@ def app():
 one, other = app(), app()
 for client in (one, other, one, other, other):
     client.get("/")
-print(generate_latest(all_processes()).decode())
+print(one.get("/metrics").text)
 """
 
 
+def script(code: str, *arguments: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    """Run code in a process in multi-process mode."""
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(directory)}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=20)
+
+
 def test_apps_with_registries_of_their_own_count_together_in_one_directory(tmp_path: Path) -> None:
-    """The files of `PROMETHEUS_MULTIPROC_DIR` are kept by process and family: one book writes them."""
-    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", TWO_REGISTRIES], env=env, capture_output=True, text=True, timeout=20)
+    """prometheus-client names the files of `PROMETHEUS_MULTIPROC_DIR` by process, so one set of metrics writes them."""
+    done = script(TWO_REGISTRIES, directory=tmp_path)
     assert done.returncode == 0, done.stderr
     of = 'engine="local",outcome="succeeded",task="__main__.mail"'
     assert f"aftertask_tasks_finished_total{{{of}}} 5.0" in done.stdout
+
+
+def test_a_missing_directory_is_an_error_at_startup(tmp_path: Path) -> None:
+    """It names the directory and the way out."""
+    done = script(TWO_REGISTRIES, directory=tmp_path / "missing")
+    assert "missing' is not a directory; create it before the workers start" in done.stderr

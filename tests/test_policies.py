@@ -14,8 +14,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
 
-from aftertask import Failed, Limit, NameClash, Policy, Retry, Scheduled, Settings, TaskEvent, options, task
-from aftertask.policies import PolicyBook, code_name, registration
+from aftertask import Limit, NameClash, Policy, Retry, Settings, TaskEvent, options, task
+from aftertask.events import Failed, Scheduled
+from aftertask.policies import PolicyBook
+from aftertask.tasks import code_name, registration
 
 ClientFor = Callable[..., TestClient]
 
@@ -282,7 +284,7 @@ def test_options_work_with_sync_and_async_functions(client_for: ClientFor) -> No
     client_for(*calls, signals=[seen.append]).get("/")
 
     assert ran == ["sync", "asynchronous"]
-    assert [event.run.plan.executor for event in seen if isinstance(event, Scheduled)] == ["thread", "inline"]
+    assert [event.run.info.executor for event in seen if isinstance(event, Scheduled)] == ["thread", "inline"]
 
 
 def test_task_stands_above_the_decorators_of_a_class() -> None:

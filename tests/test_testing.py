@@ -14,7 +14,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from aftertask import AftertaskMiddleware, Scheduled, Settings, Succeeded, TaskEvent
+from aftertask import AftertaskMiddleware, Settings, TaskEvent
+from aftertask.events import Scheduled, Succeeded
 from aftertask.testing import Recorder, VirtualClock, recorded
 
 ClientFor = Callable[..., TestClient]

@@ -22,7 +22,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from aftertask import AftertaskMiddleware, Policy, Retry, Settings, Slow, Stuck, Succeeded, _frames, _watch
+from aftertask import AftertaskMiddleware, Policy, Retry, Settings
+from aftertask.events import Slow, Stuck, Succeeded, _frames, _watch
 from aftertask.alerts import Alert, Alerts
 from aftertask.signals import Logs
 from aftertask.testing import Recorder, VirtualClock

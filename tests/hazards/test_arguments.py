@@ -20,7 +20,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, rela
 from starlette.background import BackgroundTask
 from starlette.responses import JSONResponse, StreamingResponse
 
-from aftertask import AftertaskMiddleware, Failed, HazardFound, Settings
+from aftertask import AftertaskMiddleware, HazardFound, Settings
+from aftertask.events import Failed
 from aftertask.testing import Recorder
 
 VERSION = tuple(int(part) for part in fastapi.__version__.split(".")[:2])

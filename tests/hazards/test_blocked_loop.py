@@ -25,13 +25,14 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from aftertask import AftertaskMiddleware, HazardFound, Settings, Succeeded, current_run, task
+from aftertask import AftertaskMiddleware, HazardFound, Settings, current_run, task
+from aftertask.events import Succeeded
 from aftertask.hazards import _blocks, _loop, _watcher
 from aftertask.hazards._blocks import Subscriber
 from aftertask.hazards._cpu import clock_of_this_thread, is_fine
 from aftertask.signals import usual
 from aftertask.testing import Recorder
-from intercept.driver import drive
+from kit import drive
 
 pytestmark = pytest.mark.anyio
 

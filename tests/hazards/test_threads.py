@@ -23,7 +23,7 @@ from aftertask import AftertaskMiddleware, HazardFound, Settings, task
 from aftertask.hazards._threads import Threads
 from aftertask.signals import usual
 from aftertask.testing import Recorder
-from intercept.driver import drive
+from kit import drive
 
 pytestmark = pytest.mark.anyio
 

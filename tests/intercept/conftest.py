@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from intercept.driver import Env
+from kit import Env
 
 
 @pytest.fixture

@@ -13,16 +13,14 @@ from typing import Any, ClassVar
 
 import anyio
 import pytest
-from prometheus_client import CollectorRegistry
 from starlette.background import BackgroundTask, BackgroundTasks
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from aftertask import AftertaskMiddleware, Scheduled, Settings, _mark, _responses
-from aftertask._exchange import Exchange
-from intercept.driver import LOG, Env, af, answering, drive, sf
+from aftertask.events import Scheduled
+from kit import LOG, Env, af, answering, drive, sf
 
 pytestmark = pytest.mark.anyio
 
@@ -157,7 +155,7 @@ async def test_requests_that_share_a_response_with_its_own_code_keep_their_runs_
     assert len({run.request for run in env.seen.runs()}) == 5
 
 
-@pytest.mark.parametrize("background", [af, BackgroundTask(af), lambda: af()])
+@pytest.mark.parametrize("background", [BackgroundTask(af), BackgroundTasks([BackgroundTask(af)])])
 async def test_a_background_that_comes_while_the_response_streams_is_run(env: Env, background: Any) -> None:
     """Of every kind, and everybody else sees what was put there."""
     kept: list[Any] = []
@@ -305,41 +303,3 @@ async def test_a_response_under_a_middleware_of_another_task_is_seen_at_its_star
     await drive(env.app(endpoint, middleware=[Middleware(Layer)] * 2))
     assert order == ["layer 1", "layer 1"]
     env.expect("af", log=["af"])
-
-
-async def test_an_error_of_ours_leaves_the_response_as_it_is(env: Env, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is served, its tasks run, and the error is told and counted."""
-
-    def broken(*args: Any) -> None:
-        raise RuntimeError("ours")
-
-    monkeypatch.setattr(_responses, "own", broken)
-    told: list[str] = []
-    registry = CollectorRegistry()
-    middleware = AftertaskMiddleware(
-        PlainTextResponse("ok", background=BackgroundTask(af)), settings=Settings(registry=registry), signals=[env.seen]
-    )
-    monkeypatch.setattr(middleware._engine, "broken", lambda part, on, error: told.append(f"{on}: {error}"))
-    r = await drive(middleware)
-    assert (r.status, r.body, r.exc) == (200, b"ok", None)
-    assert told == ["response: ours"]
-    env.expect("af", log=["af"])
-
-
-async def test_a_request_without_tasks_makes_nothing(env: Env, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No exchange, and its messages go straight to the server."""
-    made: list[Any] = []
-
-    class Counted(Exchange):
-        def __init__(self, *args: Any) -> None:
-            made.append(args)
-            super().__init__(*args)
-
-    monkeypatch.setattr("aftertask.middleware.Exchange", Counted)
-    app = env.app(answering(None), answering(BackgroundTask(af)))
-    assert (await drive(app)).body == b"ok"
-    monkeypatch.setitem(_mark.expecting, 0, object())  # as while another request has tasks to run
-    assert (await drive(app)).body == b"ok"
-    assert made == []
-    await drive(app, "/1")
-    assert len(made) == 1

@@ -38,9 +38,9 @@ PROMETHEUS_3 = (
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A shop that has served three orders, all their tasks over."""
+    """A shop that has served three orders, whose tasks have all finished."""
     log = tmp_path_factory.mktemp("shop") / "log"
-    # It makes spans and sends them nowhere: the endpoint of whoever runs the tests is not asked.
+    # It makes spans and sends them nowhere, even if the environment of the test run has an endpoint.
     with uvicorn("app:app", SHOP, log, OTEL_EXPORTER_OTLP_ENDPOINT="") as server:
         for number in range(3):
             assert httpx2.post(f"{server.url}/orders/{number}").status_code == 200
@@ -50,11 +50,12 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def lines(server: Server) -> list[dict[str, Any]]:
     """The log lines of runs."""
-    return [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith('{"event": "task.')]
+    found = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+    return [line for line in found if line["event"].startswith("task.")]
 
 
 def succeeded(families: Any) -> float:
-    """How many runs succeeded, as a scrape tells it."""
+    """Number of runs that succeeded, by a scrape."""
     return sum(
         sample.value
         for family in families
@@ -65,7 +66,7 @@ def succeeded(families: Any) -> float:
 
 @pytest.mark.parametrize("accept", [None, "*/*", "text/plain", "text/html,application/xhtml+xml,*/*;q=0.8"])
 def test_text_by_default(shop: Server, accept: str | None) -> None:
-    """Also for a browser."""
+    """Text is the default, also for a browser."""
     answer = httpx2.get(f"{shop.url}/metrics", headers={"accept": accept} if accept else None)
     assert answer.status_code == 200
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
@@ -74,8 +75,8 @@ def test_text_by_default(shop: Server, accept: str | None) -> None:
 
 
 @pytest.mark.parametrize("accept", [PROMETHEUS, PROMETHEUS_3, "application/openmetrics-text"])
-def test_openmetrics_where_asked_with_exemplars(shop: Server, accept: str) -> None:
-    """A strict parser takes it; each exemplar's ids are those of a run that was logged."""
+def test_openmetrics_on_request_with_exemplars(shop: Server, accept: str) -> None:
+    """A strict parser accepts it; each exemplar's ids are those of a run that was logged."""
     answer = httpx2.get(f"{shop.url}/metrics", headers={"accept": accept})
     assert answer.headers["content-type"].startswith("application/openmetrics-text; version=")
     assert "Accept" in answer.headers["vary"]
@@ -100,8 +101,8 @@ def test_openmetrics_where_asked_with_exemplars(shop: Server, accept: str) -> No
     ("encoding", "zipped"),
     [(None, False), ("gzip", True), ("deflate, gzip;q=1.0", True), ("gzip;q=0", False), ("identity", False)],
 )
-def test_gzip_where_asked(shop: Server, encoding: str | None, zipped: bool) -> None:
-    """As bytes on the wire; a length that is right."""
+def test_gzip_on_request(shop: Server, encoding: str | None, zipped: bool) -> None:
+    """The bytes on the wire are compressed, and the length is theirs."""
     raw = request(shop, "GET", "/metrics", {"accept-encoding": encoding} if encoding else {})
     assert (raw.headers.get("content-encoding") == "gzip") is zipped
     assert int(raw.headers["content-length"]) == len(raw.body)
@@ -110,14 +111,14 @@ def test_gzip_where_asked(shop: Server, encoding: str | None, zipped: bool) -> N
 
 
 class Raw:
-    """An answer as it was on the wire."""
+    """A response as it was on the wire."""
 
     def __init__(self, response: http.client.HTTPResponse) -> None:
         self.status, self.headers, self.body = response.status, response.headers, response.read()
 
 
 def request(server: Server, method: str, path: str, headers: dict[str, str] | None = None) -> Raw:
-    """One request on a connection of its own, without a header that was not asked for."""
+    """One request on a connection of its own, with these headers only."""
     connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=10)
     try:
         connection.putrequest(method, path, skip_accept_encoding=True)
@@ -152,8 +153,8 @@ def test_head_has_no_body_and_leaves_the_connection_usable(tmp_path: Path, imple
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
-def test_other_methods_are_the_apps(shop: Server, method: str) -> None:
-    """It has no such route."""
+def test_other_methods_belong_to_the_app(shop: Server, method: str) -> None:
+    """The app has no such route, so it responds 404."""
     assert httpx2.request(method, f"{shop.url}/metrics").status_code == 404
 
 
@@ -164,13 +165,13 @@ def test_an_app_keeps_its_own(tmp_path: Path) -> None:
 
 
 def test_an_app_inside_keeps_its_own(tmp_path: Path) -> None:
-    """Also where we are put around the app and not into it."""
+    """Also if the middleware is around the app rather than part of it."""
     with uvicorn("own:wrapped", HERE / "apps", tmp_path / "log") as server:
         assert httpx2.get(f"{server.url}/metrics").json() == "theirs"
 
 
-def test_a_catch_all_is_no_route_of_that_path(tmp_path: Path) -> None:
-    """An app that serves pages for every path still has metrics; its other paths are its own."""
+def test_a_catch_all_does_not_take_the_path(tmp_path: Path) -> None:
+    """An app that serves every path still has metrics; all other paths are its own."""
     with uvicorn("own:catch_all", HERE / "apps", tmp_path / "log") as server:
         assert "aftertask_build_info" in httpx2.get(f"{server.url}/metrics").text
         assert httpx2.get(f"{server.url}/metrics/more").json() == "page metrics/more"
@@ -178,7 +179,7 @@ def test_a_catch_all_is_no_route_of_that_path(tmp_path: Path) -> None:
 
 
 def test_under_a_root_path(tmp_path: Path) -> None:
-    """Behind a proxy that takes the prefix away, the path is relative to it."""
+    """Behind a proxy that strips the prefix, the path is relative to it."""
     with uvicorn("own:own", HERE / "apps", tmp_path / "own", "--root-path", "/api") as server:
         assert httpx2.get(f"{server.url}/metrics").json() == "theirs"
     with uvicorn("own:catch_all", HERE / "apps", tmp_path / "log", "--root-path", "/api") as server:
@@ -186,8 +187,8 @@ def test_under_a_root_path(tmp_path: Path) -> None:
         assert httpx2.get(f"{server.url}/api/metrics").json() == "page api/metrics"
 
 
-def test_under_a_middleware_that_compresses(tmp_path: Path) -> None:
-    """What we zipped is not zipped again, and what we did not zip since nobody asked is left so."""
+def test_inside_a_middleware_that_compresses(tmp_path: Path) -> None:
+    """A compressed scrape is not compressed again, and one without `Accept-Encoding` stays as it is."""
     with uvicorn("own:compressed", HERE / "apps", tmp_path / "log") as server:
         zipped = request(server, "GET", "/metrics", {"accept-encoding": "gzip"})
         assert zipped.headers.get_all("content-encoding") == ["gzip"]
@@ -196,7 +197,7 @@ def test_under_a_middleware_that_compresses(tmp_path: Path) -> None:
 
 
 def test_many_scrapes_at_once(shop: Server) -> None:
-    """Each is whole and tells the same, whatever it asked for; and the app answers meanwhile."""
+    """Each is complete and has the same values in either format, and the app responds meanwhile."""
 
     def scrape(number: int) -> float:
         if number % 2:
@@ -206,14 +207,14 @@ def test_many_scrapes_at_once(shop: Server) -> None:
 
     with ThreadPoolExecutor(20) as pool:
         scrapes = pool.map(scrape, range(60))
-        # It is asked for what has no task, so that the numbers stand still.
+        # This page has no task, so that the metrics do not change.
         pages = list(pool.map(lambda _: httpx2.get(f"{shop.url}/openapi.json", timeout=20).status_code, range(10)))
         assert list(scrapes) == [12] * 60
     assert pages == [200] * 10
 
 
-def test_a_scrape_is_no_request_of_the_app(shop: Server) -> None:
-    """It is answered before the app: no task, no log line, no route."""
+def test_a_scrape_is_not_a_request_to_the_app(shop: Server) -> None:
+    """The middleware responds to it: no task, no log line, no route."""
     before = len(lines(shop))
     for _ in range(5):
         assert httpx2.get(f"{shop.url}/metrics").status_code == 200

@@ -1,10 +1,12 @@
-"""Several processes, one scrape: which numbers add up, which are the newest, what stays of a process that has ended."""
+"""Several processes, one scrape: what adds up, what is the newest, and what remains of a worker that has ended."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -12,20 +14,24 @@ from typing import Any
 
 import httpx2
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from aftertask.signals._multiprocess import SAMPLE_EVERY
-from live.servers import Server, eventually, uvicorn
+from aftertask.signals._metric_set import SAMPLE_EVERY
+from live.servers import Server, eventually, free_port, process, uvicorn
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(90)]
 
 APPS = Path(__file__).parent / "apps"
+#: Endless runs must not hold up the end of a test.
+THREE = ("--workers", "3", "--timeout-graceful-shutdown", "1")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An empty directory for the shared numbers."""
+    """An empty directory for the shared files."""
     made = tmp_path / "metrics"
     made.mkdir()
     return made
@@ -33,20 +39,20 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def workers(folder: Path, tmp_path: Path) -> Iterator[Server]:
-    """Three workers that share their numbers."""
+    """Three workers that share their metrics."""
     env = {"PROMETHEUS_MULTIPROC_DIR": str(folder)}
-    with uvicorn("workers:app", APPS, tmp_path / "log", "--workers", "3", **env) as server:
+    with uvicorn("workers:app", APPS, tmp_path / "log", *THREE, **env) as server:
         yield server
 
 
 def scrape(server: Server) -> list[Metric]:
-    """Our families."""
+    """The families of aftertask."""
     text = httpx2.get(f"{server.url}/metrics").text
     return [family for family in text_string_to_metric_families(text) if family.name.startswith("aftertask_")]
 
 
 def values(server: Server, name: str, **labels: str) -> list[float]:
-    """Of all samples with these labels."""
+    """The values of all samples with these labels."""
     return [
         sample.value
         for family in scrape(server)
@@ -56,20 +62,28 @@ def values(server: Server, name: str, **labels: str) -> list[float]:
 
 
 def value(server: Server, name: str, **labels: str) -> float:
-    """The sum of them; fails where there is none."""
+    """The sum of these values; fails if there is none."""
     found = values(server, name, **labels)
     assert found, f"no sample aftertask_{name} with {labels}"
     return sum(found)
 
 
+def start(server: Server, name: str) -> int:
+    """Have a worker add a task, and return the worker's pid; 0 if the worker was killed at that moment."""
+    try:
+        return int(httpx2.get(f"{server.url}/{name}").json())
+    except httpx2.TransportError:
+        return 0
+
+
 def lines(server: Server, event: str) -> list[dict[str, Any]]:
     """The log lines of one event, of all workers."""
-    told = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith('{"event"')]
-    return [line for line in told if line["event"] == event]
+    found = [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+    return [line for line in found if line["event"] == event]
 
 
-def test_registered_tasks_are_there_at_zero(workers: Server) -> None:
-    """Before any worker ran one: the first failure is seen by `increase()`."""
+def test_registered_tasks_have_series_at_zero(workers: Server) -> None:
+    """Before any worker has run one, so that `increase()` sees the first failure."""
     for name in ("workers.ok", "workers.broken", "workers.endless"):
         for outcome in ("succeeded", "failed", "cancelled", "dropped"):
             assert value(workers, "tasks_finished_total", task=name, outcome=outcome) == 0
@@ -77,9 +91,9 @@ def test_registered_tasks_are_there_at_zero(workers: Server) -> None:
 
 
 def test_no_series_names_a_process(workers: Server) -> None:
-    """Each gauge says how processes are put together: one series for a task, whoever ran it."""
-    pids = {httpx2.get(f"{workers.url}/ok").json() for _ in range(60)}
-    assert len(pids) > 1, "one worker got everything: nothing to put together"
+    """Each gauge is merged over processes: a task has one series, whichever worker ran it."""
+    pids = {start(workers, "ok") for _ in range(60)}
+    assert len(pids) > 1, "one worker got every request, so nothing had to be merged"
     eventually(lambda: value(workers, "tasks_finished_total", task="workers.ok", outcome="succeeded") == 60)
     families = scrape(workers)
     assert families
@@ -90,27 +104,19 @@ def test_no_series_names_a_process(workers: Server) -> None:
     assert value(workers, "build_info") == 1
 
 
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [
-        ("unregistered", "ages.unregistered"),
-        pytest.param(
-            *("registered", "ages.registered"),
-        ),
-    ],
-)
+@pytest.mark.parametrize(("path", "name"), [("unregistered", "ages.unregistered"), ("registered", "ages.registered")])
 def test_states_and_ages_are_written(folder: Path, tmp_path: Path, path: str, name: str) -> None:
-    """Every few seconds: that runs are running, and for how long the oldest has been; none survives its process."""
+    """Every few seconds: which state runs are in, and the age of the oldest; they end with their process."""
     env = {"PROMETHEUS_MULTIPROC_DIR": str(folder)}
     with uvicorn("ages:app", APPS, tmp_path / "log", "--workers", "2", **env) as server:
         pids: list[int] = []
 
-        def both_hold() -> bool:
-            pids.append(httpx2.get(f"{server.url}/{path}").json())
+        def each_has_a_run() -> bool:
+            pids.append(start(server, path))
             return len(set(pids)) == 2
 
         try:
-            eventually(both_hold, what="a request to each worker")
+            eventually(each_has_a_run, what="a request to each worker")
             eventually(lambda: value(server, "tasks_inflight", task=name) == len(pids), what="all in flight")
             patience = SAMPLE_EVERY + 3
             eventually(
@@ -125,64 +131,146 @@ def test_states_and_ages_are_written(folder: Path, tmp_path: Path, path: str, na
         finally:
             for pid in set(pids):
                 os.kill(pid, signal.SIGKILL)
-        # Their successors have no series of a task that nobody registered, before they run it.
-        eventually(lambda: sum(values(server, "tasks_inflight", task=name)) == 0, what="the dead swept")
+        # Their successors have no series of an unregistered task before they run it.
+        eventually(lambda: sum(values(server, "tasks_inflight", task=name)) == 0, what="the sweep")
         assert value(server, "tasks_scheduled_total", task=name) == len(pids)
         assert sum(values(server, "oldest_running_age_seconds", task=name)) == 0
 
 
-def test_gauges_add_up_or_are_the_newest(workers: Server) -> None:
-    """What is in flight is a sum, the last success the newest of all workers, also of a dead one."""
-    for _ in range(30):
-        httpx2.get(f"{workers.url}/ok")
-    eventually(lambda: value(workers, "tasks_finished_total", task="workers.ok", outcome="succeeded") == 30)
-    told = value(workers, "last_success_timestamp_seconds", task="workers.ok")
-    logged = eventually(lambda: len(done := lines(workers, "task.succeeded")) == 30 and done, what="all log lines")
-    newest = max(datetime.fromisoformat(line["timestamp"]).timestamp() for line in logged)
-    assert told == pytest.approx(newest, abs=0.01)
-
+def test_the_unfinished_runs_of_a_killed_worker_are_lost(workers: Server) -> None:
+    """They are lost, bad, and have the reason `crash`; each is counted once, whichever worker is scraped."""
     pids: list[int] = []
 
-    def two_workers_hold() -> bool:
-        pids.append(httpx2.get(f"{workers.url}/endless").json())
+    def two_workers_have_runs() -> bool:
+        pids.append(start(workers, "endless"))
         return len(set(pids)) > 1
 
-    eventually(two_workers_hold, what="a second worker getting a request")
+    eventually(two_workers_have_runs, what="a second worker getting a request")
     eventually(lambda: value(workers, "tasks_inflight", task="workers.endless") == len(pids), what="all in flight")
-    for pid in set(pids):
+    killed = pids[0]
+    lost = pids.count(killed)
+    os.kill(killed, signal.SIGKILL)
+
+    def is_swept() -> bool:
+        return value(workers, "tasks_inflight", task="workers.endless") == len(pids) - lost
+
+    eventually(is_swept, what="the sweep")
+    for _ in range(10):
+        assert value(workers, "tasks_finished_total", task="workers.endless", outcome="lost") == lost
+        assert value(workers, "tasks_not_run_total", task="workers.endless", reason="crash") == lost
+        assert value(workers, "tasks_bad_total", task="workers.endless") == lost
+        assert value(workers, "tasks_scheduled_total", task="workers.endless") == len(pids)
+        assert is_swept()
+
+
+def test_gauges_add_up_or_are_the_newest(workers: Server) -> None:
+    """The last success is the newest of all workers, dead ones included."""
+    for _ in range(30):
+        start(workers, "ok")
+    eventually(lambda: value(workers, "tasks_finished_total", task="workers.ok", outcome="succeeded") == 30)
+    exposed = value(workers, "last_success_timestamp_seconds", task="workers.ok")
+    logged = eventually(lambda: len(done := lines(workers, "task.succeeded")) == 30 and done, what="all log lines")
+    newest = max(datetime.fromisoformat(line["timestamp"]).timestamp() for line in logged)
+    assert exposed == pytest.approx(newest, abs=0.01)
+
+    pids: set[int] = set()
+
+    def two_workers_have_runs() -> bool:
+        pids.add(start(workers, "endless"))
+        return len(pids) > 1
+
+    eventually(two_workers_have_runs, what="a second worker getting a request")
+    for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    eventually(lambda: value(workers, "tasks_inflight", task="workers.endless") == 0, what="the dead swept")
-    assert value(workers, "last_success_timestamp_seconds", task="workers.ok") == told
+    eventually(lambda: value(workers, "tasks_inflight", task="workers.endless") == 0, what="the sweep")
+    assert value(workers, "last_success_timestamp_seconds", task="workers.ok") == exposed
 
 
-def test_a_worker_that_was_replaced_goes_on_counting(workers: Server) -> None:
-    """Counters never fall: what the dead one counted stays, what its successor counts comes on top."""
-    first = {httpx2.get(f"{workers.url}/ok").json() for _ in range(30)}
+ACTIONS = ("ok", "broken", "recovering", "abandoned", "endless", "kill")
+
+
+class Watched:
+    """A server whose counters are compared with those of the scrape before, at every scrape."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.before: dict[tuple[str, ...], float] = {}
+
+    def scrape(self) -> dict[str, float]:
+        """The sums of scheduled, finished and in flight; fails if a counter, bucket or sum fell."""
+        now: dict[tuple[str, ...], float] = {}
+        sums: dict[str, float] = {}
+        for family in scrape(self.server):
+            for sample in family.samples:
+                sums[sample.name] = sums.get(sample.name, 0) + sample.value
+                if family.type != "gauge":
+                    now[sample.name, *(f"{name}={text}" for name, text in sorted(sample.labels.items()))] = sample.value
+        fallen = {key: (before, now.get(key)) for key, before in self.before.items() if now.get(key, -1) < before}
+        assert not fallen
+        self.before = now
+        return {name: sums[f"aftertask_tasks_{name}"] for name in ("scheduled_total", "finished_total", "inflight")}
+
+    def act(self, action: str) -> None:
+        """Start a run, or kill the worker that gets a request."""
+        pid = start(self.server, "ok" if action == "kill" else action)
+        self.scrape()
+        if action == "kill" and pid:
+            os.kill(pid, signal.SIGKILL)
+
+    def is_accounted_for(self) -> bool:
+        """Whether scheduled = finished + in flight."""
+        sums = self.scrape()
+        return sums["scheduled_total"] == sums["finished_total"] + sums["inflight"]
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    """Three workers, some of which will be killed."""
+    path = tmp_path_factory.mktemp("watched")
+    (path / "metrics").mkdir()
+    env = {"PROMETHEUS_MULTIPROC_DIR": str(path / "metrics")}
+    with uvicorn("workers:app", APPS, path / "log", *THREE, **env) as server:
+        yield Watched(server)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(actions=st.lists(st.sampled_from(ACTIONS), max_size=8))
+def test_no_counter_falls_whatever_happens_to_the_workers(watched: Watched, actions: list[str]) -> None:
+    """Through retries, abandoned threads and kill -9: counters only rise, and in the end every run is accounted for."""
+    for action in actions:
+        watched.act(action)
+        watched.scrape()
+    eventually(watched.is_accounted_for, what="scheduled = finished + in flight")
+
+
+def test_a_replaced_worker_leaves_its_counts(workers: Server) -> None:
+    """What a dead worker counted stays, and its successor adds to it."""
+    first = {start(workers, "ok") for _ in range(30)}
     eventually(lambda: value(workers, "tasks_finished_total", task="workers.ok", outcome="succeeded") == 30)
     os.kill(min(first), signal.SIGKILL)
-    answered: set[int] = set()
+    responded: set[int] = set()
     sent = 0
 
-    def another_answers() -> bool:
+    def another_responds() -> bool:
         nonlocal sent
-        answered.add(httpx2.get(f"{workers.url}/ok").json())
-        sent += 1
-        return bool(answered - first)
+        pid = start(workers, "ok")
+        responded.add(pid)
+        sent += bool(pid)
+        return bool(responded - first - {0})
 
-    eventually(another_answers, seconds=30, what="an answer of a worker that was not there before")
+    eventually(another_responds, seconds=30, what="a response of a new worker")
     eventually(lambda: value(workers, "tasks_finished_total", task="workers.ok", outcome="succeeded") >= 30 + sent)
-    # A request that was cut off with its worker may have been counted before nobody got its answer.
-    lost = value(workers, "tasks_scheduled_total", task="workers.ok") - 30 - sent
-    assert 0 <= lost <= 1
+    # A request that was cut off with its worker may have been counted although it got no response.
+    assert 0 <= value(workers, "tasks_scheduled_total", task="workers.ok") - 30 - sent <= 1
 
 
-def test_what_a_stopped_server_told_is_scraped_from_the_next(folder: Path, tmp_path: Path) -> None:
-    """Runs that the shutdown cut off are counted cancelled, which nobody could have scraped any more."""
+def test_the_counts_of_a_stopped_server_are_scraped_from_the_next(folder: Path, tmp_path: Path) -> None:
+    """Runs that the shutdown cut off are counted as cancelled, after the last scrape of that server."""
     env = {"PROMETHEUS_MULTIPROC_DIR": str(folder)}
     limit = ("--timeout-graceful-shutdown", "1")
     with uvicorn("workers:app", APPS, tmp_path / "first", *limit, **env) as server:
         for _ in range(2):
-            httpx2.get(f"{server.url}/endless")
+            start(server, "endless")
         eventually(lambda: value(server, "tasks_inflight", task="workers.endless") == 2)
         server.child.send_signal(signal.SIGTERM)
         assert server.child.wait(20) in (0, -signal.SIGTERM)
@@ -194,36 +282,120 @@ def test_what_a_stopped_server_told_is_scraped_from_the_next(folder: Path, tmp_p
         assert value(server, "tasks_bad_total", task="workers.endless") == 0
 
 
-@pytest.mark.parametrize(
-    ("options", "variables", "warnings"),
-    [
-        (("--workers", "1"), {}, 0),
-        ((), {"WEB_CONCURRENCY": "2"}, 1),
-        (("--workers", "2"), {"PROMETHEUS_MULTIPROC_DIR": "shared"}, 0),
-    ],
-    ids=["one worker", "several by the environment", "several with a directory"],
-)
-def test_who_is_warned(
-    tmp_path: Path, folder: Path, options: tuple[str, ...], variables: dict[str, str], warnings: int
-) -> None:
-    """Only several workers without a shared directory, and these once."""
-    env = {name: str(folder) if said == "shared" else said for name, said in variables.items()}
-    with uvicorn("workers:app", APPS, tmp_path / "log", *options, **env) as server:
-        workers = int(options[1]) if options else int(env["WEB_CONCURRENCY"])
+#: Takes over the files of a process that was killed, as a process with the same pid would, and serves one request.
+SAME_PID = """
+import os, pathlib, sys
+
+dead, folder = sys.argv[1], pathlib.Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+for file in folder.glob(f"*_{dead}.*"):
+    file.rename(file.with_name(file.name.replace(f"_{dead}.", f"_{os.getpid()}.")))
+
+from starlette.testclient import TestClient
+from workers import app
+
+client = TestClient(app)
+client.get("/ok")
+print(client.get("/metrics").text)
+"""
+
+
+def test_a_process_with_the_pid_of_a_killed_one_continues_its_counts(folder: Path, tmp_path: Path) -> None:
+    """As after the restart of a container: the old runs are lost, once, and no longer in flight."""
+    env = {"PROMETHEUS_MULTIPROC_DIR": str(folder)}
+    with uvicorn("workers:app", APPS, tmp_path / "log", **env) as server:
+        for _ in range(2):
+            start(server, "endless")
+        start(server, "ok")
+        eventually(lambda: value(server, "tasks_inflight", task="workers.endless", state="running") == 2)
+        eventually(lambda: value(server, "tasks_finished_total", task="workers.ok", outcome="succeeded") == 1)
+        server.child.kill()
+        server.child.wait()
+    done = subprocess.run(
+        [sys.executable, "-c", SAME_PID, str(server.child.pid)],
+        env={**os.environ, **env, "PYTHONPATH": os.pathsep.join([str(APPS), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 0, done.stderr
+    exposed = set(done.stdout.splitlines())
+    of = 'engine="local",{}task="workers.{}"'
+    assert f"aftertask_tasks_scheduled_total{{{of.format('', 'ok')}}} 2.0" in exposed
+    assert "aftertask_tasks_finished_total{" + of.format('outcome="lost",', "endless") + "} 2.0" in exposed
+    assert "aftertask_tasks_inflight{" + of.format('state="running",', "endless") + "} 0.0" in exposed
+    assert f"aftertask_tasks_bad_total{{{of.format('', 'endless')}}} 2.0" in exposed
+
+
+# --- the warning
+
+
+def warnings(command: tuple[str, ...], port: int, count: int, log: Path, env: dict[str, str]) -> list[dict[str, Any]]:
+    """The warnings that a server logs until each of its workers has responded."""
+    with process(
+        *command, log=log, env={"PYTHONPATH": f"{APPS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", **env}
+    ) as child:
+        server = Server(f"http://127.0.0.1:{port}", child, log)
+        eventually(lambda: server.answers("/metrics"), what="the server responding")
         pids: set[int] = set()
 
-        def all_answered() -> bool:
-            pids.add(httpx2.get(f"{server.url}/ok").json())
-            return len(pids) == workers
+        def all_responded() -> bool:
+            pids.add(start(server, "ok"))
+            return len(pids - {0}) == count
 
-        eventually(all_answered, what="an answer of each worker")
-        told = eventually(lambda: lines(server, "task.succeeded"), what="a log line")
-        assert {line["task"] for line in told} == {"workers.ok"}
-    assert len(lines(server, "metrics.several_workers")) == warnings
+        eventually(all_responded, what="a response of each worker")
+        found = eventually(lambda: lines(server, "task.succeeded"), what="a log line")
+        assert {line["task"] for line in found} == {"workers.ok"}
+        child.kill()  # some servers take ten seconds to stop
+        return lines(server, "metrics.several_workers")
 
 
-def test_only_named_families_where_asked(folder: Path, tmp_path: Path) -> None:
-    """`name[]` narrows a scrape here too."""
+UVICORN = (sys.executable, "-m", "uvicorn", "workers:app", "--log-level", "warning", "--port", "{port}")
+HYPERCORN = (sys.executable, "-m", "hypercorn", "workers:app", "--bind", "127.0.0.1:{port}")
+GUNICORN = (sys.executable, "-m", "gunicorn", "workers:app", "--bind", "127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize(
+    ("command", "env", "count", "expected"),
+    [
+        pytest.param((*UVICORN, "--workers", "1"), {}, 1, 0, id="uvicorn with one worker"),
+        pytest.param((*UVICORN, "--reload"), {}, 1, 0, id="uvicorn that reloads"),
+        pytest.param((*UVICORN, "--workers", "2"), {}, 2, 1, id="uvicorn by command line"),
+        pytest.param(UVICORN, {"WEB_CONCURRENCY": "2"}, 2, 1, id="uvicorn by environment"),
+        pytest.param((sys.executable, str(APPS / "serve_workers.py"), "{port}", "2"), {}, 2, 1, id="uvicorn.run"),
+        pytest.param((*UVICORN, "--workers", "2"), {"PROMETHEUS_MULTIPROC_DIR": "shared"}, 2, 0, id="with a directory"),
+        pytest.param((*HYPERCORN, "--workers", "2"), {}, 2, 1, id="hypercorn by command line"),
+    ],
+)
+def test_several_workers_without_a_directory_log_one_warning(
+    tmp_path: Path, folder: Path, command: tuple[str, ...], env: dict[str, str], count: int, expected: int
+) -> None:
+    """However their number was set; one worker, or several with a directory, log none."""
+    port = free_port()
+    command = tuple(part.format(port=port) for part in command)
+    env = {name: str(folder) if text == "shared" else text for name, text in env.items()}
+    assert len(warnings(command, port, count, tmp_path / "log", env)) == expected
+
+
+@pytest.mark.parametrize("how", ["command line", "file", "environment"])
+@pytest.mark.parametrize("worker", ["uvicorn_worker.UvicornWorker", "asgi"])
+@pytest.mark.parametrize("preload", [False, True], ids=["", "preload"])
+def test_several_workers_of_gunicorn_log_one_warning(tmp_path: Path, how: str, worker: str, preload: bool) -> None:
+    """Also if only gunicorn's configuration file says so."""
+    pytest.importorskip("gunicorn")
+    pytest.importorskip("uvicorn_worker")
+    file, port = tmp_path / "gunicorn.conf.py", free_port()
+    file.write_text(
+        f"worker_class = {worker!r}\npreload_app = {preload}\n" + ("workers = 2\n" if how == "file" else "")
+    )
+    command = [part.format(port=port) for part in (*GUNICORN, "--config", str(file))]
+    if how == "command line":
+        command += ["--workers", "2"]
+    env = {"WEB_CONCURRENCY": "2"} if how == "environment" else {}
+    assert len(warnings(tuple(command), port, 2, tmp_path / "log", env)) == 1
+
+
+def test_a_query_selects_families(folder: Path, tmp_path: Path) -> None:
+    """`name[]` narrows a scrape in multi-process mode, too."""
     with uvicorn("workers:app", APPS, tmp_path / "log", PROMETHEUS_MULTIPROC_DIR=str(folder)) as server:
         text = httpx2.get(f"{server.url}/metrics", params={"name[]": "aftertask_build_info"}).text
         assert "aftertask_build_info" in text

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from aftertask.testing import VirtualClock
-from intercept.driver import Env
+from kit import Env
 
 
 @pytest.fixture

@@ -18,25 +18,12 @@ from prometheus_client import CollectorRegistry
 from starlette.background import BackgroundTask
 from starlette.routing import Route
 
-from aftertask import (
-    Abandoned,
-    AbandonedEnded,
-    AftertaskMiddleware,
-    Failed,
-    NotSerializable,
-    Rejected,
-    Retry,
-    Settings,
-    Started,
-    Succeeded,
-    TaskEvent,
-    TimedOut,
-    current_run,
-    options,
-)
+from aftertask import AftertaskMiddleware, NotSerializable, Retry, Settings, TaskEvent, current_run, options
+from aftertask._core.run import Run
+from aftertask.events import Abandoned, AbandonedEnded, Failed, Rejected, Started, Succeeded, TimedOut
 from aftertask.signals import Metrics
 from aftertask.testing import Recorder, VirtualClock
-from intercept.driver import LOG, Env, answering, drive
+from kit import LOG, Env, answering, drive
 
 pytestmark = pytest.mark.anyio
 
@@ -107,8 +94,10 @@ async def test_thread_limit_is_how_many(env: Env) -> None:
         for _ in range(3):
             group.start_soon(drive, app)
         await env.seen.until(Started, 2)
-        threads: Any = env.seen.runs()[0].request
-        gate = threads._engine.governor.threads
+        first = env.seen.runs()[0]
+        assert isinstance(first, Run)
+        gate: Any = first.slots[0]
+        gate = gate.limiter
         with anyio.fail_after(10):
             while gate.waiting != 1:  # there is no event of a run that waits
                 await anyio.lowlevel.checkpoint()
@@ -133,7 +122,7 @@ async def test_an_async_function_in_a_thread_has_a_loop_of_its_own(env: Env, any
     assert (elsewhere, attempt, x, y) == (True, 1, 1, 2)
     if anyio_backend_name == "asyncio":
         assert loop is not asyncio.get_running_loop()
-    assert env.seen.runs()[0].plan.executor == "thread"
+    assert env.seen.runs()[0].info.executor == "thread"
     assert len(env.seen.of(Succeeded)) == 1
 
 
@@ -212,7 +201,7 @@ async def test_a_function_in_a_process(env: Env, tmp_path: Any) -> None:
     assert os.getpid() not in pids
     r = await drive(env.app(answering(BackgroundTask(options(fails_in_a_process, executor="process")))))
     assert isinstance(r.exc, LookupError)
-    assert [run.plan.executor for run in env.seen.runs()] == ["process"] * 4
+    assert [run.info.executor for run in env.seen.runs()] == ["process"] * 4
 
 
 async def test_a_process_that_overruns_is_killed(env: Env, clock: VirtualClock, tmp_path: Any) -> None:

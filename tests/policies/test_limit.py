@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import heapq
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import anyio
@@ -16,31 +14,15 @@ import pytest
 from fastapi import BackgroundTasks as Injected
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from starlette.background import BackgroundTask, BackgroundTasks
 
-from aftertask import (
-    Abandoned,
-    AbandonedEnded,
-    AftertaskMiddleware,
-    Cancelled,
-    Limit,
-    Policy,
-    QueueFull,
-    Rejected,
-    Scheduled,
-    Settings,
-    Started,
-    Succeeded,
-    options,
-    task,
-)
-from aftertask._gates import Gate, Place
+from aftertask import AftertaskMiddleware, Limit, Policy, QueueFull, Settings, options, task
+from aftertask._core.run import Run
+from aftertask.events import Abandoned, AbandonedEnded, Cancelled, Dropped, Rejected, Scheduled, Started, Succeeded
 from aftertask.signals import Metrics
 from aftertask.testing import Recorder
-from intercept.driver import LOG, Env, answering, drive
+from kit import LOG, Env, answering, drive
 
 pytestmark = pytest.mark.anyio
 
@@ -76,8 +58,8 @@ async def test_never_exceeded_under_500_requests(env: Env) -> None:
             group.start_soon(drive, app)
     assert crowd.most == 7
     assert len(env.seen.of(Succeeded)) == 500
-    gate: Any = env.seen.runs()[0].plan.gate
-    assert (gate.in_use, gate.waiting, gate._accepted) == (0, 0, 0)
+    gate: Any = env.seen.runs()[0].resolved.limiter
+    assert (gate.in_use, gate.waiting, gate._reserved) == (0, 0, 0)
 
 
 async def test_a_limit_is_shared_by_the_tasks_that_name_it(env: Env) -> None:
@@ -93,7 +75,7 @@ async def test_a_limit_is_shared_by_the_tasks_that_name_it(env: Env) -> None:
         for app in apps:
             group.start_soon(drive, app)
         await started(env, 2)
-        gate: Any = env.seen.runs()[0].plan.gate
+        gate: Any = env.seen.runs()[0].resolved.limiter
         with anyio.fail_after(10):
             while gate.waiting < 1:  # there is no event of a run that waits
                 await anyio.lowlevel.checkpoint()
@@ -103,28 +85,27 @@ async def test_a_limit_is_shared_by_the_tasks_that_name_it(env: Env) -> None:
     assert len(env.seen.of(Succeeded)) == 3
 
 
-async def test_who_waits_for_a_limit_goes_by_priority() -> None:
+async def test_runs_wait_for_a_limit_by_priority(env: Env) -> None:
     """Smaller first; equals in the order in which they came."""
-    gate = Gate("smtp", 1)
-    order: list[tuple[int, int]] = []
+    smtp, crowd, order = Limit("smtp", 1), Crowd(), list[int]()
 
-    async def come(priority: int, number: int) -> None:
-        place = gate.accept(priority)
-        assert place is not None
-        await place.enter()
-        order.append((priority, number))
-        place.give_back()
+    def sending(number: int) -> Any:
+        async def send() -> None:
+            order.append(number)
 
-    first = gate.accept(0)
-    assert first is not None
-    await first.enter()
+        return send
+
+    priorities = [5, 0, 5, -1, 0]
+    tasks = [BackgroundTask(options(sending(at), limit=smtp, priority=p)) for at, p in enumerate(priorities)]
+    app = env.app(answering(BackgroundTask(options(crowd, limit=smtp))), *(answering(each) for each in tasks))
     async with anyio.create_task_group() as group:
-        for number, priority in enumerate([5, 0, 5, -1, 0]):
-            group.start_soon(come, priority, number)
-            while gate.waiting <= number:  # no event tells that somebody waits
-                await anyio.lowlevel.checkpoint()
-        first.give_back()
-    assert order == [(-1, 3), (0, 1), (0, 4), (5, 0), (5, 2)]
+        group.start_soon(drive, app)
+        await started(env, 1)
+        for number in range(len(tasks)):
+            group.start_soon(drive, app, f"/{number + 1}")
+            await anyio.wait_all_tasks_blocked()
+        crowd.go.set()
+    assert order == [3, 1, 4, 0, 2]
 
 
 def app_with(recorder: Recorder, crowd: Any, **more: Any) -> FastAPI:
@@ -170,7 +151,7 @@ async def test_a_full_queue_is_told_to_the_handler(where: str) -> None:
             await recorder.until(Scheduled, number)
         refused = await drive(app)
         assert refused.status == 503
-        assert b"accepts no more runs for now" in refused.body
+        assert b"accepts no more runs at the moment" in refused.body
         crowd.go.set()
     assert statuses == [200, 200, 200]
     assert [event.reason for event in recorder.of(Rejected)] == ["queue_full"]
@@ -211,7 +192,7 @@ async def test_cancelled_while_it_waits(env: Env) -> None:
     async with anyio.create_task_group() as group:
         group.start_soon(drive, app)
         await started(env, 1)
-        gate: Any = env.seen.runs()[0].plan.gate
+        gate: Any = env.seen.runs()[0].resolved.limiter
         async with anyio.create_task_group() as inner:
             inner.start_soon(drive, app)
             with anyio.fail_after(10):
@@ -220,8 +201,8 @@ async def test_cancelled_while_it_waits(env: Env) -> None:
             inner.cancel_scope.cancel()
         assert (gate.in_use, gate.waiting) == (1, 0)
         crowd.go.set()
-    assert [event.attempt for event in env.seen.of(Cancelled)] == [0]
-    assert (gate.in_use, gate._accepted) == (0, 0)
+    assert [event.reason for event in env.seen.of(Dropped)] == ["request_cancelled"]
+    assert (gate.in_use, gate._reserved) == (0, 0)
 
 
 async def test_a_dropped_run_gives_its_place_back() -> None:
@@ -241,8 +222,8 @@ async def test_a_dropped_run_gives_its_place_back() -> None:
     chosen = Settings(metrics_path=None, registry=CollectorRegistry())
     app.add_middleware(AftertaskMiddleware, settings=chosen, signals=[recorder])
     await drive(app)
-    gate: Any = recorder.runs()[0].plan.gate
-    assert gate._accepted == 0
+    gate: Any = recorder.runs()[0].resolved.limiter
+    assert gate._reserved == 0
 
 
 async def test_a_limits_numbers_are_told(env: Env) -> None:
@@ -270,157 +251,31 @@ async def test_a_limits_numbers_are_told(env: Env) -> None:
     assert registry.get_sample_value("aftertask_concurrency_waiting", {"limiter": "smtp"}) == 0
 
 
-class Reference:
-    """What a gate must do, written in the plainest way: who is in, and who waits in which order."""
+async def test_sync_endpoints_that_are_first_share_one_limiter(env: Env) -> None:
+    """They schedule a task's first run in threads: with two limiters the limit would be exceeded."""
+    together, most, now = threading.Barrier(4, timeout=10), 0, 0
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.inside: set[int] = set()
-        self.queue: list[tuple[int, int, int]] = []
-        self.arrivals = 0
+    async def counted() -> None:
+        nonlocal most, now
+        now += 1
+        most = max(most, now)
+        await anyio.lowlevel.checkpoint()
+        now -= 1
 
-    def enter(self, who: int, priority: int) -> None:
-        """Come."""
-        if len(self.inside) < self.size:
-            self.inside.add(who)
-        else:
-            self.arrivals += 1
-            heapq.heappush(self.queue, (priority, self.arrivals, who))
+    app = FastAPI()
+    app.user_middleware.insert(0, env.middleware())
 
-    def leave(self, who: int) -> None:
-        """Go, from wherever one is."""
-        if who in self.inside:
-            self.inside.remove(who)
-            if self.queue:
-                self.inside.add(heapq.heappop(self.queue)[2])
-        else:
-            self.queue = [entry for entry in self.queue if entry[2] != who]
-            heapq.heapify(self.queue)
+    @app.get("/")
+    def endpoint(tasks: Injected) -> str:
+        together.wait()  # all four are here at once
+        tasks.add_task(options(counted, limit=1))
+        return "ok"
 
-
-class Wakeless(Place):
-    """A place whose owner is no task: it only notes that it was woken."""
-
-    __slots__ = ()
-
-    def wake(self) -> bool:
-        """Woken."""
-        return True
-
-
-Step = tuple[str, int, int]
-STEPS = st.lists(
-    st.tuples(st.sampled_from(["enter", "come_out", "give_back"]), st.integers(0, 7), st.integers(-2, 2)), max_size=80
-)
-
-
-@given(size=st.integers(1, 4), steps=STEPS)
-@settings(max_examples=300, deadline=None)
-def test_no_slot_is_lost_or_given_twice(size: int, steps: list[Step]) -> None:
-    """Under any order of starts, ends, cancellations and time-outs the gate does as the plainest one would."""
-    gate, plain = Gate("x", size), Reference(size)
-    places: dict[int, Wakeless] = {}
-    for kind, who, priority in steps:
-        place = places.get(who)
-        if kind == "enter":
-            if place is None:
-                place = places[who] = Wakeless(gate, priority, accepted=True)
-                gate._accepted += 1
-            if place.inside or place.entry is not None:
-                continue
-            gate._enter(place, queue=True)
-            plain.enter(who, place.priority)
-        elif place is not None:
-            if place.inside or place.entry is not None:
-                plain.leave(who)
-            place.come_out() if kind == "come_out" else place.give_back()
-            if kind == "give_back":
-                place.give_back()  # a second time changes nothing
-                del places[who]
-        inside = {number for number, each in places.items() if each.inside}
-        assert inside == plain.inside
-        assert gate.in_use == len(inside) <= size
-        assert gate.waiting == len(plain.queue)
-        assert gate._accepted == len(places)
-        assert len(gate._queue) <= 2 * gate.waiting + 1
-
-
-def test_the_collector_may_end_a_run_while_the_gate_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It runs in whatever thread allocates, also inside the gate: what it gives back there is let out all the same."""
-    gate = Gate("x", 1)
-    first, garbage, waiter = (Wakeless(gate, 0, accepted=True) for _ in range(3))
-    gate._accepted = 3
-    assert first.enter_now()
-    push = heapq.heappush
-
-    def collecting(queue: Any, entry: Any) -> None:
-        first.give_back()
-        garbage.give_back()
-        push(queue, entry)
-
-    def in_a_thread() -> None:
-        with monkeypatch.context() as patched:
-            patched.setattr("aftertask._gates.heapq.heappush", collecting)
-            entered.append(gate._enter(waiter, queue=True))
-
-    entered: list[bool] = []
-    thread = threading.Thread(target=in_a_thread, daemon=True)
-    thread.start()
-    thread.join(10)
-    assert not thread.is_alive(), "the gate waits for itself"
-    assert entered == [True]
-    assert (gate.in_use, gate.waiting, gate._accepted) == (1, 0, 1)
-
-
-def test_a_waiter_whose_loop_was_closed_is_passed_over() -> None:
-    """In the same thread, too: who leaves after that does not fail, and the next one gets the slot."""
-    gate = Gate("x", 1)
-    first, second, third = gate.accept(0), gate.accept(0), gate.accept(0)
-    assert first is not None
-    assert second is not None
-    assert third is not None
-    closed = asyncio.new_event_loop()
-
-    async def begin() -> Any:
-        await first.enter()
-        waiting = asyncio.ensure_future(second.enter())
-        await anyio.wait_all_tasks_blocked()
-        return waiting
-
-    waiting = closed.run_until_complete(begin())
-    closed.close()
-
-    async def go_on() -> None:
-        entering = asyncio.ensure_future(third.enter())
-        await anyio.wait_all_tasks_blocked()
-        first.give_back()
-        await asyncio.wait_for(entering, 5)
-
-    asyncio.run(go_on())
-    assert third.inside
-    assert gate.in_use == 1
-    waiting._log_destroy_pending = False  # it can never end: its loop is gone
-
-
-def test_two_threads_that_are_first_find_one_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sync endpoints schedule a task's first run in threads: with two gates the limit would be exceeded."""
-    smtp = Limit("smtp", 2)
-    engine: Any = Env().mw(None)._engine
-    plans, together = engine.plans, threading.Barrier(2, timeout=10)
-    make = Gate
-
-    def slow(*args: Any) -> Gate:
-        with contextlib.suppress(threading.BrokenBarrierError):
-            together.wait(0.2)  # both are here at once, if both can be
-        return make(*args)
-
-    monkeypatch.setattr("aftertask._plans.Gate", slow)
-    for limit in (2, smtp):
-        together.reset()
-        target = BackgroundTask(options(print, limit=limit))
-        with ThreadPoolExecutor(2) as pool:
-            found = [pool.submit(plans.of, target) for _ in range(2)]
-            assert found[0].result(10).gate is found[1].result(10).gate
+    async with anyio.create_task_group() as group:
+        for _ in range(4):
+            group.start_soon(drive, app)
+    assert most == 1
+    assert len(env.seen.of(Succeeded)) == 4
 
 
 async def test_a_limit_is_not_the_one_of_a_task_by_its_name(env: Env) -> None:
@@ -434,9 +289,9 @@ async def test_a_limit_is_not_the_one_of_a_task_by_its_name(env: Env) -> None:
     await drive(app)
     task(name="smtp", limit=1)(own)
     await drive(app, "/1")
-    gates: list[Any] = [run.plan.gate for run in env.seen.runs()]
-    assert [gate.name for gate in gates] == ["smtp", "smtp"]
-    assert gates[0] is not gates[1]
+    limiters = [run.resolved.limiter for run in env.seen.runs() if isinstance(run, Run)]
+    assert [limiter and limiter.name for limiter in limiters] == ["smtp", "smtp"]
+    assert limiters[0] is not limiters[1]
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])

@@ -14,24 +14,11 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client import CollectorRegistry
 from starlette.background import BackgroundTask, BackgroundTasks
 
-from aftertask import (
-    Cancelled,
-    Failed,
-    Retry,
-    Retrying,
-    Scheduled,
-    Skipped,
-    Started,
-    Succeeded,
-    TaskRun,
-    TimedOut,
-    current_run,
-    options,
-    task,
-)
+from aftertask import Retry, TaskRun, current_run, options, task
+from aftertask.events import Cancelled, Failed, Retrying, Scheduled, Skipped, Started, Succeeded, TimedOut
 from aftertask.signals import Logs, Metrics, Tracing
 from aftertask.testing import VirtualClock
-from intercept.driver import LOG, Env, answering, drive, sf
+from kit import LOG, Env, answering, drive, sf
 
 pytestmark = pytest.mark.anyio
 
@@ -83,7 +70,7 @@ async def test_attempts_until_one_succeeds(env: Env, clock: VirtualClock) -> Non
     ]
     assert [event.delay_s for event in env.seen.of(Retrying)] == [3, 6]
     assert [event.queue_wait_s for event in env.seen.of(Started)] == [0, None, None]
-    assert env.seen.runs()[0].max_attempts == 4
+    assert env.seen.runs()[0].info.max_attempts == 4
 
 
 @pytest.mark.usefixtures("longest")
@@ -185,7 +172,7 @@ async def test_later_attempts_see_the_context_as_the_first_left_it(env: Env, clo
         group.start_soon(drive, env.app(answering(BackgroundTasks([BackgroundTask(func), BackgroundTask(sibling)]))))
         await sibling_ran.wait()
         await turn(clock, 60)
-    assert seen == ["attempt 1 saw nothing", "sibling saw attempt 1", "attempt 2 saw attempt 1"]
+    assert seen == ["attempt 1 saw nothing", "sibling saw attempt 1", "attempt 2 saw sibling"]
 
 
 async def test_cancelled_in_a_back_off(env: Env, clock: VirtualClock) -> None:

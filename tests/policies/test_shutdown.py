@@ -14,10 +14,9 @@ import pytest
 from starlette.background import BackgroundTask, BackgroundTasks
 from starlette.responses import PlainTextResponse
 
-from aftertask import Cancelled, Failed, Scheduled, Skipped, Started
-from aftertask._shutdown import Reporter, Supervisor, reporter
+from aftertask.events import Cancelled, Dropped, Failed, Lost, Scheduled, Skipped, Started
 from aftertask.testing import Recorder
-from intercept.driver import Env, af, answering, boom, drive, sf
+from kit import Env, af, answering, boom, drive, sf
 
 pytestmark = pytest.mark.anyio
 
@@ -39,7 +38,7 @@ async def lifespan(app: Any) -> AsyncIterator[None]:
 
 @pytest.fixture
 def handlers() -> Iterator[list[str]]:
-    """What handlers of SIGTERM have heard; those of before are set again."""
+    """The names of the handlers that SIGTERM has called; the handlers from before are restored."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield []
     for number, handler in before.items():
@@ -47,49 +46,55 @@ def handlers() -> Iterator[list[str]]:
 
 
 def hear(heard: list[str], name: str) -> Any:
-    """Set a handler of SIGTERM that notes that it was called; returns the one of before."""
+    """Install a handler of SIGTERM that records its call; returns the one from before."""
     return signal.signal(signal.SIGTERM, lambda number, frame: heard.append(name))
 
 
-def test_a_server_that_ends_leaves_the_other_one_its_signal(env: Env, handlers: list[str]) -> None:
-    """Two servers in one process, the second inside the first's time: it sets back what it found, which is ours."""
-    reporter, first, second = Reporter(), env.mw(None)._engine, env.mw(None)._engine
-    assert first is not None
-    assert second is not None
-    hear(handlers, "first")
-    reporter.open(first)
-    found = hear(handlers, "second")
-    reporter.open(second)
-    os.kill(os.getpid(), signal.SIGTERM)
-    reporter.close(second)
-    signal.signal(signal.SIGTERM, found)
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert handlers == ["second", "first"]
-    reporter.close(first)
-    assert signal.getsignal(signal.SIGTERM) is not found  # the first one's own again
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert handlers == ["second", "first", "first"]
-
-
-def test_a_handler_that_calls_the_one_of_before_is_called_once(env: Env, handlers: list[str]) -> None:
-    """An app's own over ours, and then another app of ours: no circle."""
-    reporter, first, second = Reporter(), env.mw(None)._engine, env.mw(None)._engine
-    assert first is not None
-    assert second is not None
+@pytest.mark.parametrize("settings", [{"shutdown_report": True}, {"drain_timeout": 5}])
+async def test_signal_handlers_are_chained_only_on_request(env: Env, handlers: list[str], settings: Any) -> None:
+    """Without a report or a drain timeout the app's own handlers stay as they are."""
     hear(handlers, "server")
-    reporter.open(first)
-    ours: Any = signal.getsignal(signal.SIGTERM)
+    own = signal.getsignal(signal.SIGTERM)
+    async with lifespan(env.app(answering(None))):
+        assert signal.getsignal(signal.SIGTERM) is own
+    env.settings = settings
+    async with lifespan(env.app(answering(None))):
+        assert signal.getsignal(signal.SIGTERM) is not own
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert handlers == ["server"]
+    assert signal.getsignal(signal.SIGTERM) is own
 
-    def own(number: int, frame: Any) -> None:
-        handlers.append("own")
-        ours(number, frame)
 
-    signal.signal(signal.SIGTERM, own)
-    reporter.open(second)
-    os.kill(os.getpid(), signal.SIGTERM)
+async def test_a_server_that_ends_leaves_the_other_one_its_signal(env: Env, handlers: list[str]) -> None:
+    """Two servers in one process: the second restores what it found, which is our handler, and the first's follows."""
+    env.settings["shutdown_report"] = True
+    hear(handlers, "first")
+    own = signal.getsignal(signal.SIGTERM)
+    async with lifespan(env.app(answering(None))):
+        found = hear(handlers, "second")
+        async with lifespan(env.app(answering(None))):
+            os.kill(os.getpid(), signal.SIGTERM)
+        signal.signal(signal.SIGTERM, found)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert handlers == ["second", "first"]
+    assert signal.getsignal(signal.SIGTERM) is own
+
+
+async def test_a_handler_that_calls_the_one_before_is_called_once(env: Env, handlers: list[str]) -> None:
+    """An app's own handler in front of ours, and then another app of ours."""
+    env.settings["shutdown_report"] = True
+    hear(handlers, "server")
+    async with lifespan(env.app(answering(None))):
+        ours: Any = signal.getsignal(signal.SIGTERM)
+
+        def own(number: int, frame: Any) -> None:
+            handlers.append("own")
+            ours(number, frame)
+
+        signal.signal(signal.SIGTERM, own)
+        async with lifespan(env.app(answering(None))):
+            os.kill(os.getpid(), signal.SIGTERM)
     assert handlers == ["own", "server"]
-    assert first.stopping
-    assert second.stopping
 
 
 async def test_an_app_that_ends_says_nothing_of_another_in_its_process(
@@ -104,8 +109,6 @@ async def test_an_app_that_ends_says_nothing_of_another_in_its_process(
         await env.seen.until(Started, 1)
         async with lifespan(ends):
             pass
-        engine: Any = env.seen.runs()[0].request
-        assert not engine._engine.stopping
         go.set()
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
     assert not [line for line in lines if line["event"] == "lifecycle.draining"]
@@ -130,51 +133,21 @@ async def test_a_batch_that_was_handed_over_is_its_own_though_the_request_ends_a
         env.check_accounts()
 
 
-class Slow:
-    """A task group that has not yet begun what it was given."""
-
-    def __init__(self) -> None:
-        self.given: list[Any] = []
-
-    def start_soon(self, function: Any) -> None:
-        """Later."""
-        self.given.append(function)
-
-
-async def test_a_batch_counts_from_the_moment_it_is_handed_over() -> None:
-    """A shutdown that comes before its first step waits for it."""
-    ended: list[str] = []
-    slow: Any = Slow()
-    supervisor = Supervisor(slow, 5)
-
-    async def batch() -> None:
-        ended.append("batch")
-
-    async def until_idle() -> None:
-        await supervisor._until_idle()
-        ended.append("idle")
-
-    async with anyio.create_task_group() as group:
-        group.start_soon(supervisor.run, batch)
-        await anyio.wait_all_tasks_blocked()
-        group.start_soon(until_idle)
-        await anyio.wait_all_tasks_blocked()
-        await slow.given.pop()()
-    assert ended == ["batch", "idle"]
-
-
 @pytest.mark.parametrize("drain_timeout", [None, 5])
-async def test_an_app_that_fails_to_start_is_forgotten(env: Env, drain_timeout: float | None) -> None:
-    """Nobody asks it to shut down: else its signal handler, and the app, would be kept."""
+async def test_an_app_that_fails_to_start_leaves_nothing_behind(
+    env: Env, handlers: list[str], drain_timeout: float | None
+) -> None:
+    """The server does not ask it to shut down; the signal handler and the app must not be kept all the same."""
     env.settings["drain_timeout"] = drain_timeout
+    hear(handlers, "server")
+    own = signal.getsignal(signal.SIGTERM)
 
     @contextlib.asynccontextmanager
     async def life(app: Any) -> AsyncIterator[None]:
-        assert len(reporter()._engines) == before + 1
+        assert (signal.getsignal(signal.SIGTERM) is own) is (drain_timeout is None)
         raise OSError("no database")
         yield
 
-    before = len(reporter()._engines)
     answers: list[str] = []
 
     async def receive() -> dict[str, str]:
@@ -187,7 +160,35 @@ async def test_an_app_that_fails_to_start_is_forgotten(env: Env, drain_timeout: 
     with pytest.raises(OSError, match="no database"):
         await env.app(answering(None), lifespan=life)(scope, receive, send)
     assert answers == ["lifespan.startup.failed"]
-    assert len(reporter()._engines) == before
+    assert signal.getsignal(signal.SIGTERM) is own
+
+
+async def test_a_cancelled_request_is_lost_only_if_the_app_ends(env: Env) -> None:
+    """A server that ends cancels its requests first, and starts the lifespan's shutdown right after."""
+    tasks = BackgroundTasks([BackgroundTask(anyio.sleep_forever), BackgroundTask(sf)])
+    app = env.app(answering(tasks))
+    async with anyio.create_task_group() as server, lifespan(app):
+        request = anyio.CancelScope()
+
+        async def serve() -> None:
+            with request:
+                await drive(app)
+
+        server.start_soon(serve)
+        await env.seen.until(Started)
+        request.cancel()
+    assert [type(event) for event in env.seen.events[-2:]] == [Cancelled, Lost]
+    assert env.seen.of(Lost)[0].bad
+
+
+async def test_a_cancelled_request_is_dropped_where_the_app_goes_on(env: Env) -> None:
+    """A timeout around the request, or a server whose client has gone."""
+    app = env.app(answering(BackgroundTasks([BackgroundTask(anyio.sleep_forever), BackgroundTask(sf)])))
+    async with lifespan(app):
+        with anyio.move_on_after(0.05):
+            await drive(app)
+        await env.seen.idle()
+    assert [event.reason for event in env.seen.of(Dropped)] == ["request_cancelled"]
 
 
 def http() -> dict[str, Any]:

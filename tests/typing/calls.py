@@ -10,23 +10,8 @@ from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from aftertask import (
-    AftertaskMiddleware,
-    Failed,
-    Limit,
-    Policy,
-    Retry,
-    Settings,
-    TaskEvent,
-    TaskRun,
-    TaskTimeout,
-    current_run,
-    get_run,
-    observe_functions,
-    options,
-    progress,
-    task,
-)
+from aftertask import AftertaskMiddleware, Limit, Policy, Retry, Settings, TaskEvent, TaskRun, TaskTimeout, current_run, get_run, observe_functions, options, progress, task
+from aftertask.events import Failed
 from aftertask.alerts import Alert, Alerts, Apprise, Channel, DeliveryFailed, Route, Tested, Webhook, send_test
 from aftertask.signals import Logs, Metrics, Tracing, usual
 from aftertask.testing import Recorder, VirtualClock
@@ -95,7 +80,7 @@ def request_id(scope: MutableMapping[str, Any]) -> str | None:
 
 AftertaskMiddleware(app, settings=Settings.from_env(request_id=request_id), signals=[signal])
 assert_type(current_run(), TaskRun | None)
-assert_type(get_run("x"), TaskRun | None)
+assert_type(get_run("x"), CoroutineType[Any, Any, TaskRun | None])
 
 recorder = Recorder()
 with VirtualClock() as clock:

@@ -1,4 +1,4 @@
-"""Two tasks that stay in flight: one that was registered, and one that nobody registered."""
+"""Two tasks that stay in flight: a registered and an unregistered one."""
 
 import asyncio
 import os
@@ -24,6 +24,6 @@ async def unregistered() -> None:
 
 @app.get("/{name}")
 async def start(name: str, tasks: BackgroundTasks) -> int:
-    """The worker's pid."""
+    """Add a task, and return the worker's pid."""
     tasks.add_task({"registered": registered, "unregistered": unregistered}[name])
     return os.getpid()

@@ -1,11 +1,12 @@
-"""An app for several workers: one task that succeeds, one that fails, one that hangs until it is cut off."""
+"""An app for several workers. Its tasks succeed, fail, recover, outlive a timeout, or run until they are stopped."""
 
 import asyncio
 import os
+import time
 
 from fastapi import BackgroundTasks, FastAPI
 
-from aftertask import AftertaskMiddleware, task
+from aftertask import AftertaskMiddleware, Retry, current_run, task
 
 app = FastAPI()
 app.add_middleware(AftertaskMiddleware)
@@ -13,7 +14,7 @@ app.add_middleware(AftertaskMiddleware)
 
 @task(name="workers.ok")
 async def ok() -> None:
-    """Nothing to do."""
+    """Succeeds."""
 
 
 @task(name="workers.broken")
@@ -22,28 +23,38 @@ def broken() -> None:
     raise LookupError
 
 
+@task(name="workers.recovering", retry=Retry(attempts=3, wait_initial=0.05))
+async def recovering() -> None:
+    """Succeeds at the third attempt."""
+    run = current_run()
+    assert run is not None
+    if run.attempt < 3:
+        raise ConnectionError
+
+
+@task(name="workers.abandoned", timeout=0.05)
+def abandoned() -> None:
+    """Outlives its timeout."""
+    time.sleep(0.5)
+
+
 @task(name="workers.endless")
 async def endless() -> None:
-    """Stays in flight."""
+    """Runs until it is cut off."""
     await asyncio.sleep(3600)
 
 
-@app.get("/ok")
-async def run_ok(tasks: BackgroundTasks) -> int:
-    """The worker's pid."""
-    tasks.add_task(ok)
-    return os.getpid()
+TASKS = {
+    "ok": ok,
+    "broken": broken,
+    "recovering": recovering,
+    "abandoned": abandoned,
+    "endless": endless,
+}
 
 
-@app.get("/broken")
-def run_broken(tasks: BackgroundTasks) -> int:
-    """The worker's pid."""
-    tasks.add_task(broken)
-    return os.getpid()
-
-
-@app.get("/endless")
-async def run_endless(tasks: BackgroundTasks) -> int:
-    """The worker's pid."""
-    tasks.add_task(endless)
+@app.get("/{name}")
+async def run(name: str, tasks: BackgroundTasks) -> int:
+    """Add a task, and return the worker's pid."""
+    tasks.add_task(TASKS[name])
     return os.getpid()
