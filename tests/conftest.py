@@ -48,7 +48,7 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_log_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logging as in an app that configures none: pytest puts handlers on the root logger."""
-    monkeypatch.setattr(logging.getLogger("aftertask"), "propagate", False)
+    monkeypatch.setattr(logging.getLogger("aftertask"), "parent", None)
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def test_a_task_is_named_by_module_and_qualname(func: Any, name: str) -> None:
 def test_main_is_named_as_python_was_started(tmp_path: Path) -> None:
     """`__main__` is the module's own name under `python -m`, else `__main__`."""
     (tmp_path / "program.py").write_text(
-        "from aftertask.policies import code_name\ndef f(): ...\nprint(code_name(f))\n"
+        "from aftertask.tasks import code_name\ndef f(): ...\nprint(code_name(f))\n"
     )
     run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert run([sys.executable, "program.py"]).stdout.strip() == "__main__.f"
@@ -105,7 +105,7 @@ def test_a_registered_function_stays_itself() -> None:
 def test_a_name_clash_is_an_error() -> None:
     """Two functions under one name would share their metrics."""
     task(name="mail.send")(local())
-    with pytest.raises(NameClash, match=r"'mail.send' is taken by .*local.*inner, so .*coroutine"):
+    with pytest.raises(NameClash, match=r"'mail.send' is already used by .*local.*inner, so .*coroutine"):
         task(name="mail.send")(coroutine)
 
 
@@ -118,8 +118,8 @@ def test_a_reload_is_no_clash() -> None:
 @pytest.mark.parametrize(
     ("policy", "error", "says"),
     [
-        ({"nam": "x"}, TypeError, "'nam' is no policy; did you mean 'name'?"),
-        ({"qqq": 3}, TypeError, "'qqq' is no policy; known are alert, "),
+        ({"nam": "x"}, TypeError, "unknown policy option 'nam'; did you mean 'name'?"),
+        ({"qqq": 3}, TypeError, "unknown policy option 'qqq'; known options are alert, "),
         ({"timeout": 0}, ValueError, "Policy.timeout must be more than 0 seconds, got 0"),
         ({"timeout": "3"}, TypeError, "Policy.timeout must be a number of seconds, got '3'"),
         ({"timeout": float("inf")}, ValueError, "Policy.timeout"),
@@ -188,7 +188,7 @@ def test_the_waits_of_a_retry_grow_with_full_jitter() -> None:
 def test_a_retry_wants_what_it_names() -> None:
     """`give_up_on` wins over `on`."""
     retry = Retry(on=(OSError, KeyError), give_up_on=FileNotFoundError)
-    wanted = [retry.wants(error) for error in (OSError(), KeyError(), FileNotFoundError(), ValueError())]
+    wanted = [retry.applies_to(error) for error in (OSError(), KeyError(), FileNotFoundError(), ValueError())]
     assert wanted == [True, True, False, False]
 
 
@@ -219,7 +219,7 @@ def test_policies_are_put_together_field_by_field() -> None:
 
     chosen = book.policy("mail.send", Policy(expected=KeyError), declared)
 
-    assert (chosen.owner, chosen.observe, chosen.trace, chosen.classes) == ("first pattern", False, "link", (KeyError,))
+    assert (chosen.owner, chosen.observe, chosen.trace, chosen.expected_classes) == ("first pattern", False, "link", (KeyError,))
 
 
 def test_a_task_that_is_not_observed_is_as_if_it_were_not_there(

@@ -1,4 +1,4 @@
-"""The promises of the code itself: imports point down, a vendor in one place, every setting and policy documented."""
+"""The promises of the code itself, checked by reading its source: the order of imports, sizes, what is refused."""
 
 from __future__ import annotations
 
@@ -9,119 +9,221 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+import pytest
+
 import aftertask
 from aftertask import Settings
 from aftertask.policies import PolicyOptions
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(aftertask.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
-#: From the top down; a module may import what stands below it.
-LAYERS = [
-    {"testing"},
-    {"cli"},
-    {"__init__"},
-    {"middleware", "_observe"},
-    {"hazards"},
-    {"_scrape"},
-    {"signals"},
-    {"_exchange"},
-    {"_runner"},
-    {"_governed", "_batch", "_shutdown", "_plans", "_watch"},
-    {"settings"},
-    {"executors", "_gates"},
-    {"alerts"},
-    {
-        "_intercept",
-        "_responses",
-        "_mark",
-        "_messages",
-        "_weave",
-        "_dispatch",
-        "_context",
-        "_route",
-        "_redact",
-        "_log",
-        "_frames",
-    },
-    {"events"},
-    {"_run"},
-    {"policies", "_failure"},
-    {"errors", "_clock", "_timer"},
-]
+#: From the top down. A module imports what stands on a later line, or beside it.
+ORDER = (
+    "__init__",
+    "testing",
+    "cli",
+    "middleware",
+    "settings",
+    "signals",
+    "alerts",
+    "hazards",
+    "_core.app",
+    "_core.hooks",
+    "_core.request",
+    "_core.route",
+    "_core.batch",
+    "_core.lifecycle",
+    "_core.shutdown",
+    "_core.run",
+    "_core.background",
+    "_core.resolver",
+    "_core.limits",
+    "_core.executors",
+    "_core.stacks",
+    "_core.emit",
+    "_core.process",
+    "_core.loops",
+    "_core",
+    "tasks",
+    "policies",
+    "events",
+    "_events",
+    "_taskrun",
+    "_text",
+    "errors",
+    "_log",
+    "_clock",
+    "_version",
+)
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """What a module imports at its top, and whether it is ours; what is for type checkers alone does not count."""
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, False) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            if node.level == 0:
-                yield node.module or "", False
-            elif node.module:
-                yield node.module, True
+def name_of(path: Path) -> str:
+    """A module's name below the package."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def place(module: str) -> int:
+    """Where a module stands in the order."""
+    found = [at for at, name in enumerate(ORDER) if module == name or module.startswith(f"{name}.")]
+    assert found, f"{module} has no place in the order"
+    return found[0]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every module of ours that a module imports: lazily and for types only, too."""
+    package = name_of(path).split(".") if path.stem == "__init__" else name_of(path).split(".")[:-1]
+    package = [] if path == PACKAGE / "__init__.py" else package
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            if node.module:
+                yield ".".join([*base, node.module])
             else:
-                yield from ((alias.name, True) for alias in node.names)
+                yield from (".".join([*base, alias.name]) for alias in node.names)
 
 
-def layer(module: str) -> int:
-    """Where a module stands."""
-    first = module.partition(".")[0]
-    return next(place for place, names in enumerate(LAYERS) if first in names)
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_down(path: Path) -> None:
+    """One order for every module; imports for type checkers and inside of functions count as well."""
+    for target in imported(path):
+        assert place(name_of(path)) <= place(target), f"{name_of(path)} imports {target}"
 
 
-def test_imports_point_down() -> None:
-    """No module imports one above it."""
-    for path in PACKAGE.glob("*.py"):
-        for name, ours in imports(path):
-            if ours:
-                assert layer(path.stem) <= layer(name), f"{path.name} imports {name}"
-    for part in ("signals", "testing", "cli", "alerts"):
-        for path in (PACKAGE / part).glob("*.py"):
-            for node in ast.parse(path.read_text()).body:
-                if isinstance(node, ast.ImportFrom) and node.level == 2:
-                    for name in [node.module] if node.module else [alias.name for alias in node.names]:
-                        assert layer(part) <= layer(name), f"{part}/{path.name} imports {name}"
+def test_there_is_no_import_circle() -> None:
+    """Not within one part of the order either."""
+    graph = {name_of(path): set(imported(path)) for path in MODULES}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"import circle: {' -> '.join((*path, module))}"
+        if module not in done:
+            for target in graph.get(module, ()):
+                visit(target, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
 
 
 def test_a_vendor_is_imported_where_it_belongs() -> None:
     """OpenTelemetry in tracing, structlog in logging, prometheus-client in metrics; Settings names their types."""
     allowed = {
-        "opentelemetry": {"signals/tracing.py", "signals/_spans.py", "settings.py", "alerts/_delivery.py"},
-        "structlog": {"signals/logs.py", "_log.py"},
-        "prometheus_client": {
-            *("signals/metrics.py", "signals/_series.py", "signals/_multiprocess.py"),
-            *("settings.py", "_scrape.py"),
-        },
-        "fastapi": set(),
-        "apprise": {"alerts/apprise.py"},
+        "opentelemetry": {"signals.tracing", "signals", "settings"},
+        "structlog": {"signals.logs", "_log"},
+        "prometheus_client": {"signals", "settings"},
+        "fastapi": set[str](),
+        "apprise": {"alerts.apprise"},
+        "typer": {"cli"},
     }
-    for path in PACKAGE.rglob("*.py"):
-        for name, ours in imports(path):
-            vendor = name.partition(".")[0]
-            if not ours and vendor in allowed:
-                assert path.relative_to(PACKAGE).as_posix() in allowed[vendor], f"{path} imports {name}"
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for vendor in {name.partition(".")[0] for name in names} & allowed.keys():
+                module = name_of(path)
+                assert any(module == each or module.startswith(f"{each}.") for each in allowed[vendor]), (module, vendor)
+
+
+# --- sizes
+
+
+def lines(path: Path) -> int:
+    """The lines of a file."""
+    return path.read_text().count("\n")
+
+
+def test_the_package_stays_small() -> None:
+    """At most 10 500 lines without journal, board and Celery; no module over 400."""
+    assert sum(map(lines, MODULES)) <= 10_500
+    assert {name_of(path): lines(path) for path in MODULES if lines(path) > 400} == {}
+
+
+def test_any_is_for_what_truly_is_anything() -> None:
+    """At most 150 uses."""
+    nodes = (node for path in MODULES for node in ast.walk(ast.parse(path.read_text())))
+    assert sum(isinstance(node, ast.Name) and node.id == "Any" for node in nodes) <= 150
+
+
+# --- what is refused
+
+#: The only places that may use what is refused, by module and function.
+EXCEPTIONS = {
+    ("_core.hooks", "_request_injected_into", "f_locals"),  # FastAPI offers no other way
+    ("_core.hooks", "_request_injected_into", "_getframe"),
+    ("_core.hooks", "_opentelemetrys_tracer", "_otel_original_call"),
+    ("_core.stacks", "frames_of_thread", "_current_frames"),  # the stack of a blocked loop or a stuck thread
+}
+REFUSED_CALLS = {"exec", "eval", "compile"}
+REFUSED_NAMES = {"__closure__", "cell_contents", "f_locals", "co_freevars", "co_code", "_getframe", "_current_frames"}
+
+
+def refused(path: Path) -> Iterator[tuple[str, str, str]]:
+    """What STYLE refuses in a module, as module, function and name."""
+    tree = ast.parse(path.read_text())
+    ours = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_own(node)}
+    for function in [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]:
+        for node in ast.walk(function):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in REFUSED_CALLS:
+                yield name_of(path), function.name, node.func.id
+            elif isinstance(node, ast.Attribute) and node.attr in REFUSED_NAMES:
+                yield name_of(path), function.name, node.attr
+            elif isinstance(node, ast.Constant) and node.value == "_otel_original_call":
+                yield name_of(path), function.name, str(node.value)
+            elif isinstance(node, ast.Attribute) and is_private(node.attr) and not is_own(node) and node.attr not in ours:
+                yield name_of(path), function.name, node.attr
+
+
+def is_private(name: str) -> bool:
+    """A name with one leading underscore."""
+    return name.startswith("_") and not name.startswith("__")
+
+
+def is_own(node: ast.Attribute) -> bool:
+    """Whether an attribute is read from `self` or `cls`."""
+    return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+
+
+def test_nothing_refused_is_used() -> None:
+    """No generated code, no closure cells, no frames, no private names of others, but for the listed exceptions."""
+    found = {each for path in MODULES for each in refused(path)}
+    assert found - EXCEPTIONS == set()
 
 
 def test_importing_the_package_does_nothing() -> None:
-    """No hook, no thread, no metric, no setting read, until a middleware is built."""
+    """No hook, no thread, no metric, no handler, no setting and no source read, until a middleware is built."""
     code = """
-import threading
+import builtins, threading, signal, sys, logging
+import fastapi, starlette.responses, prometheus_client, structlog, opentelemetry.sdk.trace, anyio, anyio.to_process
 from prometheus_client import REGISTRY
 from starlette.background import BackgroundTask, BackgroundTasks
-from starlette.responses import Response
-before = BackgroundTask.__call__, BackgroundTasks.add_task, BackgroundTasks.__init__, threading.active_count()
-import aftertask, aftertask.signals, aftertask.testing
-assert (BackgroundTask.__call__, BackgroundTasks.add_task, BackgroundTasks.__init__, threading.active_count()) == before
-assert "background" not in vars(Response)
-assert not [m for m in REGISTRY.collect() if m.name.startswith("aftertask")]
+from starlette.responses import Response, StreamingResponse
+def state():
+    classes = BackgroundTask, BackgroundTasks, fastapi.BackgroundTasks, Response, StreamingResponse
+    return (
+        [sorted((k, id(v)) for k, v in vars(c).items() if k in ("__call__", "__init__", "add_task", "background",
+         "__init_subclass__")) for c in classes],
+        threading.active_count(), signal.getsignal(signal.SIGTERM), len(REGISTRY._collector_to_names),
+        structlog.is_configured(), logging.getLogger("aftertask").handlers,
+    )
+before = state()
+real, opened = builtins.open, []
+builtins.open = lambda file, *a, **k: (opened.append(str(file)), real(file, *a, **k))[1]
+import aftertask, aftertask.signals, aftertask.testing, aftertask.alerts
+builtins.open = real
+assert state() == before, (state(), before)
+assert not [file for file in opened if file.endswith(".py")], opened
 """
     subprocess.run([sys.executable, "-c", code], check=True, env={"AFTERTASK_TRACE": "nonsense"})
 
 
+# --- documentation
+
+
 def test_every_setting_and_policy_is_documented() -> None:
-    """In the page on settings, by name."""
+    """On the settings page, by name."""
     page = (ROOT / "docs" / "settings.md").read_text()
     for name in [field.name for field in fields(Settings)] + list(PolicyOptions.__annotations__):
         assert f"| `{name}` |" in page, name
@@ -137,11 +239,23 @@ def public(body: list[ast.stmt]) -> Iterator[ast.ClassDef | ast.FunctionDef | as
 
 
 def test_every_public_name_has_a_docstring() -> None:
-    """What a user can import says what it is for; a protocol's members and overloads may go without."""
-    for path in PACKAGE.rglob("*.py"):
+    """What a user can import says what it is for; members of protocols and overloads may go without."""
+    for path in MODULES:
         for node in public(ast.parse(path.read_text()).body):
             bare = ast.unparse(node.body[-1]) == "..."
             assert ast.get_docstring(node) or bare, f"{path.name}: {node.name}"
+
+
+def test_the_public_names_are_few() -> None:
+    """About twenty at the top; the rest in their modules."""
+    assert len(aftertask.__all__) <= 22
+
+
+def test_the_code_speaks_the_english_of_the_field() -> None:
+    """None of the words that STYLE replaces."""
+    words = ("told", "so many", "nobody", "somebody", "whoever")
+    found = [(name_of(path), word) for path in MODULES for word in words if word in path.read_text()]
+    assert found == []
 
 
 def test_the_version_is_the_one_that_is_built() -> None:

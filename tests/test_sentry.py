@@ -79,7 +79,7 @@ from fastapi import BackgroundTasks, FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
 
-from aftertask import AftertaskMiddleware, Settings, task
+from aftertask import AftertaskMiddleware, Retry, Settings, task
 
 
 def charge():
@@ -97,9 +97,19 @@ async def slow():
     await anyio.sleep_forever()
 
 
-def fails_with(policy, *tasks):
+@task(retry=Retry(attempts=2, wait_initial=0))
+async def twice():
+    raise KeyError("x")
+
+
+def fails_with(policy, *tasks, below_a_middleware=False):
     app = FastAPI()
     app.add_middleware(AftertaskMiddleware, settings=Settings(registry=CollectorRegistry(), on_failure=policy))
+    if below_a_middleware:
+        # Starlette's BaseHTTPMiddleware runs the response in a task of its own.
+        @app.middleware("http")
+        async def outer(request, call_next):
+            return await call_next(request)
 
     @app.get("/")
     async def buy(background: BackgroundTasks):
@@ -114,7 +124,9 @@ def fails_with(policy, *tasks):
 
 found = {}
 for policy in ("stop", "continue", "contain"):
-    found[policy] = [fails_with(policy, charge), fails_with(policy, mail), fails_with(policy, slow)]
+    found[policy] = [fails_with(policy, each) for each in (charge, mail, slow)]
+    found[f"{policy}, below a middleware"] = fails_with(policy, charge, below_a_middleware=True)
+    found[f"{policy}, with a retry"] = fails_with(policy, twice)
 found["two contained"] = fails_with("contain", charge, mail)
 found["two continued"] = fails_with("continue", charge, mail)
 print(json.dumps(found))
@@ -136,20 +148,34 @@ def recipe() -> str:
     return str(blocks[0])
 
 
+POLICIES = ("stop", "continue", "contain")
+SETUPS = ("none", "stdlib", "structlog_alone", "structlog_through_stdlib")
+
+
+def check(found: dict[str, Any]) -> None:
+    """For each `on_failure` one event for a failure, with its exception."""
+    for policy in POLICIES:
+        assert found[policy][:2] == [[["ValueError"]], [["LookupError"]]], policy
+        assert [exceptions[-1] for exceptions in found[policy][2]] == ["TaskTimeout"], policy
+    assert found["two contained"] == [["ValueError"], ["LookupError"]]
+
+
 @pytest.mark.parametrize("setup", ["none", "stdlib", "structlog_alone"])
 def test_one_issue_for_each_failure(setup: str) -> None:
-    """For each `on_failure` Sentry gets one event for a failure, with its exception."""
+    """With Sentry's default integrations each failure is one event with its exception."""
     found = reported(setup)
-    for policy in ("stop", "continue", "contain"):
-        assert found[policy][:2] == [[["ValueError"]], [["LookupError"]]], policy
-        assert [exceptions[-1] for exceptions in found[policy][2]] == ["TaskTimeout"], policy
-    assert found["two contained"] == [["ValueError"], ["LookupError"]]
+    check(found)
+    if setup != "stdlib":
+        for policy in POLICIES:
+            assert found[f"{policy}, below a middleware"] == [["ValueError"]], policy
+            assert found[f"{policy}, with a retry"] == [["KeyError"]], policy
 
 
-def test_structlog_through_stdlib_logging_needs_the_recipe_of_the_docs() -> None:
-    """Lines that structlog rendered reach Sentry as text; with the recipe there is one event for a failure."""
-    found = reported("structlog_through_stdlib", recipe())
-    for policy in ("stop", "continue", "contain"):
-        assert found[policy][:2] == [[["ValueError"]], [["LookupError"]]], policy
-        assert [exceptions[-1] for exceptions in found[policy][2]] == ["TaskTimeout"], policy
-    assert found["two contained"] == [["ValueError"], ["LookupError"]]
+@pytest.mark.parametrize("setup", SETUPS)
+def test_one_issue_for_each_failure_with_the_recipe_of_the_docs(setup: str) -> None:
+    """With the recipe that is so for each logging set-up, below any middleware, and with retries."""
+    found = reported(setup, recipe())
+    check(found)
+    for policy in POLICIES:
+        assert found[f"{policy}, below a middleware"] == [["ValueError"]], policy
+        assert found[f"{policy}, with a retry"] == [["KeyError"]], policy

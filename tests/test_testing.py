@@ -49,7 +49,7 @@ def test_waiting_ends_when_no_run_is_in_flight(client_for: ClientFor) -> None:
     request = threading.Thread(target=client.get, args=["/"])
     request.start()
     assert started.wait(10)
-    with pytest.raises(TimeoutError, match=r"after 0.01 s these runs are in flight: .*held .* in flight"):
+    with pytest.raises(TimeoutError, match=r"after 0.01 s these runs are in flight: .*held .* running"):
         recorder.wait_idle(0.01)
     go.set()
     recorder.wait_idle()

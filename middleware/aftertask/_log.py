@@ -35,6 +35,7 @@ def log(
     message: str | None = None,
     timestamp: float | None = None,
     exc_info: BaseException | None = None,
+    contained: bool = False,
     **keys: Any,
 ) -> Exception | None:
     """
@@ -47,6 +48,7 @@ def log(
         timestamp: Seconds since the Unix epoch; None means now.
         exc_info: The exception that the line is about. Its text has not been redacted, so it is not handed to the app's
             structlog; a stdlib record prints the key `exception` in place of its traceback, if there is such a key.
+        contained: Whether the exception reaches nothing but this line, so that error reporters have to see it here.
         keys: The line's other keys.
 
     Returns:
@@ -62,10 +64,9 @@ def log(
             getattr(_app.logger(), level)(event, **keys)
         elif _stdlib.hasHandlers():
             getattr(_records, level)(event, record_text=text, record_error=exc_info, **keys)
-            return None
         else:
             _write(level, event, keys)
-        if exc_info is not None:
+        if contained:
             _report(level, event, {**keys, "record_text": text, "record_error": exc_info})
     except Exception as failed:
         _write(level, event, {**keys, "logging_error": type(failed).__name__})
@@ -148,7 +149,8 @@ _records = structlog.wrap_logger(
 def _report(level: Level, event: str, line: Mapping[str, Any]) -> None:
     """
     Make a record that no handler prints, for error reporters that hook into `logging.Logger` itself, as Sentry's SDK
-    does: where lines do not pass through stdlib logging, a contained failure would escape them.
+    does: where lines do not pass through stdlib logging, a contained failure would escape them. Where they do, the
+    same exception is recognised as reported.
     """
     hooks = logging.getLogger(f"{_NAME}.failures")
     if hooks.propagate:

@@ -60,6 +60,7 @@ class TaskInfo:
         trace: `child`, `link` or `none`; None means `Settings.trace`.
         timeout: Seconds per attempt; None means no timeout.
         max_attempts: Maximum number of attempts, at least 1.
+        on_failure: What a failure does to the batch: `stop`, `continue` or `contain`.
         priority: Smaller runs first.
         alert: Whether failures of the task are alerted.
         severity: Severity of its alerts; None means the default of the alert's kind.
@@ -78,6 +79,7 @@ class TaskInfo:
     trace: str | None = None
     timeout: float | None = None
     max_attempts: int = 1
+    on_failure: str = "stop"
     priority: int = 0
     alert: bool = True
     severity: str | None = None

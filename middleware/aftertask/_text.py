@@ -153,7 +153,7 @@ def _without_middle(text: str, longest: int) -> str:
 REDACTED = "[redacted]"
 
 #: Longer texts lose their middle before they are searched.
-_LONGEST_REDACTED = 20_000
+LONGEST_REDACTED = 20_000
 
 _KEY_WORDS = (
     *("password", "passwd", "passphrase", "passcode", "pass", "pwd", "secret", "token", "authorization", "auth"),
@@ -201,7 +201,7 @@ def default_redact(text: str) -> str:
 
     Text longer than 20 000 characters loses its middle.
     """
-    text = _without_middle(text, _LONGEST_REDACTED)
+    text = _without_middle(text, LONGEST_REDACTED)
     lowered = text.lower()
     for words, pattern in _PATTERNS:
         if any(word in lowered for word in words):

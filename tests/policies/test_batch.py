@@ -398,11 +398,11 @@ async def test_precedence_field_by_field(env: Env) -> None:
         assert isinstance(run, Run)
         assert run.info.timeout == timeout
         assert (run.info.priority, run.resolved.expires, run.info.stuck_after) == (2, 2, 3)
-        assert (run.info.owner, run.resolved.on_failure) == ("decorator", "contain")
+        assert (run.info.owner, run.info.on_failure) == ("decorator", "contain")
     await drive(env.app(answering(BackgroundTask(sf))))
     run = env.seen.runs()[-1]
     assert isinstance(run, Run)
-    assert (run.resolved.on_failure, run.info.timeout) == ("continue", 3)
+    assert (run.info.on_failure, run.info.timeout) == ("continue", 3)
 
 
 # --- what is left over

@@ -35,7 +35,7 @@ class Batch:
         self._started += 1
         place = self._started
         try:
-            if run.resolved.on_failure == "stop":
+            if run.info.on_failure == "stop":
                 await self._lifecycle.live(run)
             else:
                 delay_s = await self._lifecycle.attempt(run)
@@ -95,11 +95,11 @@ class Batch:
         """Whether the siblings go on: what a failure does is the failing run's own setting."""
         if run.outcome not in ("failed", "timed_out"):  # cancelled from outside
             return False
-        if run.resolved.on_failure == "continue" and isinstance(error, Exception):
+        if run.info.on_failure == "continue" and isinstance(error, Exception):
             self._failures.append((place, error))
             return True
         # A task's own CancelledError fails like any exception; SystemExit and its like are for the process.
-        if run.resolved.on_failure == "contain" and isinstance(error, (Exception, anyio.get_cancelled_exc_class())):
+        if run.info.on_failure == "contain" and isinstance(error, (Exception, anyio.get_cancelled_exc_class())):
             return True
         self.stopped_by = self.stopped_by or run
         return False

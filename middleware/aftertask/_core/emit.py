@@ -74,6 +74,7 @@ class Emitter:
             error_type=failure.type,
             error_message=failure.message,
             exception=failure.stack,
+            exc_info=error,
         )
         for signal in self.signals:
             try:

@@ -121,7 +121,8 @@ def _hook_task(owner: type, original: Callable[[Any], Awaitable[None]]) -> Calla
                 return await original(self)
             if is_container(self) or not isinstance(run.request, Request):
                 return await original(self)
-            return await run.request.child(_child_work(self), run, functools.partial(original, self))
+            call = functools.partial(_call_through, original, self, run)
+            return await run.request.child(_child_work(self), run, call)
         serving = serving_here.get()
         if serving is None or not serving.carries(self):
             return await original(self)
@@ -207,6 +208,7 @@ def _request_injected_into() -> tuple[Request | None, object]:
     request = scope.get(KEY) if isinstance(scope, MutableMapping) else None
     if not isinstance(request, Request) or request.is_closed:
         return None, None
+    _keep_outermost()
     return request, local.get("async_exit_stack")
 
 

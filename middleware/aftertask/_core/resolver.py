@@ -31,7 +31,6 @@ class ResolvedTask:
         retry: None means one attempt.
         limiter: None means no limit.
         max_waiting: Accepted runs beyond the limit; None means any number.
-        on_failure: `stop`, `continue` or `contain`.
         expires: Seconds from scheduling within which the run must start; None means no deadline.
         own_thread: Whether its thread is one of aftertask's own.
         on_error: Called with the run and the exception when the run has failed; None if not set.
@@ -42,7 +41,6 @@ class ResolvedTask:
     retry: Retry | None
     limiter: Limiter | None
     max_waiting: int | None
-    on_failure: str
     expires: float | None
     run_on_error: bool
     idempotent: bool
@@ -153,7 +151,6 @@ class Resolver:
             retry=None if whole else policy.retry,
             limiter=None if limit is None else self._limiter(limit, task),
             max_waiting=self._max_waiting if own_max_waiting is None else own_max_waiting,
-            on_failure=policy.on_failure or self._on_failure,
             expires=policy.expires,
             run_on_error=policy.run_on_error is True,
             idempotent=policy.idempotent is True,
@@ -161,8 +158,7 @@ class Resolver:
             on_error=policy.on_error,
         )
 
-    @staticmethod
-    def _info(task: str, code: str, executor: str, policy: Policy, registered: bool) -> TaskInfo:
+    def _info(self, task: str, code: str, executor: str, policy: Policy, registered: bool) -> TaskInfo:
         return TaskInfo(
             task=task,
             code=code,
@@ -174,6 +170,7 @@ class Resolver:
             trace=policy.trace,
             timeout=policy.timeout,
             max_attempts=1 if policy.retry is None else policy.retry.attempts,
+            on_failure=policy.on_failure or self._on_failure,
             priority=policy.priority or 0,
             alert=policy.alert is not False,
             severity=policy.severity,

@@ -159,6 +159,7 @@ class Logs(Signal):
                     event,
                     _error_text(failure),
                     error=failure.error,
+                    contained=run.info.on_failure == "contain" and run.parent is None,
                     **_failure_keys(failure),
                     duration_s=event.duration_s,
                     exception=failure.stack,
@@ -263,6 +264,7 @@ class Logs(Signal):
         what: str | None = None,
         *,
         error: BaseException | None = None,
+        contained: bool = False,
         **keys: Any,
     ) -> None:
         """Log one line about a run; raise what the app's logging raised, so that it is counted as a failed signal."""
@@ -274,6 +276,7 @@ class Logs(Signal):
             message=None if what is None else _sentence(name, run, what),
             timestamp=event.timestamp,
             exc_info=error,
+            contained=contained,
             **(bound or run_keys(run)),
             **keys,
             progress=None if run.progress is None else run.progress.text,

@@ -9,8 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aftertask._failure import LONGEST_MESSAGE, LONGEST_STACK, error_message, error_type, fingerprint, stack
-from aftertask._redact import LONGEST, default_redact
+from aftertask._text import (
+    LONGEST_MESSAGE,
+    LONGEST_REDACTED,
+    LONGEST_STACK,
+    default_redact,
+    error_message,
+    error_type,
+    fingerprint,
+    stack,
+)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +87,7 @@ def test_a_long_text_loses_its_middle() -> None:
     text = default_redact("head " + "x" * 50_000 + " tail")
     assert text.startswith("head ")
     assert text.endswith(" tail")
-    assert len(text) < LONGEST + 100
+    assert len(text) < LONGEST_REDACTED + 100
 
 
 class Unspeakable(Exception):
