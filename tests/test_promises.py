@@ -31,11 +31,15 @@ ORDER = (
     "hazards",
     "_core.app",
     "_core.hooks",
+    "_core.serve",
     "_core.request",
     "_core.route",
+    "_core.reasons",
+    "_core.schedule",
     "_core.batch",
     "_core.lifecycle",
     "_core.shutdown",
+    "_core.waiting",
     "_core.run",
     "_core.background",
     "_core.resolver",
@@ -124,7 +128,10 @@ def test_a_vendor_is_imported_where_it_belongs() -> None:
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             for vendor in {name.partition(".")[0] for name in names} & allowed.keys():
                 module = name_of(path)
-                assert any(module == each or module.startswith(f"{each}.") for each in allowed[vendor]), (module, vendor)
+                assert any(module == each or module.startswith(f"{each}.") for each in allowed[vendor]), (
+                    module,
+                    vendor,
+                )
 
 
 # --- sizes
@@ -172,7 +179,9 @@ def refused(path: Path) -> Iterator[tuple[str, str, str]]:
                 yield name_of(path), function.name, node.attr
             elif isinstance(node, ast.Constant) and node.value == "_otel_original_call":
                 yield name_of(path), function.name, str(node.value)
-            elif isinstance(node, ast.Attribute) and is_private(node.attr) and not is_own(node) and node.attr not in ours:
+            elif (
+                isinstance(node, ast.Attribute) and is_private(node.attr) and not is_own(node) and node.attr not in ours
+            ):
                 yield name_of(path), function.name, node.attr
 
 

@@ -20,7 +20,7 @@ timestamp: Callable[[], float] = time.time
 sleep: Callable[[float], Awaitable[None]] = anyio.sleep
 
 #: A cancel scope that is cancelled after a number of seconds.
-move_on_after: Callable[[float], AbstractContextManager[anyio.CancelScope]] = anyio.move_on_after
+move_on_after: Callable[[float], AbstractContextManager[anyio.CancelScope, bool]] = anyio.move_on_after
 
 
 class Watcher(Protocol):

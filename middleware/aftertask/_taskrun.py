@@ -1,4 +1,4 @@
-"""What signals and users see of a task, a request and a run. Standard library only; public through `aftertask.events`."""
+"""What signals and users see of a task, a request and a run; public through `aftertask.events`."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ class Signal:
         """How late the event loop responded, a few times per second."""
 
     def loop_blocked_for(self, run: TaskRun | None, seconds: float) -> None:
-        """The event loop was blocked for this many more seconds, by this run; None if no background task is to blame."""
+        """The event loop was blocked for this many more seconds; run is None if no background task is to blame."""
 
     def loop_blocked(self, report: LoopBlocked) -> None:
         """The event loop was blocked; at most once per task and minute."""

@@ -16,8 +16,8 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from ._text import default_redact
 from .alerts import Channel, Route
-from .alerts.routing import routes, urls_in
 from .alerts.checks import check_base_url, check_trace_url
+from .alerts.routing import routes, urls_in
 from .policies import ON_FAILURE, TRACES, Limit, OnFailure, Policy, Trace
 
 PREFIX = "AFTERTASK_"

@@ -1,9 +1,8 @@
-"""Where a task's function is called: our own threads, a loop of its own, a process."""
+"""Where a task's function is called: our own threads, or an event loop of its own in one."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from typing import Any
 
@@ -11,18 +10,16 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 import pytest
-from fastapi import BackgroundTasks as Injected
-from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry
 from starlette.background import BackgroundTask
 from starlette.routing import Route
 
-from aftertask import AftertaskMiddleware, NotSerializable, Retry, Settings, TaskEvent, current_run, options
+from aftertask import TaskEvent, current_run, options
 from aftertask._core.run import Run
-from aftertask.events import Abandoned, AbandonedEnded, Failed, Rejected, Started, Succeeded, TimedOut
+from aftertask.events import Abandoned, AbandonedEnded, Failed, Started, Succeeded, TimedOut
 from aftertask.signals import Metrics
-from aftertask.testing import Recorder, VirtualClock
+from aftertask.testing import VirtualClock
 from kit import LOG, Env, answering, drive
 
 pytestmark = pytest.mark.anyio
@@ -162,98 +159,6 @@ async def test_an_async_one_that_overruns_is_cancelled_in_its_loop(env: Env, clo
         await env.seen.until(AbandonedEnded)
     assert LOG == ["cancelled there"]
     assert len(env.seen.of(Abandoned)) == 1
-
-
-# --- processes
-
-
-def in_a_process(path: str, *, times: int = 1) -> None:
-    """Writes where it ran."""
-    with open(path, "a") as file:
-        file.write(f"{os.getpid()}\n" * times)
-
-
-async def async_in_a_process(path: str) -> None:
-    """The same, async."""
-    await anyio.lowlevel.checkpoint()
-    in_a_process(path)
-
-
-def fails_in_a_process() -> None:
-    """Raises there."""
-    raise LookupError("there")
-
-
-def never_ends(path: str) -> None:
-    """Says that it has begun, and goes on."""
-    in_a_process(path)
-    threading.Event().wait()
-
-
-async def test_a_function_in_a_process(env: Env, tmp_path: Any) -> None:
-    """Sync or async, with its arguments; what it raises comes back."""
-    file = tmp_path / "pids"
-    for func in (in_a_process, async_in_a_process):
-        await drive(env.app(answering(BackgroundTask(options(func, executor="process"), str(file)))))
-    await drive(env.app(answering(BackgroundTask(options(in_a_process, executor="process"), str(file), times=2))))
-    pids = {int(line) for line in file.read_text().split()}
-    assert len(file.read_text().split()) == 4
-    assert os.getpid() not in pids
-    r = await drive(env.app(answering(BackgroundTask(options(fails_in_a_process, executor="process")))))
-    assert isinstance(r.exc, LookupError)
-    assert [run.info.executor for run in env.seen.runs()] == ["process"] * 4
-
-
-async def test_a_process_that_overruns_is_killed(env: Env, clock: VirtualClock, tmp_path: Any) -> None:
-    """So nothing is left behind, and it may be tried again."""
-    file = tmp_path / "pids"
-    file.touch()
-    func = options(never_ends, executor="process", timeout=5, retry=Retry(attempts=2, wait_initial=0))
-    async with anyio.create_task_group() as group:
-        group.start_soon(drive, env.app(answering(BackgroundTask(func, str(file)))))
-        for attempt in (1, 2):
-            with anyio.fail_after(15):
-                while len(file.read_text().split()) < attempt:  # noqa: ASYNC110  # the other process says so
-                    await anyio.sleep(0.01)
-            clock.advance(5)
-            if attempt == 1:
-                await clock.until_waiting()
-                clock.advance(0)
-    assert [event.attempt for event in env.seen.of(TimedOut)] == [2]
-    assert env.seen.of(Abandoned) == []
-    for pid in file.read_text().split():
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(pid), 0)
-
-
-async def test_what_cannot_be_pickled_is_refused_when_it_is_added() -> None:
-    """By the argument's name, never its value; the handler may answer."""
-    recorder = Recorder()
-    app = FastAPI()
-
-    @app.get("/")
-    async def endpoint(tasks: Injected) -> Any:
-        try:
-            tasks.add_task(options(in_a_process, executor="process"), "path", times=threading.Lock())
-        except NotSerializable as error:
-            return JSONResponse(str(error), 500)
-        return "accepted"
-
-    chosen = Settings(metrics_path=None, registry=CollectorRegistry())
-    app.add_middleware(AftertaskMiddleware, settings=chosen, signals=[recorder])
-    r = await drive(app)
-    assert b"argument 'times' (lock) cannot be pickled" in r.body
-    assert [event.reason for event in recorder.of(Rejected)] == ["not_serializable"]
-
-
-async def test_a_local_function_is_refused_at_hand_over(env: Env) -> None:
-    """Told, logged, and not run."""
-
-    def local() -> None: ...
-
-    r = await drive(env.app(answering(BackgroundTask(options(local, executor="process")))))
-    assert r.exc is None
-    assert [event.reason for event in env.seen.of(Rejected)] == ["not_serializable"]
 
 
 async def test_the_stack_of_a_failure_in_a_thread_begins_with_the_task(env: Env) -> None:

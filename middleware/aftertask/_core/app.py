@@ -17,8 +17,10 @@ from .emit import Emitter
 from .hooks import KEY, install
 from .lifecycle import Lifecycle
 from .limits import SharedThreads
-from .request import OWED, Parts, Request, Serving, serving_here
+from .request import OWED, Parts, Request
 from .resolver import Resolver
+from .schedule import Scheduler
+from .serve import Serving, serving_here
 from .shutdown import Shutdown
 
 C = TypeVar("C", bound=type)
@@ -55,8 +57,8 @@ class App:
         )
         self.shutdown = Shutdown(self.emit, drain_timeout=drain_timeout, report=shutdown_report)
         self._parts = Parts(
-            emit=self.emit,
-            resolver=self.resolver,
+            emit=emit,
+            scheduler=Scheduler(emit, self.resolver),
             lifecycle=Lifecycle(self.emit, self.resolver.threads),
             shutdown=self.shutdown,
             find_request_id=request_id,

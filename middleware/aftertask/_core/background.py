@@ -47,17 +47,46 @@ class Work:
 class BareCallable(BackgroundTask):
     """Stands in for a background that is some other awaitable callable while its response is sent."""
 
-    users = 0  # requests that send the response now
+    def __init__(self, func: Callable[[], Awaitable[object]]) -> None:
+        self.bare = func
+        self._users = 0  # requests that send the response now
 
     async def __call__(self) -> None:
         """Await it, as the response would."""
-        await self.func()
+        await self.bare()
+
+    @classmethod
+    def stand_in(cls, response: Any) -> BareCallable | None:
+        """
+        Take the place of such a background in a response; None if it has another one, or does not allow it.
+
+        Several requests may send one response at the same time: they share the stand-in, and the last one removes it.
+        """
+        background, _ = background_of(response)
+        if isinstance(background, BareCallable):
+            bare = background
+        elif background is None or isinstance(background, BackgroundTask) or not callable(background):
+            return None
+        else:
+            bare = cls(background)
+            try:
+                response.background = bare
+            except AttributeError:
+                return None
+        bare._users += 1
+        return bare
+
+    def leave(self, response: Any) -> None:
+        """A request has sent the response."""
+        self._users -= 1
+        if not self._users and background_of(response)[0] is self:
+            response.background = self.bare
 
 
 def work_of(target: Any) -> Work:
     """A task as work; a user's container or task class is called as a whole."""
     if isinstance(target, BareCallable):
-        return Work(target, target.func, (), {}, True, target)
+        return Work(target, target.bare, (), {}, True, target)
     if not isinstance(target, BackgroundTask):
         return Work(target, target, (), {}, True, target)
     if owner_of_call(target) is not BackgroundTask:

@@ -28,8 +28,19 @@ from starlette.responses import Response
 from .._log import log
 from .._taskrun import TaskRun, running
 from ..errors import NotSerializable, QueueFull
-from .background import BareCallable, Work, background_of, call_function, is_container, is_starlettes, owner_of_call, work_of
-from .request import COMPONENT, OWED, Owed, Request, Serving, serving_here
+from .background import (
+    BareCallable,
+    Work,
+    background_of,
+    call_function,
+    is_container,
+    is_starlettes,
+    owner_of_call,
+    work_of,
+)
+from .request import OWED, Request
+from .serve import Serving, serving_here
+from .waiting import Owed
 
 T = TypeVar("T")
 
@@ -54,8 +65,9 @@ def _hook_response(owner: type, original: Callable[..., Awaitable[None]]) -> Cal
         if request is None or scope is None:
             # Not ours: maybe another app's response, in a request that one of our tasks makes in this process.
             with _OutsideOfAnyRequest():
-                return await original(self, *args, **kwargs)
-        bare = _guarded(request, "response", _stand_in, self)
+                await original(self, *args, **kwargs)
+            return
+        bare = _guarded(request, "response", BareCallable.stand_in, self)
         serving = _guarded(request, "response", _respond, request, self, scope)
         outer = serving_here.get()
         serving_here.set(serving)
@@ -63,9 +75,11 @@ def _hook_response(owner: type, original: Callable[..., Awaitable[None]]) -> Cal
             await original(self, *args, **kwargs)
         finally:
             serving_here.set(outer)
-            _guarded(request, "end of the response", _take_away, bare, self)
+            if bare is not None:
+                _guarded(request, "end of the response", bare.leave, self)
             if serving is not None:
-                _guarded(request, "end of the response", request.responded, serving, sys.exception())
+                serving.computed = False  # the context may outlive the response
+            _guarded(request, "end of the response", request.responded, sys.exception())
         owed = scope.get(OWED)
         if isinstance(owed, Owed) and request.is_closed:  # this was the error response
             await request.compensate(owed)
@@ -75,35 +89,9 @@ def _hook_response(owner: type, original: Callable[..., Awaitable[None]]) -> Cal
 
 def _respond(request: Request, response: Response, scope: MutableMapping[str, Any]) -> Serving:
     _keep_outermost()
-    return request.respond(response, scope)
-
-
-def _stand_in(response: Response) -> BareCallable | None:
-    """
-    Replace a background that is no `BackgroundTask` while the response is sent, so that its call is seen.
-
-    Several requests may send one response at the same time: they share the stand-in, and the last one removes it.
-    """
-    background, _ = background_of(response)
-    if isinstance(background, BareCallable):
-        bare = background
-    elif background is None or isinstance(background, BackgroundTask) or not callable(background):
-        return None
-    else:
-        bare = BareCallable(background)
-        try:
-            response.background = bare
-        except AttributeError:  # a class that does not allow it: this background is not observed
-            return None
-    bare.users += 1
-    return bare
-
-
-def _take_away(bare: BareCallable | None, response: Response) -> None:
-    if bare is not None:
-        bare.users -= 1
-        if not bare.users and background_of(response)[0] is bare:
-            response.background = bare.func
+    background, computed = background_of(response)
+    request.respond(None if computed else background, scope)
+    return Serving(request, response, computed=computed)
 
 
 # --- 2. tasks
@@ -114,21 +102,31 @@ def _hook_task(owner: type, original: Callable[[Any], Awaitable[None]]) -> Calla
     async def __call__(self: BackgroundTask) -> None:
         run = running.get()
         if run is not None and run.outcome is None:
-            if run.target is self and owner is owner_of_call(self):
-                return await _call_through(original, self, run)
-            # A task of its own that calls `super().__call__()` has its function as a child.
-            if isinstance(self, BackgroundTasks) and owner is not owner_of_call(self):
-                return await original(self)
-            if is_container(self) or not isinstance(run.request, Request):
-                return await original(self)
-            call = functools.partial(_call_through, original, self, run)
-            return await run.request.child(_child_work(self), run, call)
+            await _call_in_run(owner, original, self, run)
+            return
         serving = serving_here.get()
         if serving is None or not serving.carries(self):
-            return await original(self)
-        await serving.request.run(self, serving, functools.partial(_run_container, original, self, serving.request))
+            await original(self)
+            return
+        await serving.run(self, functools.partial(_run_container, original, self, serving.request))
 
     return __call__
+
+
+async def _call_in_run(
+    owner: type, original: Callable[[Any], Awaitable[None]], task: BackgroundTask, run: TaskRun
+) -> None:
+    """A task is called inside a run: it is the run's own, or a child of it."""
+    is_outermost = owner is owner_of_call(task)
+    if run.target is task and is_outermost:
+        await _call_through(original, task, run)
+    elif isinstance(task, BackgroundTasks) and (is_container(task) or not is_outermost):
+        await original(task)  # whose tasks come back here one by one
+    elif isinstance(run.request, Request):
+        # Also for a task class of the user's that calls `super().__call__()`: its function is the child.
+        await run.request.child(_child_work(task), run, functools.partial(_call_through, original, task, run))
+    else:
+        await original(task)
 
 
 def _child_work(task: BackgroundTask) -> Work:
@@ -160,11 +158,11 @@ async def _call_through(original: Callable[[Any], Awaitable[None]], task: Backgr
     """Call what was there before the hook; OpenTelemetry's own span is left out where it would double ours."""
     request = run.request
     tracer = _opentelemetrys_tracer(original)
-    if tracer is not None and isinstance(request, Request) and run.info.trace != "none":
-        if request.same_provider(tracer):
-            await call_function(task)
-            return
-    await original(task)
+    is_doubled = isinstance(request, Request) and tracer is not None and request.same_provider(tracer)
+    if is_doubled and run.info.trace != "none":
+        await call_function(task)
+    else:
+        await original(task)
 
 
 def _opentelemetrys_tracer(function: object) -> object:
@@ -302,17 +300,17 @@ class _Installed:
         for owner in _tree(root):
             self.patch(owner, "__call__", hook)
 
-    def patch_future(self, root: type, hook: Hook) -> None:
+    def patch_future(self, root: Any, hook: Hook) -> None:
         """Patch `__call__` of the subclasses that are still to come."""
         if "__init_subclass__" in vars(root):  # a Starlette that has one of its own: the self-check reports it
             return
 
-        def __init_subclass__(cls: type, **kwargs: Any) -> None:
+        def __init_subclass__(cls: Any, /, **kwargs: Any) -> None:
             super(root, cls).__init_subclass__(**kwargs)
             self.patch(cls, "__call__", hook)
 
         self.hooks.add(__init_subclass__)
-        setattr(root, "__init_subclass__", classmethod(__init_subclass__))  # noqa: B010  # mypy knows no such assignment
+        root.__init_subclass__ = classmethod(__init_subclass__)
         self.undo.append(lambda: delattr(root, "__init_subclass__"))
 
 
@@ -336,7 +334,8 @@ def install() -> None:
         _installed.patch(owner, "add_task", _hook_add_task)
     missing = list(_check(_installed))
     if missing:
-        log("error", "hooks.incomplete", missing=[what for what, _ in missing], not_seen=[unseen for _, unseen in missing])
+        unseen = dict(missing)
+        log("error", "hooks.incomplete", missing=list(unseen), not_seen=sorted(set(unseen.values())))
 
 
 def uninstall() -> None:
@@ -350,8 +349,9 @@ def uninstall() -> None:
 
 def _tree(root: type) -> Iterator[type]:
     yield root
-    for cls in root.__subclasses__():
-        yield from _tree(cls)
+    subclasses: list[type] = root.__subclasses__()
+    for subclass in subclasses:
+        yield from _tree(subclass)
 
 
 def _check(installed: _Installed) -> Iterator[tuple[str, str]]:

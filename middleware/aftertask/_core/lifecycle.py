@@ -153,18 +153,18 @@ class Lifecycle:
         timeout = run.info.timeout
         if timeout is None or run.observed_only:
             return await self._execute(run)
-        cancellation: BaseException | None = None
+        cancelled: list[BaseException] = []
         try:
-            with _clock.move_on_after(timeout):
+            with _clock.move_on_after(timeout) as scope:
                 try:
                     return await self._execute(run)
                 except anyio.get_cancelled_exc_class() as error:
-                    cancellation = error  # its traceback shows where the task was
+                    cancelled.append(error)  # its traceback shows where the task was
                     raise
-            run.passed_timeout = True
-            raise TaskTimeout(f"{run.task} did not finish within its timeout of {timeout:g} s") from cancellation
+            run.passed_timeout = scope.cancelled_caught
+            raise TaskTimeout(f"{run.task} did not finish within its timeout of {timeout:g} s") from cancelled[0]
         finally:
-            del cancellation  # a traceback that holds this frame would be a reference cycle
+            cancelled.clear()  # a traceback that holds this frame would be a reference cycle
 
     async def _execute(self, run: Run) -> object:
         """Call the function on the loop, in a thread or in a process."""

@@ -86,7 +86,7 @@ def on_termination(part: Terminating) -> None:
     _terminating = (*_terminating, part)
     for number in _SIGNALS:
         before = signal.getsignal(number)
-        # None: installed by code that is not Python, so it cannot be called. An ignored signal does not end the process.
+        # None: installed by code that is not Python, and cannot be called. An ignored signal does not end the process.
         if before not in (None, signal.SIG_IGN) and not isinstance(before, _ChainedHandler):
             signal.signal(number, _ChainedHandler(before))
 

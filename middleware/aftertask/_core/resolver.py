@@ -132,14 +132,13 @@ class Resolver:
                 policy = self._book.policy(name, call_policy, None if entry is None else entry.policy)
                 registered = entry is not None or self._book.names(name)
                 executor = "inline" if whole else executor_of(func, policy)
-                resolved = self._by_name[key] = self._make(policy.name or name, code, executor, policy, registered, whole)
+                info = self._info(policy.name or name, code, executor, policy, registered)
+                resolved = self._by_name[key] = self._make(info, policy, whole)
         return resolved
 
-    def _make(
-        self, task: str, code: str, executor: str, policy: Policy, registered: bool, whole: bool
-    ) -> ResolvedTask:
-        info = self._info(task, code, executor, policy, registered)
-        if executor == "thread" and not info.shares_threads:
+    def _make(self, info: TaskInfo, policy: Policy, whole: bool) -> ResolvedTask:
+        own_thread = info.executor == "thread" and not info.shares_threads
+        if own_thread:
             self._emitter.pool_known(self.threads, threads=True)
         if policy.observe is not False:
             self._emitter.task_known(info)
@@ -149,12 +148,12 @@ class Resolver:
             info=info,
             observe=policy.observe is not False,
             retry=None if whole else policy.retry,
-            limiter=None if limit is None else self._limiter(limit, task),
+            limiter=None if limit is None else self._limiter(limit, info.task),
             max_waiting=self._max_waiting if own_max_waiting is None else own_max_waiting,
             expires=policy.expires,
             run_on_error=policy.run_on_error is True,
             idempotent=policy.idempotent is True,
-            own_thread=executor == "thread" and not info.shares_threads,
+            own_thread=own_thread,
             on_error=policy.on_error,
         )
 
@@ -186,7 +185,7 @@ class Resolver:
             yield task, self._book.policy(task, None, declared.get(task))
 
     def _limiter(self, limit: int | Limit, task: str) -> Limiter:
-        """The limiter of a limit: that of a number belongs to this app's task, that of a `Limit` to all who share it."""
+        """A number's limiter belongs to this app's task, that of a `Limit` to all tasks that share it."""
         if isinstance(limit, Limit):
             limiter = _shared_limiters.of(limit)
         else:

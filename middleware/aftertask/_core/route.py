@@ -1,58 +1,160 @@
-"""The template of the route that serves a request, with the prefixes it is mounted under; never a raw path."""
+"""The template of the route that serves a request, as the app's OpenAPI shows it; never a raw path."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+import re
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from starlette.routing import Router
 
-def route_path(scope: MutableMapping[str, Any]) -> str:
+from ..tasks import attribute
+
+#: Apps within apps, or middleware around an app, are followed no deeper than this: they may contain themselves.
+_DEEPEST = 10
+
+
+def http_route(scope: Mapping[str, Any]) -> str | None:
+    """
+    The template of the route that serves a request: `/shop/orders/{id}`, with the prefixes of routers and mounts.
+
+    Path converters are left out: `/files/{name}` for `/files/{name:path}`. An app that is mounted and shows no routes
+    serves `/prefix/{path}`.
+
+    Returns:
+        None if no route matched, or if the route is inside an app whose routes cannot be seen.
+    """
+    router, endpoint = scope.get("router"), scope.get("endpoint")  # the outermost router, the innermost endpoint
+    if endpoint is None or not isinstance(router, Router):
+        return None
+    root_path = scope.get("app_root_path", scope.get("root_path", ""))  # as it was before mounts added to it
+    return _table_of(router).template(router, endpoint, _relative(scope["path"], root_path))
+
+
+def route_path(scope: Mapping[str, Any]) -> str:
     """The path relative to the root path that the app is mounted or served under."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    return path[len(root) :] if root and path.startswith(root) else path
+    return _relative(scope["path"], scope.get("root_path", ""))
 
 
-def http_route(scope: MutableMapping[str, Any]) -> str | None:
-    """`/orders/{id}`; None where no route has matched."""
-    telemetry = scope.get("fastapi.telemetry")
-    route = getattr(telemetry, "route", None)  # FastAPI has put mounts and routers together already
-    if route is None:
-        path = getattr(scope.get("route"), "path_format", None) or getattr(scope.get("route"), "path", None)
-        if path is not None:
-            return _mounted(scope) + str(path)
-        # Before 0.47 Starlette does not say which route it was.
-        path = scope["path"].removeprefix(scope.get("app_root_path", ""))
-        route = _found(scope.get("endpoint"), getattr(scope.get("app"), "routes", None), path)
-    return None if route is None else str(route)
+def _relative(path: str, root_path: str) -> str:
+    # A proxy may have removed the root path already; `/apiary` is not below `/api`.
+    rest = path.removeprefix(root_path)
+    return rest if rest.startswith("/") or path == root_path else path
 
 
-def _found(endpoint: object, routes: Iterable[Any] | None, path: str) -> str | None:
-    """The route of this endpoint for this path, looked up in an app's routes and mounts."""
-    for route in routes or ():
-        pattern = getattr(route, "path_regex", None)
-        match = None if pattern is None else pattern.match(path)
-        if match is None:
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """
+    One way to reach an endpoint.
+
+    Attributes:
+        text: The whole template.
+        mounts: Patterns of the mounts around the route, the outermost first; each leaves the rest of the path.
+        pattern: That of the route.
+    """
+
+    text: str
+    mounts: tuple[re.Pattern[str], ...]
+    pattern: re.Pattern[str]
+
+    def matches(self, path: str) -> bool:
+        """Whether it leads from this path to the endpoint."""
+        for mount in self.mounts:
+            found = mount.match(path)
+            if found is None:
+                return False
+            path = f"/{found['path']}"
+        return self.pattern.match(path) is not None
+
+
+class _Table:
+    """
+    The templates of all endpoints below one router.
+
+    A walk through all routes takes too long to be done for each request: 1 ms for 500 routes in included routers. It is
+    done again when an endpoint is not found, as routes may be added at any time.
+    """
+
+    def __init__(self) -> None:
+        # By identity: an endpoint may be any callable, hashable or not. The table must not keep the app alive, which
+        # the endpoints often refer to.
+        self._templates: dict[int, list[_Template]] = {}
+        self._unknown: set[int] = set()
+
+    def template(self, router: Router, endpoint: object, path: str) -> str | None:
+        """The template of the first route that leads to this endpoint."""
+        found = self._find(endpoint, path)
+        if found is None and id(endpoint) not in self._unknown:
+            self._read(router)
+            found = self._find(endpoint, path)
+            if found is None:
+                self._unknown.add(id(endpoint))
+        return found
+
+    def _find(self, endpoint: object, path: str) -> str | None:
+        templates = self._templates.get(id(endpoint), ())
+        return next((template.text for template in templates if template.matches(path)), None)
+
+    def _read(self, router: Router) -> None:
+        templates: dict[int, list[_Template]] = {}
+        for endpoint, template in _walk(router.routes):
+            templates.setdefault(id(endpoint), []).append(template)
+        self._templates = templates
+
+
+#: By the router's identity: Starlette's routers cannot be hashed.
+_tables: dict[int, _Table] = {}
+
+
+def _table_of(router: Router) -> _Table:
+    table = _tables.get(id(router))
+    if table is None:
+        table = _tables[id(router)] = _Table()
+        weakref.finalize(router, _tables.pop, id(router), None).atexit = False
+    return table
+
+
+def _walk(
+    routes: Iterable[Any], prefix: str = "", mounts: tuple[re.Pattern[str], ...] = (), depth: int = 0
+) -> Iterator[tuple[object, _Template]]:
+    """Every endpoint below these routes with its template, in the order in which the router tries them."""
+    if depth > _DEEPEST:
+        return
+    for route in _with_included(routes):
+        pattern: re.Pattern[str] | None = getattr(route, "path_regex", None)
+        text = f"{prefix}{getattr(route, 'path_format', '')}"
+        endpoint = getattr(route, "endpoint", None)
+        if endpoint is not None:
+            if pattern is not None:
+                yield endpoint, _Template(text, mounts, pattern)
             continue
-        if endpoint is not None and getattr(route, "endpoint", None) is endpoint:
-            return str(route.path)
-        rest = match.groupdict().get("path")
-        below = None if rest is None else _found(endpoint, getattr(route, "routes", None), f"/{rest}")
-        if below is not None:
-            return f"{route.path}{below}"
-    return None
+        below = _routes_below(route)
+        if pattern is None:  # a Host, which matches no part of the path
+            yield from _walk(below, prefix, mounts, depth + 1)
+        elif below:
+            yield from _walk(below, text.removesuffix("/{path}"), (*mounts, pattern), depth + 1)
+        else:
+            yield getattr(route, "app", None), _Template(text, mounts, pattern)
 
 
-def _mounted(scope: MutableMapping[str, Any]) -> str:
-    """
-    The path of the mounts around the route.
+def _with_included(routes: Iterable[Any]) -> Iterable[Any]:
+    """Each route with its whole path: since 0.137, FastAPI keeps included routers as they are, without the prefix."""
+    # Not imported: FastAPI need not be installed. 0.137.0 and 0.137.1 have no public way to find the prefix.
+    iter_route_contexts: Callable[[Iterable[Any]], Iterable[Any]] | None = getattr(
+        sys.modules.get("fastapi.routing"), "iter_route_contexts", None
+    )
+    return routes if iter_route_contexts is None else iter_route_contexts(routes)
 
-    The scope holds it as it was requested; where a mount has parameters, their values are put back into `{name}`.
-    """
-    root: str = scope.get("root_path", "")
-    prefix = root.removeprefix(scope.get("app_root_path", root)).rstrip("/")
-    params: Mapping[str, Any] = scope.get("path_params") or {}
-    if not prefix or not params:
-        return prefix
-    names = {str(value): name for name, value in params.items()}
-    return "/".join(f"{{{names[part]}}}" if part in names else part for part in prefix.split("/"))
+
+def _routes_below(route: Any) -> Sequence[Any]:
+    """The routes of a mounted app, also where middleware is around it."""
+    routes: Any = getattr(route, "routes", None)
+    app: Any = getattr(route, "app", None)
+    for _ in range(_DEEPEST):
+        if routes or app is None:
+            break
+        routes, app = attribute(app, "routes"), attribute(app, "app")
+    return routes if isinstance(routes, Sequence) else ()

@@ -1,0 +1,133 @@
+"""Where the code is in serving a request, and the running of its backgrounds."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
+from typing import Any
+
+from .. import _clock
+from .background import background_of, is_container, leaves, sort_by_priority, work_of
+from .batch import Batch
+from .request import Request
+from .run import Run
+
+Loop = Callable[[], Awaitable[None]]
+
+
+class Serving:
+    """
+    Where this code is in serving a request; kept in a context variable.
+
+    Attributes:
+        request: The request.
+        response: The response that is being sent here; None outside of one.
+        computed: Whether the response's class computes its background, so that any task called here is its own.
+        batch: The batch that runs here; None outside of one.
+        background: The background whose runs the batch holds.
+    """
+
+    __slots__ = ("background", "batch", "computed", "request", "response")
+
+    def __init__(self, request: Request, response: object = None, *, computed: bool = False) -> None:
+        self.request = request
+        self.response = response
+        self.computed = computed
+        self.batch: Batch | None = None
+        self.background: object = None
+
+    def carries(self, task: object) -> bool:
+        """Whether a task that is called here belongs to the request."""
+        if self.batch is not None or self.computed:
+            return True
+        if self.response is not None and background_of(self.response)[0] is task:
+            return True
+        return self.request.has_scheduled(task)
+
+    async def run(self, task: Any, loop: Loop) -> None:
+        """
+        The framework, or user code in its place, calls a task or a container of the request.
+
+        Args:
+            task: What is called.
+            loop: Runs a container, whose tasks come back here one by one.
+        """
+        if self.batch is not None:
+            await (loop() if is_container(task) else self._run_one(task, self.batch))
+            return
+        self.request.begin_batch()
+        shutdown = self.request.parts.shutdown
+        if shutdown.supervises:
+            await shutdown.supervise(lambda: self._run_supervised(task, loop))
+        else:
+            await self._run_batch(task, loop)
+
+    async def _run_supervised(self, background: Any, loop: Loop) -> None:
+        """Run a batch in a task that may outlive the request."""
+        owed = None
+        try:
+            await self._run_batch(background, loop)
+        finally:
+            owed = self.request.responded(None)
+        if owed is not None:
+            await self.request.compensate(owed)
+
+    async def _run_batch(self, background: Any, loop: Loop) -> None:
+        """Run a background: a framework's container by its own loop, anything else as one run."""
+        here = Serving(self.request, self.response, computed=self.computed)
+        batch = here.batch = Batch(self.request.parts.lifecycle)
+        here.background = background
+        outer = serving_here.get()
+        serving_here.set(here)
+        error: BaseException | None = None
+        total = self._begin(background)
+        try:
+            await (loop() if is_container(background) else here._run_one(background, batch))
+        except BaseException as raised:
+            error = raised
+        try:
+            await batch.finish(total, error)
+        finally:
+            here.batch = None  # the context may outlive the batch
+            serving_here.set(outer)
+            self.request.end_batch(batch, background, error)
+            del error  # its traceback holds this frame
+
+    def _begin(self, background: Any) -> int:
+        """A batch starts; returns the number of its runs."""
+        self.request.parts.batch_started()
+        waiting = self.request.waiting.all()
+        if self.response is None:  # user code is the caller: no policy applies
+            for run in waiting:
+                run.observed_only = run.observed_only or run.background is background or run.target is background
+        else:
+            self.request.mark_early()
+        if is_container(background) and any(run.info.priority for run in waiting):
+            sort_by_priority(background, self.request.priority_of)
+        return sum(1 for _ in leaves(background))
+
+    async def _run_one(self, task: Any, batch: Batch) -> None:
+        run = self.request.waiting.take(task) or self._schedule_late(task)
+        if run is None:
+            if id(task) not in self.request.refused:  # not observed
+                await work_of(task).call()
+            return
+        try:
+            await batch.run(run)
+        finally:
+            if run.outcome is None and not run.attempt:  # cancelled before its turn: the end of the batch decides why
+                self.request.waiting.put_back(run)
+
+    def _schedule_late(self, task: Any) -> Run | None:
+        """Schedule a task that was added, or served again, without being seen before its turn."""
+        if id(task) in self.request.refused:
+            return None
+        run = self.request.schedule_or_refuse(task, self.background)
+        if run is not None:
+            run.queued_s = _clock.monotonic()
+            run.observed_only = self.response is None
+        return run
+
+
+#: Context variables leak (CPython #140947), so this alone decides nothing: `Serving.carries` goes by identity.
+serving_here: ContextVar[Serving | None] = ContextVar("aftertask_serving", default=None)

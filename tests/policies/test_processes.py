@@ -1,0 +1,388 @@
+"""`executor="process"`: what crosses to a worker process, and what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+from fastapi import BackgroundTasks as Injected
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry
+from starlette.background import BackgroundTask
+
+from aftertask import AftertaskMiddleware, Retry, Settings, options
+from aftertask.errors import NotSerializable, ProcessTaskError
+from aftertask.events import Abandoned, Failed, Rejected, Succeeded, TimedOut
+from aftertask.testing import Recorder, VirtualClock
+from kit import Env, answering, drive
+
+pytestmark = pytest.mark.anyio
+
+# Every test that runs a worker starts one, which takes a second: what is the same on both backends is tested on one.
+on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])
+
+
+def note(path: str, text: str) -> None:
+    """Append a line to a file."""
+    with open(path, "a") as file:
+        file.write(f"{text}\n")
+
+
+def note_pid(path: str, *, times: int = 1) -> None:
+    """Write down in which process this runs."""
+    for _ in range(times):
+        note(path, str(os.getpid()))
+
+
+async def note_pid_async(path: str) -> None:
+    """The same, async."""
+    await anyio.lowlevel.checkpoint()
+    note_pid(path)
+
+
+async def note_backend(path: str) -> None:
+    """Write down on which kind of event loop this runs."""
+    note(path, anyio.get_cancelled_exc_class().__module__.partition(".")[0])
+
+
+async def drive_in_process(env: Env, func: Any, *args: Any, **policy: Any) -> Failed | Succeeded:
+    """Run a function in a worker process; how its run ended."""
+    await drive(env.app(answering(BackgroundTask(options(func, executor="process", **policy), *args))))
+    event = env.seen.events[-1]
+    assert isinstance(event, (Failed, Succeeded)), event
+    return event
+
+
+async def failure_in_process(env: Env, func: Any, *args: Any, **policy: Any) -> Failed:
+    """The same, for one that fails."""
+    event = await drive_in_process(env, func, *args, **policy)
+    assert isinstance(event, Failed)
+    return event
+
+
+async def test_a_function_runs_in_another_process(env: Env, tmp_path: Path, anyio_backend_name: str) -> None:
+    """Sync or async, with its arguments; an async one on an event loop of the app's kind."""
+    file = tmp_path / "pids"
+    await drive_in_process(env, note_pid, str(file))
+    await drive_in_process(env, note_pid_async, str(file))
+    await drive(env.app(answering(BackgroundTask(options(note_pid, executor="process"), str(file), times=2))))
+    pids = file.read_text().split()
+    assert len(pids) == 4
+    assert str(os.getpid()) not in pids
+    assert [run.info.executor for run in env.seen.runs()] == ["process"] * 3
+    await drive_in_process(env, note_backend, str(file))
+    assert file.read_text().split()[-1] == anyio_backend_name
+
+
+# --- exceptions
+
+
+class PaymentError(Exception):
+    """Cannot be rebuilt from its `args`."""
+
+    def __init__(self, code: int, detail: str) -> None:
+        super().__init__(f"{code}: {detail}")
+
+
+class CardError(PaymentError):
+    """A more special one."""
+
+
+class CodeError(Exception):
+    """Is rebuilt with another message."""
+
+    def __init__(self, code: object) -> None:
+        super().__init__(f"code {code}")
+
+
+def pay(path: str | None = None) -> None:
+    """A task that fails, several calls deep."""
+    if path is not None:
+        note_pid(path)
+    charge()
+
+
+def charge() -> None:
+    """Where it really fails."""
+    raise CardError(402, "no card")
+
+
+def look_up() -> None:
+    """A task that fails with an exception that can be rebuilt."""
+    find()
+
+
+def find() -> None:
+    """Where that fails; with a cause."""
+    try:
+        {}["order"]
+    except KeyError as error:
+        raise LookupError("no such order") from error
+
+
+async def look_up_async() -> None:
+    """The same, async."""
+    await anyio.lowlevel.checkpoint()
+    find()
+
+
+def raise_code() -> None:
+    """Fail with a message that would be built twice."""
+    raise CodeError(7)
+
+
+@on_asyncio
+async def test_a_failure_is_the_tasks_own_exception(env: Env) -> None:
+    """Its class and text, and where tracebacks are printed the stack of the worker, causes included."""
+    for func in (look_up, look_up_async):
+        event = await failure_in_process(env, func)
+        assert (type(event.error), str(event.error)) == (LookupError, "no such order")
+        assert (event.failure.type, event.failure.message) == ("LookupError", "no such order")
+        printed = "".join(traceback.format_exception(event.error))
+        for text in (event.failure.stack, printed):
+            assert f"in {func.__name__}\n" in text
+            assert "in find\n" in text
+            assert "KeyError: 'order'" in text
+
+
+@on_asyncio
+async def test_an_exception_that_cannot_be_rebuilt_keeps_class_text_and_stack(env: Env) -> None:
+    """It is raised as `ProcessTaskError`; every signal sees the class it had in the worker."""
+    for func, kind, message, frame in (
+        (pay, CardError, "402: no card", "charge"),
+        (raise_code, CodeError, "code 7", "raise_code"),
+    ):
+        event = await failure_in_process(env, func)
+        assert isinstance(event.error, ProcessTaskError)
+        assert event.failure.type == f"{kind.__module__}.{kind.__qualname__}"
+        assert event.failure.message == str(event.error) == message
+        assert event.failure.stack.splitlines()[-1].endswith(message)
+        assert f"in {frame}\n" in "".join(traceback.format_exception(event.error))
+
+
+@on_asyncio
+async def test_the_stack_begins_with_the_task(env: Env) -> None:
+    """Neither our frames nor anyio's are in it."""
+    for func, frames in ((pay, ["pay", "charge"]), (note_pid_async, ["note_pid_async", "note_pid", "note"])):
+        error = (await failure_in_process(env, func, *([] if func is pay else ["/no/such/folder"]))).error
+        remote = error if isinstance(error, ProcessTaskError) else error.__cause__
+        assert isinstance(remote, ProcessTaskError)
+        lines = [line for line in remote.stack.splitlines() if line.startswith("  File ")]
+        assert [line.rpartition(" in ")[2] for line in lines] == frames
+
+
+@on_asyncio
+async def test_expected_and_retry_match_by_class_name(env: Env, tmp_path: Path) -> None:
+    """Also by the name of a base class, where the exception itself cannot be rebuilt."""
+    file = tmp_path / "pids"
+    retry = Retry(attempts=3, wait_initial=0, on=PaymentError)
+    event = await failure_in_process(env, pay, str(file), retry=retry, expected=PaymentError)
+    assert event.attempt == len(file.read_text().split()) == 3
+    assert not event.bad
+    event = await failure_in_process(env, pay, retry=Retry(wait_initial=0, on=CodeError), expected=CodeError)
+    assert event.attempt == 1
+    assert event.bad
+
+
+def exit_there() -> None:
+    """End the process, as a command-line tool does."""
+    sys.exit("bad option")
+
+
+def interrupt_there() -> None:
+    """What Ctrl+C raises."""
+    raise KeyboardInterrupt
+
+
+async def cancel_there() -> None:
+    """A cancellation of the task's own making."""
+    raise asyncio.CancelledError
+
+
+@on_asyncio
+async def test_what_would_end_the_server_fails_the_run_only(env: Env) -> None:
+    """`SystemExit`, `KeyboardInterrupt` and the task's own `CancelledError` stay in the worker; none is retried."""
+    names = []
+    for func in (exit_there, interrupt_there, cancel_there):
+        event = await failure_in_process(env, func, retry=Retry(wait_initial=0))
+        names.append((event.failure.type, event.attempt, event.bad))
+        assert f"in {func.__name__}\n" in event.failure.stack
+    assert names == [
+        ("SystemExit", 1, True),
+        ("KeyboardInterrupt", 1, True),
+        ("asyncio.exceptions.CancelledError", 1, True),
+    ]
+
+
+def die() -> None:
+    """End without a word, as a process that the kernel kills."""
+    os._exit(9)
+
+
+@on_asyncio
+async def test_a_process_that_dies_fails_the_run(env: Env, tmp_path: Path) -> None:
+    """The next run gets a new process."""
+    assert (await failure_in_process(env, die)).failure.type.endswith("BrokenWorkerProcess")
+    assert isinstance(await drive_in_process(env, note_pid, str(tmp_path / "pids")), Succeeded)
+
+
+# --- arguments and results
+
+
+def count(path: str) -> Any:
+    """Work whose result cannot be pickled."""
+    note_pid(path)
+    return (row for row in [1])
+
+
+@on_asyncio
+async def test_a_result_does_not_cross(env: Env, tmp_path: Path) -> None:
+    """Work whose result cannot be pickled has succeeded, and is not done again."""
+    file = tmp_path / "pids"
+    event = await drive_in_process(env, count, str(file), retry=Retry(wait_initial=0))
+    assert isinstance(event, Succeeded)
+    assert len(file.read_text().split()) == 1
+
+
+class Unreadable:
+    """Can be pickled, but not be rebuilt."""
+
+    def __setstate__(self, state: object) -> None:
+        raise pickle.UnpicklingError("written by a newer version")
+
+    def __getstate__(self) -> object:
+        return 1
+
+
+@on_asyncio
+async def test_an_argument_that_cannot_be_rebuilt_fails_the_run(env: Env) -> None:
+    """With the error of the worker, and its stack."""
+    event = await failure_in_process(env, print, Unreadable())
+    assert event.failure.message == "written by a newer version"
+    assert "in __setstate__\n" in event.failure.stack
+
+
+async def test_what_cannot_be_pickled_is_refused_when_it_is_added() -> None:
+    """The error names the argument, never its value; the handler may respond to it."""
+    recorder = Recorder()
+    app = FastAPI()
+
+    @app.get("/")
+    async def endpoint(tasks: Injected) -> Any:
+        try:
+            tasks.add_task(options(note_pid, executor="process"), "secret", times=threading.Lock())
+        except NotSerializable as error:
+            return JSONResponse(str(error), 500)
+        return "accepted"
+
+    chosen = Settings(metrics_path=None, registry=CollectorRegistry())
+    app.add_middleware(AftertaskMiddleware, settings=chosen, signals=[recorder])
+    r = await drive(app)
+    assert b"argument 'times' (lock) cannot be pickled" in r.body
+    assert b"secret" not in r.body
+    assert [event.reason for event in recorder.of(Rejected)] == ["not_serializable"]
+
+
+async def test_a_local_function_is_rejected_with_its_response(env: Env) -> None:
+    """A background of a response is checked when the response starts; the client gets its response."""
+
+    def local() -> None: ...
+
+    r = await drive(env.app(answering(BackgroundTask(options(local, executor="process")))))
+    assert (r.status, r.exc) == (200, None)
+    assert [event.reason for event in env.seen.of(Rejected)] == ["not_serializable"]
+
+
+# --- cancellation
+
+
+def never_ends(path: str) -> None:
+    """Write down that it has begun, and go on."""
+    note_pid(path)
+    threading.Event().wait()
+
+
+async def test_a_process_past_its_timeout_is_killed(env: Env, clock: VirtualClock, tmp_path: Path) -> None:
+    """Nothing is abandoned, so it may be tried again."""
+    file = tmp_path / "pids"
+    file.touch()
+    func = options(never_ends, executor="process", timeout=5, retry=Retry(attempts=2, wait_initial=0))
+    async with anyio.create_task_group() as group:
+        group.start_soon(drive, env.app(answering(BackgroundTask(func, str(file)))))
+        for attempt in (1, 2):
+            with anyio.fail_after(15):
+                while len(file.read_text().split()) < attempt:  # noqa: ASYNC110  # only the file tells
+                    await anyio.sleep(0.01)
+            clock.advance(5)
+            if attempt == 1:
+                await clock.until_waiting()
+                clock.advance(0)
+    assert [event.attempt for event in env.seen.of(TimedOut)] == [2]
+    assert env.seen.of(Abandoned) == []
+    for pid in file.read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
+# --- an app in the main module
+
+MAIN = """
+    from fastapi import BackgroundTasks, FastAPI
+    from prometheus_client import CollectorRegistry
+    from starlette.testclient import TestClient
+    from aftertask import AftertaskMiddleware, Settings, task
+
+    class PaymentError(Exception):
+        def __init__(self, code, detail):
+            super().__init__(f"{code}: {detail}")
+
+    class OrderError(Exception):
+        pass
+
+    @task(executor="process", expected=PaymentError)
+    def pay():
+        raise PaymentError(402, "no card")
+
+    @task(executor="process", expected=OrderError)
+    def order():
+        raise OrderError("sold out")
+
+    if __name__ == "__main__":
+        app, seen = FastAPI(), []
+        settings = Settings(registry=CollectorRegistry(), on_failure="contain")
+        app.add_middleware(AftertaskMiddleware, settings=settings, signals=[seen.append])
+
+        @app.get("/")
+        async def endpoint(tasks: BackgroundTasks):
+            tasks.add_task(pay)
+            tasks.add_task(order)
+
+        with TestClient(app) as client:
+            client.get("/")
+        for event in seen:
+            if type(event).__name__ == "Failed":
+                print(event.failure.type, event.bad, type(event.error).__name__)
+"""
+
+
+def test_the_classes_of_the_main_module_are_found(tmp_path: Path) -> None:
+    """A worker has the app's main module under another name; `expected` holds all the same."""
+    script = tmp_path / "app.py"
+    script.write_text(textwrap.dedent(MAIN))
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=18)
+    assert ended.stdout.splitlines() == [
+        "__main__.PaymentError False ProcessTaskError",
+        "__main__.OrderError False OrderError",
+    ], ended.stderr
