@@ -61,7 +61,7 @@ class Phase(enum.Enum):
 
     SCHEDULED = "nothing has been sent"
     RESPONDING = "the response has started"
-    SERVING = "the response is complete; its tasks run"
+    SERVING = "the last byte has been handed over; the tasks run"
     CLOSED = "the call of the app has returned"
 
 
@@ -134,12 +134,16 @@ class Request(RequestInfo):
 
         async def watched(message: Message) -> None:
             kind = message["type"]
+            is_last = kind in _BODIES and not message.get("more_body", False)
             if kind in _STARTS and self.waiting:
                 message = await self._admit(message)
+            elif is_last:
+                # Before it is sent: a middleware around us may go on with it before our `send` returns.
+                self._reach(Phase.SERVING)
             await send(message)
             if kind in _STARTS:
                 self._reach(Phase.RESPONDING)
-            elif kind in _BODIES and not message.get("more_body", False):
+            elif is_last:
                 self._complete()
 
         return watched
@@ -156,7 +160,6 @@ class Request(RequestInfo):
         return {**message, "headers": [*message.get("headers", ()), header]}
 
     def _complete(self) -> None:
-        self._reach(Phase.SERVING)
         if self._early is not None:
             self._hazard(self._early, "started_early", _EARLY)
             self._early = None

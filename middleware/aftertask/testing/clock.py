@@ -106,7 +106,7 @@ class VirtualClock:
     def __enter__(self) -> VirtualClock:
         self._real = _clock.monotonic, _clock.timestamp, _clock.sleep, _clock.move_on_after
         _clock.monotonic, _clock.timestamp = self.monotonic, self.timestamp
-        _clock.sleep, _clock.move_on_after = self.sleep, self.move_on_after
+        _clock.sleep, _clock.move_on_after = self.sleep, self.move_on_after  # type: ignore[assignment]  # it swallows
         return self
 
     def __exit__(
