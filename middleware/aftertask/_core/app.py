@@ -64,6 +64,7 @@ class App:
             find_request_id=request_id,
             keeps_context=keeps_context,
             run_ids_header=run_ids_header,
+            wants_start=bool(emit.admissions) or run_ids_header is not None,
             batch_started=self._batch_started,
         )
         self._threads: SharedThreads | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from threading import get_ident
 from types import FunctionType
@@ -89,26 +89,26 @@ def work_of(target: Any) -> Work:
         return Work(target, target.bare, (), {}, True, target)
     if not isinstance(target, BackgroundTask):
         return Work(target, target, (), {}, True, target)
-    if owner_of_call(target) is not BackgroundTask:
+    if owner_of_call(type(target)) is not BackgroundTask:
         return Work(target, type(target), (), {}, True, target)
     return Work(target, target.func, target.args, target.kwargs, False, lambda: call_task(target))
 
 
 def is_container(value: object) -> TypeGuard[BackgroundTasks]:
     """Whether this is a container whose tasks are run by the framework's own loop."""
-    if type(value) is BackgroundTask or not isinstance(value, BackgroundTasks):
+    if not isinstance(value, BackgroundTasks):
         return False
-    owner = owner_of_call(value)
+    owner = owner_of_call(type(value))
     return (owner.__module__, owner.__name__) in _CONTAINERS
 
 
-def leaves(background: object) -> Iterator[object]:
+def leaves(background: object) -> list[object]:
     """The tasks inside a background: a framework's container is its leaves, anything else is one."""
-    if is_container(background):
-        for task in background.tasks:
-            yield from leaves(task)
-    else:
-        yield background
+    if not is_container(background):
+        return [background]
+    if all(type(task) is BackgroundTask for task in background.tasks):
+        return list(background.tasks)
+    return [leaf for task in background.tasks for leaf in leaves(task)]
 
 
 def sort_by_priority(container: BackgroundTasks, priority_of: Callable[[object], int]) -> int:
@@ -174,6 +174,9 @@ def _call_in_thread(task: BackgroundTask) -> object:
             run.thread = None
 
 
-def owner_of_call(target: BackgroundTask) -> type:
-    """The class whose `__call__` a task has."""
-    return next(owner for owner in type(target).__mro__ if "__call__" in vars(owner))
+def owner_of_call(kind: type) -> type:
+    """The class whose `__call__` the instances of a class have."""
+    for owner in kind.__mro__:
+        if "__call__" in vars(owner):
+            return owner
+    raise TypeError(f"{kind!r} has no __call__")

@@ -45,12 +45,11 @@ class Batch:
             if not self._contained(place, run, error):
                 raise
 
-    async def finish(self, total: int, error: BaseException | None) -> None:
+    async def finish(self, error: BaseException | None) -> None:
         """
         Complete the retries, then raise what should leave the batch.
 
         Args:
-            total: Number of runs in the batch.
             error: What left the loop over its runs; None if the loop completed.
 
         Raises:
@@ -65,7 +64,7 @@ class Batch:
                 raise error
             failures = [failure for _, failure in sorted(self._failures, key=lambda kept: kept[0])]
             if len(failures) > 1:
-                raise ExceptionGroup(f"{len(failures)} of {total} background tasks failed", failures)
+                raise ExceptionGroup(f"{len(failures)} of {self._started} background tasks failed", failures)
             if failures:
                 raise failures[0]
         finally:

@@ -39,6 +39,7 @@ class Emitter:
                 if handler is not None:
                     self._handlers[kind].append((name, handler))
         self.admissions = [signal for signal in self.signals if overrides(signal, "admit")]
+        self._on_batch = [signal for signal in self.signals if overrides(signal, "batch_started")]
 
     def wants(self, kind: type[TaskEvent]) -> bool:
         """Whether any signal wants this kind of event."""
@@ -94,7 +95,11 @@ class Emitter:
 
     def batch_started(self) -> None:
         """A batch starts on this event loop."""
-        self.each("batch_started", lambda signal: signal.batch_started())
+        for signal in self._on_batch:
+            try:
+                signal.batch_started()
+            except Exception as error:
+                self.broken(code_name(signal), "batch_started", error)
 
     def task_known(self, info: TaskInfo) -> None:
         """A task was resolved."""

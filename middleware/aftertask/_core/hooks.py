@@ -117,7 +117,7 @@ async def _call_in_run(
     owner: type, original: Callable[[Any], Awaitable[None]], task: BackgroundTask, run: TaskRun
 ) -> None:
     """A task is called inside a run: it is the run's own, or a child of it."""
-    is_outermost = owner is owner_of_call(task)
+    is_outermost = owner is owner_of_call(type(task))
     if run.target is task and is_outermost:
         await _call_through(original, task, run)
     elif isinstance(task, BackgroundTasks) and (is_container(task) or not is_outermost):

@@ -58,48 +58,56 @@ class Lifecycle:
         Raises:
             BaseException: What the last attempt raised: the task's own exception, or `TaskTimeout`.
         """
-        if not await self._acquired(run):
+        if (run.slots or run.resolved.waits) and not await self._acquired(run):
             return None
-        with _entered(run):
-            try:
-                self._emit(run.begin())
-                result = await self._call(run)
-            except Exception as error:
-                delay_s = run.delay_after(error)
-                if delay_s is not None:
-                    self._emit(run.retrying(error, self._emit.failure(error), delay_s))
-                    _release(run.slots)
-                    return delay_s
-                self._fail(run, error)
-                await self._call_on_error(run, error)
-                raise
-            except BaseException as error:
-                if cancelled_from_outside(error):
-                    self._emit(run.cancel())
-                else:
-                    self._fail(run, error)
-                raise
+        outer = running.get()
+        running.set(run)
+        restore = None if run.variables is None else _apply(run.variables)
+        try:
+            self._emit(run.begin())
+            result = await self._call(run)
+        except Exception as error:
+            delay_s = run.delay_after(error)
+            if delay_s is not None:
+                self._emit(run.retrying(error, self._emit.failure(error), delay_s))
+                _release(run.slots)
+                return delay_s
+            self._fail(run, error)
+            await self._call_on_error(run, error)
+            raise
+        except BaseException as error:
+            if cancelled_from_outside(error):
+                self._emit(run.cancel())
             else:
-                self._emit(run.succeed(result))
-                return None
-            finally:
-                if run.outcome is not None:
-                    run.forget()
+                self._fail(run, error)
+            raise
+        else:
+            self._emit(run.succeed(result))
+            return None
+        finally:
+            # By value and not by token: a coroutine may be closed from another context, which is then left alone.
+            if running.get() is run:
+                running.set(outer)
+                if restore is not None:
+                    restore()
+            if run.outcome is not None:
+                run.forget()
 
     def observe_sync(self, run: Run, call: Callable[[], T]) -> T:
         """Observe a function that user code calls without awaiting it, maybe in a thread."""
-        with _entered(run):
-            try:
-                self._emit(run.begin())
-                result = call()
-            except BaseException as error:
-                self._fail(run, error)
-                raise
-            else:
-                self._emit(run.succeed(result))
-                return result
-            finally:
-                run.forget()
+        token = running.set(run)
+        try:
+            self._emit(run.begin())
+            result = call()
+        except BaseException as error:
+            self._fail(run, error)
+            raise
+        else:
+            self._emit(run.succeed(result))
+            return result
+        finally:
+            running.reset(token)
+            run.forget()
 
     async def back_off(self, run: Run, delay_s: float) -> None:
         """Wait for the next attempt, without a slot or a thread."""
@@ -130,10 +138,12 @@ class Lifecycle:
 
     def _reserve_threads(self, run: Run) -> None:
         """A thread is a slot too, where it may have to be kept after the attempt."""
-        if run.resolved.own_thread and not run.observed_only:
+        if run.observed_only:
+            return
+        if run.resolved.own_thread:
             slot = self._threads.reserve(run.info.priority, None)
             run.slots = run.slots if slot is None else (*run.slots, slot)
-        elif _may_keep_its_thread(run):
+        elif run.resolved.keeps_thread:
             run.slots = (*run.slots, SharedThreadSlot())
 
     @contextmanager
@@ -173,7 +183,7 @@ class Lifecycle:
         coroutine: Awaitable[object]
         if run.info.executor == "process" and not run.observed_only:
             coroutine = call_in_process(work.func, work.args, work.kwargs)
-        elif (run.resolved.own_thread and not run.observed_only) or _may_keep_its_thread(run):
+        elif (run.resolved.own_thread or run.resolved.keeps_thread) and not run.observed_only:
             function = functools.partial(work.func, *work.args, **work.kwargs)
             may_abandon = run.resolved.own_thread or run.info.timeout is not None
             abandoned = functools.partial(self._abandon, run)
@@ -239,25 +249,8 @@ def cancelled_from_outside(error: BaseException) -> bool:
     return task is not None and task.cancelling() > 0
 
 
-@contextmanager
-def _entered(run: Run) -> Iterator[None]:
-    """The run is current inside, with the endpoint's context variables where they were kept."""
-    outer = running.get()
-    running.set(run)
-    restore = _apply(run.variables)
-    try:
-        yield
-    finally:
-        # By value and not by token: a coroutine may be closed from another context, which is then left alone.
-        if running.get() is run:
-            restore()
-            running.set(outer)
-
-
-def _apply(variables: Context | None) -> Callable[[], None]:
+def _apply(variables: Context) -> Callable[[], None]:
     """Set context variables here; returns what restores those that it changed."""
-    if variables is None:
-        return lambda: None
     missing = object()
     changed = [
         (var, var.set(value))
@@ -286,9 +279,3 @@ async def _acquire(slots: tuple[Slot | SharedThreadSlot, ...]) -> None:
 def _release(slots: tuple[Slot | SharedThreadSlot, ...]) -> None:
     for slot in slots:
         slot.release()
-
-
-def _may_keep_its_thread(run: Run) -> bool:
-    """Whether a thread of Starlette's pool may be left behind with something it holds until it ends."""
-    limited = run.info.timeout is not None or run.resolved.limiter is not None
-    return run.info.shares_threads and limited and not run.observed_only

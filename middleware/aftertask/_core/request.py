@@ -74,6 +74,7 @@ class Parts:
         find_request_id: `Settings.request_id`.
         keeps_context: Whether tasks get the endpoint's context variables (`Settings(context="endpoint")`).
         run_ids_header: `Settings.run_ids_header`.
+        wants_start: Whether the start of a response is of interest: there are admissions, or that header.
         batch_started: Called on the event loop before a batch starts.
     """
 
@@ -84,6 +85,7 @@ class Parts:
     find_request_id: Callable[[Scope], object]
     keeps_context: bool
     run_ids_header: str | None
+    wants_start: bool
     batch_started: Callable[[], None]
 
 
@@ -135,7 +137,7 @@ class Request(RequestInfo):
         async def watched(message: Message) -> None:
             kind = message["type"]
             is_last = kind in _BODIES and not message.get("more_body", False)
-            if kind in _STARTS and self.waiting:
+            if kind in _STARTS and self.waiting and self.parts.wants_start:
                 message = await self._admit(message)
             elif is_last:
                 # Before it is sent: a middleware around us may go on with it before our `send` returns.
@@ -168,7 +170,7 @@ class Request(RequestInfo):
             run.queued_s = now
 
     def _reach(self, phase: Phase) -> None:
-        if not self.is_closed:
+        if self.phase is not Phase.CLOSED:
             self.phase = phase
 
     # --- what the hooks report
@@ -205,7 +207,7 @@ class Request(RequestInfo):
 
     def respond(self, background: object, scope: Scope) -> None:
         """A response with this background starts to be sent: its runs are scheduled."""
-        if self.is_closed:  # a response from around us, such as the error page of a 500
+        if self.phase is Phase.CLOSED:  # a response from around us, such as the error page of a 500
             self.scope, self._verdict = scope, None
         if self.waiting and self._verdict is None:
             self._judge(background)
@@ -214,7 +216,7 @@ class Request(RequestInfo):
 
     def responded(self, error: BaseException | None) -> Owed | None:
         """A response, or a batch that outlived the request, is over; returns compensating runs that are due now."""
-        if not self.is_closed or self._batches:
+        if self.phase is not Phase.CLOSED or self._batches:
             return None
         owed = self._settle(error)
         self.scope = None
@@ -311,11 +313,12 @@ class Request(RequestInfo):
         """Those of the batch that never started: an earlier one failed, or the request was cancelled."""
         self._batches -= 1
         self._finished.append(background)
-        unstarted = self.waiting.take_all(background)
-        if batch.stopped_by is None:
+        unstarted = self.waiting.take_all(background) if self.waiting else []
+        if unstarted and batch.stopped_by is None:
             self._end_unstarted(unstarted, self._reason(error), error)
             return
         for run in unstarted:
+            assert batch.stopped_by is not None
             self.parts.emit(run.skip(batch.stopped_by))
             run.forget()
 
@@ -327,10 +330,11 @@ class Request(RequestInfo):
             Compensating runs that are due now; None if there are none, or if the error response is still to be sent.
         """
         responded = error is None or self.phase is not Phase.SCHEDULED or "app" not in self.scope
-        self._verdict = self._reason(error)
         owed = None
+        if self.waiting:
+            self._verdict = self._reason(error)
         if not self._batches:
-            owed = self._settle(error)
+            owed = self._settle(error) if self.waiting else None
             # The scope holds this record: what refers to the scope would be a reference cycle.
             self.scope = None
         self.phase = Phase.CLOSED

@@ -33,6 +33,7 @@ class ResolvedTask:
         max_waiting: Accepted runs beyond the limit; None means any number.
         expires: Seconds from scheduling within which the run must start; None means no deadline.
         own_thread: Whether its thread is one of aftertask's own.
+        keeps_thread: Whether a shared thread may be left behind with something that it holds until it ends.
         on_error: Called with the run and the exception when the run has failed; None if not set.
     """
 
@@ -45,7 +46,13 @@ class ResolvedTask:
     run_on_error: bool
     idempotent: bool
     own_thread: bool
+    keeps_thread: bool
     on_error: Callable[[TaskRun, BaseException], object] | None
+
+    @property
+    def waits(self) -> bool:
+        """Whether an attempt may have to wait for something, or may start too late."""
+        return self.own_thread or self.keeps_thread or self.expires is not None
 
 
 class Resolver:
@@ -154,6 +161,7 @@ class Resolver:
             run_on_error=policy.run_on_error is True,
             idempotent=policy.idempotent is True,
             own_thread=own_thread,
+            keeps_thread=info.shares_threads and (policy.timeout is not None or limit is not None),
             on_error=policy.on_error,
         )
 

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from .. import _clock
-from .background import background_of, is_container, leaves, sort_by_priority, work_of
+from .background import background_of, is_container, sort_by_priority, work_of
 from .batch import Batch
 from .request import Request
 from .run import Run
@@ -80,21 +80,21 @@ class Serving:
         outer = serving_here.get()
         serving_here.set(here)
         error: BaseException | None = None
-        total = self._begin(background)
+        self._begin(background)
         try:
             await (loop() if is_container(background) else here._run_one(background, batch))
         except BaseException as raised:
             error = raised
         try:
-            await batch.finish(total, error)
+            await batch.finish(error)
         finally:
             here.batch = None  # the context may outlive the batch
             serving_here.set(outer)
             self.request.end_batch(batch, background, error)
             del error  # its traceback holds this frame
 
-    def _begin(self, background: Any) -> int:
-        """A batch starts; returns the number of its runs."""
+    def _begin(self, background: Any) -> None:
+        """A batch starts."""
         self.request.parts.batch_started()
         waiting = self.request.waiting.all()
         if self.response is None:  # user code is the caller: no policy applies
@@ -104,7 +104,6 @@ class Serving:
             self.request.mark_early()
         if is_container(background) and any(run.info.priority for run in waiting):
             sort_by_priority(background, self.request.priority_of)
-        return sum(1 for _ in leaves(background))
 
     async def _run_one(self, task: Any, batch: Batch) -> None:
         run = self.request.waiting.take(task) or self._schedule_late(task)
