@@ -101,6 +101,7 @@ class AftertaskMiddleware:
         path = self._metrics_path
         return (
             path is not None
+            and scope["path"].endswith(path)
             and scope["type"] == "http"
             and scope["method"] in ("GET", "HEAD")
             and route_path(scope) == path

@@ -68,6 +68,7 @@ class App:
             batch_started=self._batch_started,
         )
         self._threads: SharedThreads | None = None
+        self._is_open = False
         install()
 
     async def serve(self, inner: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
@@ -128,22 +129,25 @@ class App:
                 self._close()
 
     def _batch_started(self) -> None:
-        self._measure_threads()
+        if not self._is_open:  # the server does not run the lifespan
+            self._measure_threads()
         self.emit.batch_started()
 
     def _measure_threads(self) -> None:
-        """Have the thread pool of this event loop measured; an app whose lifespan does not run has its first batch."""
+        """Have the thread pool of this event loop measured."""
         if self._threads is None or not self._threads.is_here:
             self._threads = SharedThreads()
             self.emit.pool_known(self._threads, threads=True)
 
     def _open(self) -> None:
+        self._is_open = True
         self.resolver.log_policies()
         self._measure_threads()
         self.shutdown.open()
         self.emit.open()
 
     def _close(self) -> None:
+        self._is_open = False
         self.shutdown.close()
         self.emit.close()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from threading import get_ident
-from types import FunctionType
+from types import FunctionType, MemberDescriptorType
 from typing import Any, TypeGuard
 
 import starlette.background
@@ -132,12 +132,10 @@ def background_of(response: object) -> tuple[object, bool]:
 
     A computed one is not read: the response reads it again later and may then get another object.
     """
-    for owner in type(response).__mro__:
-        found = vars(owner).get("background")
-        if found is not None:
-            is_slot = type(found).__name__ == "member_descriptor"
-            return (getattr(response, "background", None), False) if is_slot else (None, hasattr(found, "__get__"))
-    return getattr(response, "__dict__", {}).get("background"), False
+    declared = getattr(type(response), "background", None)
+    if declared is not None and hasattr(declared, "__get__") and not isinstance(declared, MemberDescriptorType):
+        return None, True
+    return getattr(response, "background", None), False
 
 
 async def call_task(task: BackgroundTask) -> object:

@@ -60,9 +60,9 @@ _adding: weakref.WeakSet[BackgroundTasks] = weakref.WeakSet()
 def _hook_response(owner: type, original: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
     @functools.wraps(original)
     async def __call__(self: Response, *args: Any, **kwargs: Any) -> None:
-        scope = _scope_in(args, kwargs)
-        request: Request | None = None if scope is None else scope.get(KEY)
-        if request is None or scope is None:
+        scope = args[0] if args else _scope_among(kwargs)
+        request = scope.get(KEY) if isinstance(scope, MutableMapping) else None
+        if request is None or not isinstance(scope, MutableMapping):
             # Not ours: maybe another app's response, in a request that one of our tasks makes in this process.
             with _OutsideOfAnyRequest():
                 await original(self, *args, **kwargs)
@@ -79,7 +79,8 @@ def _hook_response(owner: type, original: Callable[..., Awaitable[None]]) -> Cal
                 _guarded(request, "end of the response", bare.leave, self)
             if serving is not None:
                 serving.computed = False  # the context may outlive the response
-            _guarded(request, "end of the response", request.responded, sys.exception())
+            if request.is_closed:
+                _guarded(request, "end of the response", request.responded, sys.exception())
         owed = scope.get(OWED)
         if isinstance(owed, Owed) and request.is_closed:  # this was the error response
             await request.compensate(owed)
@@ -88,9 +89,10 @@ def _hook_response(owner: type, original: Callable[..., Awaitable[None]]) -> Cal
 
 
 def _respond(request: Request, response: Response, scope: MutableMapping[str, Any]) -> Serving:
-    _keep_outermost()
     background, computed = background_of(response)
-    request.respond(None if computed else background, scope)
+    if background is not None or request.waiting or request.is_closed:
+        _keep_outermost()
+        request.respond(None if computed else background, scope)
     return Serving(request, response, computed=computed)
 
 
@@ -259,9 +261,9 @@ class _OutsideOfAnyRequest:
             serving_here.set(self._serving)
 
 
-def _scope_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> MutableMapping[str, Any] | None:
-    """The ASGI scope among the arguments of a response's call, whatever they are called."""
-    return next((each for each in (*args, *kwargs.values()) if isinstance(each, MutableMapping)), None)
+def _scope_among(kwargs: dict[str, Any]) -> object:
+    """The ASGI scope of a call by keyword, whatever its parameters are called."""
+    return next((value for value in kwargs.values() if isinstance(value, MutableMapping)), None)
 
 
 def _guarded(request: Request, on: str, function: Callable[..., T], *args: Any) -> T | None:

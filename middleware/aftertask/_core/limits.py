@@ -43,7 +43,7 @@ class Limiter:
         self._queue: list[_Waiter] = []
         self._given_up = 0
         # The garbage collector may end a run, and so release its slot, in a thread that holds the lock. A release
-        # therefore never waits for the lock: it is put into this queue, and whoever has the lock carries it out.
+        # therefore never waits for the lock: it is put into this queue, and the holder of the lock carries it out.
         self._lock = threading.Lock()
         self._releases: deque[tuple[Slot, bool]] = deque()
 
@@ -237,13 +237,14 @@ class SharedThreadSlot:
 
     def acquire_nowait(self) -> bool:
         """Acquire a thread if one is free; returns whether it is held."""
-        if not self._held:
+        # Looked up first: before 4.15, anyio raises trio's own WouldBlock on trio.
+        if not self._held and self._limiter.available_tokens >= 1:
             try:
                 self._limiter.acquire_on_behalf_of_nowait(self)
-            except anyio.WouldBlock:
-                return False
-            self._held = True
-        return True
+                self._held = True
+            except anyio.WouldBlock:  # others wait already
+                pass
+        return self._held
 
     async def acquire(self) -> None:
         """Acquire a thread when one is free."""

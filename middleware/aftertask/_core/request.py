@@ -104,21 +104,23 @@ class Request(RequestInfo):
         refused: The tasks that were not accepted, by identity.
     """
 
+    # What most requests never need is a default of the class.
+    phase = Phase.SCHEDULED
+    refused: frozenset[int] = frozenset()
+    _containers: tuple[BackgroundTasks, ...] = ()
+    _finished: tuple[object, ...] = ()  # backgrounds whose batch is over
+    _verdict: str | None = None  # why injected tasks will not run, once that is certain
+    _batches = 0
+    _early: Run | None = None
+    _is_described = False
+
     def __init__(self, parts: Parts, scope: Scope, context: Context) -> None:
-        self.phase = Phase.SCHEDULED
         self.app = parts.emit
         self.scope = scope
         self.context = context
         self.thread = threading.get_ident()
         self.parts = parts
         self.waiting = Waiting()
-        self._containers: list[BackgroundTasks] = []
-        self._finished: list[object] = []  # backgrounds whose batch is over
-        self.refused: set[int] = set()
-        self._verdict: str | None = None  # why injected tasks will not run, once that is certain
-        self._batches = 0
-        self._early: Run | None = None
-        self._is_described = False
 
     def __deepcopy__(self, memo: object) -> Request:
         """A copied scope belongs to the same request."""
@@ -165,9 +167,10 @@ class Request(RequestInfo):
         if self._early is not None:
             self._hazard(self._early, "started_early", _EARLY)
             self._early = None
-        now = _clock.monotonic()
-        for run in self.waiting.all():
-            run.queued_s = now
+        if self.waiting:
+            now = _clock.monotonic()
+            for run in self.waiting.all():
+                run.queued_s = now
 
     def _reach(self, phase: Phase) -> None:
         if self.phase is not Phase.CLOSED:
@@ -177,7 +180,7 @@ class Request(RequestInfo):
 
     def inject(self, container: BackgroundTasks, exits: object) -> None:
         """FastAPI created this container for the request; on `exits` are the exits of its dependencies."""
-        self._containers.append(container)
+        self._containers = (*self._containers, container)
         self.exits = exits
 
     def add(self, container: BackgroundTasks, work: Work) -> None:
@@ -209,7 +212,8 @@ class Request(RequestInfo):
         """A response with this background starts to be sent: its runs are scheduled."""
         if self.phase is Phase.CLOSED:  # a response from around us, such as the error page of a 500
             self.scope, self._verdict = scope, None
-        if self.waiting and self._verdict is None:
+        is_injected = any(background is container for container in self._containers)
+        if self.waiting and self._verdict is None and not is_injected:
             self._judge(background)
         if background is not None:
             self._schedule_leaves(background)
@@ -277,7 +281,7 @@ class Request(RequestInfo):
         self._describe()
         run, refused = self.parts.scheduler.schedule_or_refuse(self, work_of(task), background)
         if refused:
-            self.refused.add(id(task))
+            self.refused = self.refused | {id(task)}
         return run
 
     def priority_of(self, task: object) -> int:
@@ -312,7 +316,7 @@ class Request(RequestInfo):
     def end_batch(self, batch: Batch, background: object, error: BaseException | None) -> None:
         """Those of the batch that never started: an earlier one failed, or the request was cancelled."""
         self._batches -= 1
-        self._finished.append(background)
+        self._finished = (*self._finished, background)
         unstarted = self.waiting.take_all(background) if self.waiting else []
         if unstarted and batch.stopped_by is None:
             self._end_unstarted(unstarted, self._reason(error), error)
@@ -341,8 +345,7 @@ class Request(RequestInfo):
         self.exits = None
         if owed is None:
             self.context = None
-        self._containers.clear()
-        self._finished.clear()
+        self._containers = self._finished = ()
         return owed if responded else None
 
     def _settle(self, error: BaseException | None) -> Owed | None:
@@ -381,8 +384,6 @@ class Request(RequestInfo):
 
     def _judge(self, background: object) -> None:
         """Why injected tasks that wait will not run, as far as the response shows."""
-        if any(background is container for container in self._containers):
-            return
         error = sys.exception()  # a response to an exception does not run the injected tasks
         if error is not None:
             self._verdict = self._reason(error)

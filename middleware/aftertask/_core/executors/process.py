@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import pickle
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +124,8 @@ def _name_in_parent(kind: type) -> str:
 
 def _pickled(error: BaseException) -> bytes | None:
     """The exception; None if it cannot be rebuilt, or would be rebuilt as another class or with another message."""
+    # Pickle looks up a class by the name of its module; anyio registers this one only since 4.14.
+    sys.modules.setdefault(_WORKERS_MAIN, sys.modules["__main__"])
     try:
         pickled = pickle.dumps(error)
         rebuilt = pickle.loads(pickled)
