@@ -61,9 +61,10 @@ def stack(error: BaseException, redact: Redact) -> str:
     Frames of aftertask, and of the libraries that carry a call into a thread, are left out. Redacted; a long text loses
     its middle.
     """
+    elsewhere = error if isinstance(error, ProcessTaskError) else error.__cause__
     try:
-        if isinstance(error, ProcessTaskError):
-            text = error.stack
+        if isinstance(elsewhere, ProcessTaskError):
+            text = elsewhere.stack
         else:
             summary = traceback.TracebackException.from_exception(error, compact=True)
             del summary.stack[: _frames_before_the_task(error.__traceback__)]
@@ -84,6 +85,10 @@ def fingerprint(error: BaseException) -> str:
     codes = [frame.f_code for frame, _ in traceback.walk_tb(trace)]
     own = [code for code in codes if not is_library(code)] or codes
     place = f"{Path(own[-1].co_filename).name}:{own[-1].co_qualname}" if own else ""
+    elsewhere = error if isinstance(error, ProcessTaskError) else error.__cause__
+    if isinstance(elsewhere, ProcessTaskError):
+        # Without line numbers, so that an edit elsewhere in the file keeps the fingerprint.
+        place = re.sub(r", line \d+", "", "".join(re.findall(r"  File .*", elsewhere.stack)))
     return hashlib.sha256(f"{error_type(error)}\n{place}".encode()).hexdigest()[:16]
 
 

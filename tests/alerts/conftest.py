@@ -1,26 +1,40 @@
-"""What a test of alerts leaves behind is ended: its threads would log into the tests that come after it."""
+"""Fixtures for the tests of alerts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from aftertask.alerts import Alerts
+from aftertask.testing import VirtualClock
+
+AlertsFor = Callable[..., Alerts]
 
 
 @pytest.fixture(autouse=True)
-def closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every signal that the test has made is closed after it; a second time changes nothing."""
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Receivers run on this machine."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.fixture
+def alerts_for() -> Iterator[AlertsFor]:
+    """`Alerts` that are closed after the test, as the app's shutdown would close them."""
     made: list[Alerts] = []
-    real = Alerts.__init__
 
-    def remember(self: Alerts, *args: Any, **kwargs: Any) -> None:
-        real(self, *args, **kwargs)
-        made.append(self)
+    def make(*channels: Any, **options: Any) -> Alerts:
+        made.append(Alerts(channels, **options))
+        return made[-1]
 
-    monkeypatch.setattr(Alerts, "__init__", remember)
-    yield
-    for signal in made:
-        signal.close()
+    yield make
+    for alerts in made:
+        alerts.close()
+
+
+@pytest.fixture
+def clock() -> Iterator[VirtualClock]:
+    """A clock that the test advances."""
+    with VirtualClock() as clock:
+        yield clock

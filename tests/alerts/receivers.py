@@ -1,4 +1,4 @@
-"""Receivers of alerts on loopback: a web hook that behaves as a test says, and a mail server."""
+"""Receivers of alerts: an inbox that is a channel, and a web server and a mail server on loopback."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,63 +16,61 @@ from typing import Any
 
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Envelope, Session
+from prometheus_client import CollectorRegistry
 
 from aftertask.alerts import Alert
+from aftertask.testing import VirtualClock
 
 
-class Got:
-    """What arrived, and a way to wait for it."""
+class Inbox:
+    """What arrived, and a way to wait for it. An inbox is a channel, too."""
 
     def __init__(self) -> None:
         self.all: list[Any] = []
         self._changed = threading.Condition()
 
     def __call__(self, item: Any) -> None:
-        """Something arrives; so this is a channel too."""
+        """Receive an item."""
         with self._changed:
             self.all.append(item)
             self._changed.notify_all()
 
-    def wait(self, number: int = 1, seconds: float = 10) -> list[Any]:
-        """Everything, as soon as there are so many."""
-        return self.until(lambda all: len(all) >= number, f"{number} of them", seconds)
-
-    def until(self, enough: Callable[[list[Any]], object], what: str, seconds: float = 10) -> list[Any]:
-        """Everything, as soon as that is enough."""
+    def wait(self, count: int = 1, seconds: float = 10) -> list[Any]:
+        """Everything that arrived, as soon as there are `count` items."""
         with self._changed:
-            if not self._changed.wait_for(lambda: enough(self.all), seconds):
-                raise AssertionError(f"{what} did not arrive in {seconds} s; there are {len(self.all)}: {self.all}")
+            if not self._changed.wait_for(lambda: len(self.all) >= count, seconds):
+                raise AssertionError(f"{len(self.all)} of {count} items arrived in {seconds} s: {self.all}")
             return list(self.all)
 
     @property
     def alerts(self) -> list[Alert]:
-        """The same, where they are alerts."""
+        """The items of an inbox that is a channel."""
         return list(self.all)
 
 
-class Hook:
+class WebhookServer:
     """
-    A web hook on a free port.
+    A web server on a free port that receives alerts.
 
     Attributes:
-        answer: How it answers from now on: a status, with headers; `hang` (until `release`), or `reset`.
-        got: The requests it took and answered from 200 to 299: path, headers, body.
-        tries: Every request, however it was answered.
+        answer: What it answers from now on: a status, perhaps with headers; `hang` (until `release` is set); `reset`.
+        accepted: The requests that it answered with 200 to 299: path, headers, body.
+        attempts: Every request, however it was answered.
     """
 
     def __init__(self) -> None:
         self.answer: int | str | tuple[int, dict[str, str]] = 200
-        self.got, self.tries = Got(), Got()
+        self.accepted, self.attempts = Inbox(), Inbox()
         self.release = threading.Event()
-        hook = self
+        receiver = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"]))
-                answer = hook.answer
-                hook.tries(answer)
+                answer = receiver.answer
+                receiver.attempts(answer)
                 if answer == "hang":
-                    hook.release.wait(30)
+                    receiver.release.wait(30)
                     self.close_connection = True
                     return
                 if answer == "reset":
@@ -81,7 +80,7 @@ class Hook:
                     return
                 status, headers = answer if isinstance(answer, tuple) else (int(answer), {})
                 if 200 <= status < 300:
-                    hook.got({"path": self.path, "headers": dict(self.headers.items()), "body": body})
+                    receiver.accepted({"path": self.path, "headers": dict(self.headers.items()), "body": body})
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
@@ -91,20 +90,23 @@ class Hook:
             def log_message(self, *args: Any) -> None:
                 pass
 
-        class Quiet(ThreadingHTTPServer):
+        class Server(ThreadingHTTPServer):
             daemon_threads = True
 
             def handle_error(self, request: Any, client_address: Any) -> None:
                 pass  # a client that gave up
 
-        self._server = Quiet(("127.0.0.1", 0), Handler)
+        self._server = Server(("127.0.0.1", 0), Handler, bind_and_activate=False)
+        self._server.server_bind()
         self.url = f"http://127.0.0.1:{self._server.server_port}/hook/s3cret"
 
-    def alerts(self, number: int = 1) -> list[dict[str, Any]]:
-        """The alerts that arrived, once there are so many."""
-        return [json.loads(item["body"]) for item in self.got.wait(number)]
+    def alerts(self, count: int = 1) -> list[dict[str, Any]]:
+        """The alerts that arrived, once there are `count`."""
+        return [json.loads(item["body"]) for item in self.accepted.wait(count)]
 
-    def __enter__(self) -> Hook:
+    def __enter__(self) -> WebhookServer:
+        # Until here the port is bound, but refuses connections.
+        self._server.server_activate()
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
         return self
@@ -117,25 +119,49 @@ class Hook:
 
 
 @contextlib.contextmanager
-def mail_server() -> Iterator[tuple[str, Got]]:
-    """An SMTP server: its address, and the mails it got."""
-    got = Got()
+def mail_server() -> Iterator[tuple[str, Inbox]]:
+    """An SMTP server: its address, and the mails it received."""
+    inbox = Inbox()
 
     class Handler:
         async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:
             content = envelope.content
             assert isinstance(content, bytes)
             mail: Message = email.message_from_bytes(content)
-            got(mail)
+            inbox(mail)
             return "250 OK"
 
     controller = Controller(Handler(), hostname="127.0.0.1", port=0)
-    # It asks its own port whether it is up, and so wants to know it beforehand.
+    # It connects to its own port to see whether it is up, so it needs the number beforehand.
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         controller.port = listener.getsockname()[1]
     controller.start()
     try:
-        yield f"127.0.0.1:{controller.port}", got
+        yield f"127.0.0.1:{controller.port}", inbox
     finally:
         controller.stop()
+
+
+def counts(registry: CollectorRegistry, channel: str) -> dict[str, float]:
+    """`aftertask_alerts_total` of one channel, by status."""
+    return {
+        sample.labels["status"]: sample.value
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.name == "aftertask_alerts_total" and sample.labels["channel"] == channel
+    }
+
+
+def queue_length(registry: CollectorRegistry, channel: str) -> float | None:
+    """`aftertask_alert_queue_length` of one channel."""
+    return registry.get_sample_value("aftertask_alert_queue_length", {"channel": channel})
+
+
+def advance_until(clock: VirtualClock, condition: Callable[[], object], what: str, step: float = 1.0) -> None:
+    """Advance the clock in steps until a condition holds that other threads bring about."""
+    end = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not within 15 s"
+        clock.advance(step)
+        time.sleep(0.005)  # real time for the other threads

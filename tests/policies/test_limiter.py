@@ -159,7 +159,7 @@ async def test_another_slot_has_the_priority_but_no_reservation() -> None:
 
 
 class Model:
-    """The plainest limiter: who holds a slot, and who waits, in order."""
+    """The plainest limiter: the holders of a slot, and those that wait, in order."""
 
     def __init__(self, size: int) -> None:
         self.size, self.arrivals = size, 0

@@ -323,7 +323,7 @@ async def test_a_process_past_its_timeout_is_killed(env: Env, clock: VirtualCloc
         group.start_soon(drive, env.app(answering(BackgroundTask(func, str(file)))))
         for attempt in (1, 2):
             with anyio.fail_after(15):
-                while len(file.read_text().split()) < attempt:  # noqa: ASYNC110  # only the file tells
+                while len(file.read_text().split()) < attempt:  # noqa: ASYNC110  # the file is the only sign
                     await anyio.sleep(0.01)
             clock.advance(5)
             if attempt == 1:

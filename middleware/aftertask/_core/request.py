@@ -212,6 +212,8 @@ class Request(RequestInfo):
         """A response with this background starts to be sent: its runs are scheduled."""
         if self.phase is Phase.CLOSED:  # a response from around us, such as the error page of a 500
             self.scope, self._verdict = scope, None
+        elif not self._is_described:
+            self.scope = scope  # a middleware inside may have copied it before the route was found
         is_injected = any(background is container for container in self._containers)
         if self.waiting and self._verdict is None and not is_injected:
             self._judge(background)

@@ -33,7 +33,7 @@ _PREDICATES = {
 @dataclass(frozen=True, slots=True)
 class Suppressed:
     """
-    Alerts that a channel's rate limit held back since its last message.
+    Alerts that a channel's rate limit held back.
 
     Attributes:
         alerts: Number of alerts held back.
@@ -82,7 +82,7 @@ class Alert:
         stack: Traceback of the first counted run, or where a stuck run was; redacted. None if there is none.
         not_run: Tasks that did not run for the same cause: skipped after these failures, or dropped with these runs.
             Task name to number of runs.
-        suppressed: What this channel's rate limit held back since its last message; None if nothing.
+        suppressed: What this channel's rate limit held back; None if nothing.
         service: `OTEL_SERVICE_NAME`; None if not set.
         host: Name of the machine.
         pid: Id of the process.
@@ -153,10 +153,8 @@ class Alert:
         lines += [f"{label}: {value}" for label, value in details.items() if value]
         if self.suppressed is not None:
             held = self.suppressed
-            lines.append(
-                f"Held back by the rate limit since the last message: {held.alerts} alerts about {_runs(held.runs)} "
-                f"({counts_text(held.tasks)})"
-            )
+            runs = f"{_runs(held.runs)} ({counts_text(held.tasks)})"
+            lines.append(f"Held back by the rate limit: {held.alerts} alerts about {runs}")
         if self.stack:
             lines += ["", self.stack.rstrip()]
         return "\n".join(lines)

@@ -72,21 +72,15 @@ def _services(apprise: Any, scheme: str, url: str) -> Any:
             warnings.simplefilter("ignore", DeprecationWarning)  # from the imports of its plugins
             service = apprise.Apprise.instantiate(url, asset=asset, suppress_exceptions=False)
     except Exception:  # its text repeats parts of the URL
-        raise ValueError(
-            f"Apprise cannot use the URL {scheme}://…: a part is missing or malformed; {_DOCS} has the format"
-        ) from None
+        service = None
     if service is None:
-        known = f"Apprise cannot read the URL {scheme}://…; {_DOCS} has the format"
-        unknown = f"Apprise does not support the scheme {scheme}://; {_DOCS} lists all"
-        raise ValueError(known if scheme in _schemes(apprise) else unknown)
+        raise ValueError(
+            f"Apprise cannot use the URL {scheme}://…: it does not support the scheme, or a part of the URL is missing "
+            f"or malformed; {_DOCS} lists all schemes and their formats"
+        )
     # Apprise would pause before each further recipient, for most services 5.5 s: longer than an attempt may take.
     # `Route.rate` is the limit here.
     service.request_rate_per_sec = 0
     services = apprise.Apprise(asset=asset)
     services.add(service)
     return services
-
-
-def _schemes(apprise: Any) -> set[str]:
-    plugins = apprise.Apprise().details()["schemas"]
-    return {name for plugin in plugins for kind in ("protocols", "secure_protocols") for name in plugin[kind] or ()}

@@ -23,9 +23,6 @@ STATUSES: tuple[Status, ...] = ("sent", "failed", "deduplicated", "rate_limited"
 #: Waits between two attempts to deliver one message.
 _RETRY = Retry(wait_initial=2.0, wait_max=30.0)
 
-#: A thread with nothing to deliver ends after this many seconds.
-_IDLE = 30.0
-
 #: Seconds that a thread has to end once it was asked to.
 _LAST_WORDS = 0.5
 
@@ -43,8 +40,8 @@ class Sender:
     """
     What one channel has yet to send, and the thread that delivers it.
 
-    The thread starts with the first alert. It calls the channel in another thread and gives a call up after the route's
-    timeout. While a call hangs no other one is made, so that there is never more than one.
+    The thread exists while there is something to send. It calls the channel in another thread and gives a call up after
+    the route's timeout. While a call hangs no other one is made, so there is never more than one.
 
     Args:
         route: The channel.
@@ -80,9 +77,7 @@ class Sender:
         with self._changed:
             self._queue.add(key, alert, _clock.monotonic(), timestamp)
             self._measure()
-            self._changed.notify_all()
-            if self._thread is None:
-                self._thread = start_thread(f"alerts-{self.route.name}", self._work)
+            self._wake()
 
     def add_not_run(self, cause: GroupKey, task: str) -> bool:
         """Attach a run that did not start to the pending alert about its cause; False if there is none."""
@@ -93,7 +88,7 @@ class Sender:
         """Note that a run of a failing task succeeded."""
         with self._changed:
             self._queue.succeeded(task, _clock.monotonic())
-            self._changed.notify_all()
+            self._wake()
 
     def has_alerted(self, task: str) -> bool:
         """Whether an alert about this task was sent or is pending."""
@@ -106,7 +101,7 @@ class Sender:
             self._changed.notify_all()
 
     def begin_close(self) -> None:
-        """Make everything due at once; a message that fails now is not retried."""
+        """Make everything due at once; what fails from now on is dropped."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -127,6 +122,12 @@ class Sender:
         if dropped:
             self._count("dropped", dropped)
             self._log("error", "alert.failed", reason="shutdown", suppressed_count=dropped)
+
+    def _wake(self) -> None:
+        """Have the thread look at the queue again; start it if it is needed and not there."""
+        self._changed.notify_all()
+        if self._thread is None and self._queue.pause(_clock.monotonic()) is not None:
+            self._thread = start_thread(f"alerts-{self.route.name}", self._work)
 
     @property
     def _active(self) -> bool:
@@ -150,12 +151,10 @@ class Sender:
                 if message is not None:
                     return message
                 pause = self._queue.pause(now)
-                if self._closing:
+                if self._closing or pause is None:
                     self._thread = None
-                elif pause is not None:
+                else:
                     self._changed.wait(min(pause, threading.TIMEOUT_MAX))
-                elif not self._changed.wait(_IDLE) and self._queue.pause(now) is None:
-                    self._thread = None  # nothing came in while it woke up
             return None
 
     def _deliver(self, message: Message) -> None:
@@ -172,34 +171,24 @@ class Sender:
             if permanent or attempt == self.route.attempts or not self._active:
                 self._failed(message, error, attempt, retry_after, last=closing)
                 return
-            self._rest(_RETRY.delay_s(attempt) if retry_after is None else retry_after, closing)
-
-    def _rest(self, seconds: float, closing: bool) -> None:
-        """Wait before the next attempt; less if the app begins to close meanwhile."""
-        self._wait(lambda: self._closing is not closing, _clock.monotonic() + seconds)
+            pause = _RETRY.delay_s(attempt) if retry_after is None else retry_after
+            self._wait(lambda: self._closing is not closing, _clock.monotonic() + pause)
 
     def _try(self, alert: Alert) -> BaseException | None:
         """Call the channel; the error, or None."""
         end = _clock.monotonic() + self.route.timeout
-        if self._call is not None and self._call.alert is not alert:
-            if not self._wait_for(self._call, end):
-                return self._late("an earlier call has not returned yet")
+        while True:
+            # An earlier call that timed out may still hang.
+            call = self._call = self._call or Call(self.route, alert, self.clock_advanced)
+            self._wait(lambda: call.over, end)  # noqa: B023  # called in this round
+            if not call.over:
+                return TimeoutError(f"the channel did not return within {self.route.timeout:.3g} s")
             self._call = None
-        call = self._call = self._call or Call(self.route, alert, self.clock_advanced)
-        if not self._wait_for(call, end):
-            return self._late(f"the channel did not return within {self.route.timeout:.3g} s")
-        self._call = None
-        return call.error
-
-    def _late(self, reason: str) -> TimeoutError:
-        return TimeoutError(reason if self._active else "the app ended before the channel returned")
-
-    def _wait_for(self, call: Call, end: float) -> bool:
-        """Wait until a call is over; False if it is not by the time `end`, or when the thread should end."""
-        self._wait(lambda: call.over, end)
-        return call.over
+            if call.alert is alert:
+                return call.error
 
     def _wait(self, until: Callable[[], bool], end: float) -> None:
+        """Wait until a condition holds, at most until `end`, and not after the thread was asked to end."""
         with self._changed:
             while not until() and self._active and (left := end - _clock.monotonic()) > 0:
                 self._changed.wait(min(left, threading.TIMEOUT_MAX))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from ..policies import SEVERITIES
 from .alert import Alert, Kind, Suppressed, new_id
 
-#: A channel has at most this many groups; further ones are merged by kind under the task `__other__`.
+#: At most this many groups are pending; further ones are merged by kind under the task `__other__`.
 MAX_GROUPS = 1000
 OTHER = "__other__"
 
@@ -80,17 +80,24 @@ class Message:
 
 
 @dataclass(slots=True)
-class _Group:
-    """Runs with the same key: the alert that is pending, when it is due, and what it counts."""
+class _Pending:
+    """The alert about a group's first run that no message covers yet, and what it counts."""
 
-    repeat_s: float
-    pending: Alert | None = None
-    due_s: float = 0.0
-    sent_s: float | None = None
-    last_s: float = 0.0
-    last_seen: float = 0.0
+    first: Alert
+    due_s: float
     count: int = 0
+    last_seen: float = 0.0
     not_run: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def rank(self) -> tuple[int, datetime]:
+        """The most severe first, then the oldest."""
+        return -SEVERITIES.index(self.first.severity), self.first.first_seen
+
+    def alert(self) -> Alert:
+        """The alert with its counts, as a new message."""
+        last_seen = datetime.fromtimestamp(self.last_seen, UTC)
+        return replace(self.first, id=new_id(), count=self.count, last_seen=last_seen, not_run=dict(self.not_run))
 
 
 @dataclass(slots=True)
@@ -114,16 +121,17 @@ class AlertQueue:
     """
 
     def __init__(self, timing: Timing, rate: int, per: float) -> None:
-        self._timing, self._per = timing, per
-        self._groups: dict[GroupKey, _Group] = {}
+        self._timing, self._rate, self._per = timing, rate, per
+        self._pending: dict[GroupKey, _Pending] = {}
+        # When a group's last message was taken, and the wait until the next; oldest first.
+        self._sent: dict[GroupKey, tuple[float, float]] = {}
         self._episodes: dict[str, _Episode] = {}
-        self._sent: deque[float] = deque(maxlen=rate)
-        self._limited = False
+        self._delivered: deque[float] = deque(maxlen=rate)
         self._blocked_until = -math.inf
         self._cool_down = timing.cool_down
 
     def __len__(self) -> int:
-        return len(self._pending())
+        return len(self._pending)
 
     def join(self, key: GroupKey, count: int, now: float, timestamp: float) -> bool:
         """
@@ -136,36 +144,37 @@ class AlertQueue:
             timestamp: When the last of them ended, in seconds since the Unix epoch.
         """
         key = self._within_bounds(key)
-        group = self._groups.get(key)
-        if group is None or group.pending is None:
+        pending = self._pending.get(key)
+        if pending is None:
             return False
-        self._count(key, group, count, now, timestamp)
+        pending.count += count
+        pending.last_seen = timestamp
+        if key.kind not in _NEVER_RESOLVED:
+            episode = self._episodes.setdefault(key.task, _Episode())
+            episode.count += count
+            episode.last_s, episode.last_seen = now, timestamp
         return True
 
     def add(self, key: GroupKey, alert: Alert, now: float, timestamp: float) -> None:
         """Count the runs of this alert in its group, and make it pending unless another one is."""
-        if self.join(key, alert.count, now, timestamp):
-            return
-        if self._within_bounds(key) != key:
-            self._forget(now)
         bounded = self._within_bounds(key)
         if bounded != key:
             note = f"one of more than {MAX_GROUPS} groups of failures: {alert.task}: {alert.message}"
             key, alert = bounded, replace(alert, task=OTHER, fingerprint="", message=note)
-        group = self._groups.setdefault(key, _Group(self._timing.repeat_after))
-        if now - group.last_s > self._timing.repeat_max:  # so long ago that it is news again
-            group.sent_s, group.repeat_s = None, self._timing.repeat_after
-        self._count(key, group, alert.count, now, timestamp)
-        group.pending = alert
-        group.due_s = now + self._timing.group_wait if group.sent_s is None else group.sent_s + group.repeat_s
-        self._groups.pop(_resolved(key.task), None)  # it is no longer true
+        if key not in self._pending:
+            sent_s, wait = self._sent.get(key, (-math.inf, 0.0))
+            if now - sent_s > self._timing.repeat_max:  # nothing since: it is news again
+                self._sent.pop(key, None)
+            self._pending[key] = _Pending(alert, max(now + self._timing.group_wait, sent_s + wait))
+            self._pending.pop(_resolved(key.task), None)  # it is no longer true
+        self.join(key, alert.count, now, timestamp)
 
     def add_not_run(self, cause: GroupKey, task: str) -> bool:
         """Attach a run that did not start to the pending alert about its cause; False if there is none."""
-        group = self._groups.get(self._within_bounds(cause))
-        if group is None or group.pending is None:
+        pending = self._pending.get(self._within_bounds(cause))
+        if pending is None:
             return False
-        group.not_run[task] += 1
+        pending.not_run[task] += 1
         return True
 
     def succeeded(self, task: str, now: float) -> None:
@@ -176,7 +185,7 @@ class AlertQueue:
     def has_alerted(self, task: str) -> bool:
         """Whether an alert about this task was sent or is pending."""
         episode = self._episodes.get(task)
-        return (episode is not None and episode.alert is not None) or any(key.task == task for key in self._pending())
+        return (episode is not None and episode.alert is not None) or task in self._busy()
 
     def take(self, now: float, *, closing: bool = False) -> Message | None:
         """
@@ -187,27 +196,29 @@ class AlertQueue:
         """
         if now < self._blocked_until and not closing:
             return None
-        self._resolve(now)
-        due = [key for key, group in self._pending().items() if closing or group.due_s <= now]
-        free = now >= self._free_s()
+        for task, at in self._resolving().items():
+            if at <= now:
+                self._resolve(task, now)
+        due = [key for key, pending in self._pending.items() if closing or pending.due_s <= now]
+        free = self._rate - sum(at + self._per > now for at in self._delivered)
         if not due or not (free or closing):
-            self._limited = bool(due)
             return None
-        due.sort(key=self._rank)
-        # After a pause by the rate limit, one message covers all that came up meanwhile.
-        return self._message(due[:1] if free and not self._limited else due, now)
+        due.sort(key=lambda key: self._pending[key].rank)
+        # The last message that the rate limit admits covers every group.
+        return self._message(due[:1] if free > 1 else due, now)
 
     def pause(self, now: float) -> float | None:
         """Seconds until `take` may return a message; None: not before the next `add` or `succeeded`."""
-        times = [group.due_s for group in self._pending().values()] + list(self._resolving().values())
+        times = [pending.due_s for pending in self._pending.values()] + list(self._resolving().values())
         if not times:
             return None
-        return max(0.0, max(min(times), self._blocked_until, self._free_s()) - now)
+        full = len(self._delivered) == self._rate
+        free_s = self._delivered[0] + self._per if full else -math.inf
+        return max(0.0, max(min(times), self._blocked_until, free_s) - now)
 
     def sent(self, message: Message, now: float) -> None:
         """Note that a message was delivered."""
-        self._sent.append(now)
-        self._limited = False
+        self._delivered.append(now)
         self._cool_down = self._timing.cool_down
         for key, alert in message.parts:
             episode = self._episodes.get(key.task)
@@ -218,64 +229,42 @@ class AlertQueue:
         """Return a message that could not be delivered; nothing is due before a pause of at least `retry_after`."""
         self._blocked_until = now + max(self._cool_down, retry_after or 0.0)
         self._cool_down = min(2 * self._cool_down, self._timing.cool_down_max)
-        busy = {key.task for key in self._pending()}
         for key, alert in message.parts:
-            if key.kind == "resolved" and key.task in busy:
+            if key.kind == "resolved" and key.task in self._busy():
                 continue  # it is no longer true
-            group = self._groups.setdefault(key, _Group(self._timing.repeat_after))
-            if group.pending is None:
-                group.last_seen = max(group.last_seen, alert.last_seen.timestamp())
-            group.pending, group.due_s = alert, now
-            group.count += alert.count
-            group.not_run += Counter(alert.not_run)
+            newer = self._pending.get(key)
+            pending = self._pending[key] = _Pending(alert, now, alert.count, alert.last_seen.timestamp())
+            pending.not_run.update(alert.not_run)
+            if newer is not None:
+                pending.count += newer.count
+                pending.last_seen = newer.last_seen
+                pending.not_run.update(newer.not_run)
 
     def clear(self) -> int:
         """Drop everything; the number of runs, and of alerts that do not stand for runs, that were pending."""
-        dropped = sum(_weight(self._taken(key)) for key in self._pending())
-        self._groups.clear()
+        dropped = sum(_weight(pending.alert()) for pending in self._pending.values())
+        self._pending.clear()
+        self._sent.clear()
         self._episodes.clear()
         return dropped
 
-    def _pending(self) -> dict[GroupKey, _Group]:
-        return {key: group for key, group in self._groups.items() if group.pending is not None}
+    def _busy(self) -> set[str]:
+        """The tasks with a pending alert."""
+        return {key.task for key in self._pending}
 
     def _within_bounds(self, key: GroupKey) -> GroupKey:
-        """The key itself, or that of the group of all others if there are too many."""
-        full = key not in self._groups and len(self._groups) >= MAX_GROUPS
+        """The key itself, or that of the group of all others if too many are pending."""
+        full = key not in self._pending and len(self._pending) >= MAX_GROUPS
         return GroupKey(OTHER, key.kind, OTHER) if full else key
-
-    def _forget(self, now: float) -> None:
-        """Make room: drop the groups with nothing pending whose last message is long ago."""
-        for key, group in list(self._groups.items()):
-            if group.pending is None and now - (group.sent_s or 0.0) > self._timing.repeat_max:
-                del self._groups[key]
-
-    def _count(self, key: GroupKey, group: _Group, count: int, now: float, timestamp: float) -> None:
-        group.count += count
-        group.last_s, group.last_seen = now, timestamp
-        if key.kind not in _NEVER_RESOLVED:
-            episode = self._episodes.setdefault(key.task, _Episode())
-            episode.count += count
-            episode.last_s, episode.last_seen = now, timestamp
-
-    def _free_s(self) -> float:
-        """When the rate limit admits the next message; monotonic."""
-        return self._sent[0] + self._per if len(self._sent) == self._sent.maxlen else -math.inf
-
-    def _rank(self, key: GroupKey) -> tuple[int, datetime]:
-        """The most severe first, then the oldest."""
-        alert = self._groups[key].pending
-        assert alert is not None  # its group is due
-        return -SEVERITIES.index(alert.severity), alert.first_seen
 
     def _message(self, keys: list[GroupKey], now: float) -> Message:
         parts = []
         for key in keys:
-            group = self._groups[key]
-            if group.sent_s is not None:
-                group.repeat_s = min(2 * group.repeat_s, self._timing.repeat_max)
-            group.sent_s = now
-            parts.append((key, self._taken(key)))
+            parts.append((key, self._pending.pop(key).alert()))
+            _, wait = self._sent.pop(key, (0.0, self._timing.repeat_after / 2))
+            self._sent[key] = now, min(2 * wait, self._timing.repeat_max)
+        while len(self._sent) > MAX_GROUPS:
+            del self._sent[next(iter(self._sent))]
         (_, alert), *others = parts
         if others:
             tasks: Counter[str] = Counter()
@@ -284,43 +273,25 @@ class AlertQueue:
             alert = replace(alert, suppressed=Suppressed(len(others), tasks.total(), dict(tasks.most_common(10))))
         return Message(alert, parts)
 
-    def _taken(self, key: GroupKey) -> Alert:
-        """The pending alert of a group, with its counts; afterwards nothing is pending."""
-        group = self._groups[key]
-        assert group.pending is not None  # the caller looked
-        last_seen = datetime.fromtimestamp(group.last_seen, UTC)
-        not_run = dict(group.not_run)
-        alert = replace(group.pending, id=new_id(), count=group.count, last_seen=last_seen, not_run=not_run)
-        group.pending, group.count, group.not_run = None, 0, Counter()
-        if key.kind == "resolved":
-            del self._groups[key]
-        return alert
-
     def _resolving(self) -> dict[str, float]:
         """The tasks that have succeeded since their last bad run, and when each is resolved."""
-        busy = {key.task for key in self._pending()}
+        busy = self._busy()
         return {
             task: episode.last_s + self._timing.resolve_after
             for task, episode in self._episodes.items()
             if episode.alert is not None and episode.succeeded_s >= episode.last_s and task not in busy
         }
 
-    def _resolve(self, now: float) -> None:
-        """Replace the groups of each task that works again by a `resolved` alert."""
-        for task, at in self._resolving().items():
-            if at > now:
-                continue
-            episode = self._episodes.pop(task)
-            first = episode.alert
-            assert first is not None  # or it would not be resolving
-            for key in [key for key in self._groups if key.task == task]:
-                del self._groups[key]
-            alert = replace(
-                first, kind="resolved", fingerprint="", error_type=None, message="", hint=None, reason=None, stack=None
-            )
-            self._groups[_resolved(task)] = _Group(
-                self._timing.repeat_after, alert, due_s=now, last_seen=episode.last_seen, count=episode.count
-            )
+    def _resolve(self, task: str, now: float) -> None:
+        """End a task's episode by a `resolved` alert; its next failure is a first one again."""
+        episode = self._episodes.pop(task)
+        first = episode.alert
+        assert first is not None  # or it would not be resolving
+        self._sent = {key: sent for key, sent in self._sent.items() if key.task != task}
+        alert = replace(
+            first, kind="resolved", fingerprint="", error_type=None, message="", hint=None, reason=None, stack=None
+        )
+        self._pending[_resolved(task)] = _Pending(alert, now, episode.count, episode.last_seen)
 
 
 def _resolved(task: str) -> GroupKey:

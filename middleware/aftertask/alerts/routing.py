@@ -34,7 +34,7 @@ class Route:
         timeout: Seconds for one attempt, more than 0.
         attempts: Maximum number of attempts to deliver one message, at least 1, with waits of up to 2, 4, … 30 s (full
             jitter). A message that fails is kept and sent again after 1, 2, 4, 8 and then every 10 minutes.
-        rate, per: At most `rate` messages in `per` seconds. The next message summarises those held back.
+        rate, per: At most `rate` messages in `per` seconds. If more are due, the last one summarises the others.
 
     Raises:
         TypeError, ValueError: A value is not allowed.

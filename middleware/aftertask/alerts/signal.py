@@ -145,6 +145,7 @@ class Alerts(Signal):
             self._send(senders, key, count, lambda: self._describe(event, count, since), event.timestamp)
         self._detect_burst(event)
 
+    # One handler for every bad end.
     failed = timed_out = skipped = dropped = rejected = lost = _bad_end
 
     def _long_running(self, event: Slow | Stuck) -> None:
