@@ -158,7 +158,7 @@ class Policy:
     run_on_error: bool | None = None
     idempotent: bool | None = None
     executor: Executor | None = None
-    on_error: Callable[[TaskRun, BaseException], object] | None = None
+    on_error: Callable[[TaskRun, Exception], object] | None = None
     alert: bool | None = None
     severity: Severity | None = None
     alert_after: int | None = None
@@ -201,7 +201,7 @@ class PolicyOptions(TypedDict, total=False):
     run_on_error: bool
     idempotent: bool
     executor: Executor
-    on_error: Callable[[TaskRun, BaseException], object]
+    on_error: Callable[[TaskRun, Exception], object]
     alert: bool
     severity: Severity
     alert_after: int

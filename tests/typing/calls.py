@@ -10,9 +10,24 @@ from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from aftertask import AftertaskMiddleware, Limit, Policy, Retry, Settings, TaskEvent, TaskRun, TaskTimeout, current_run, get_run, observe_functions, options, progress, task
-from aftertask.events import Failed
+from aftertask import (
+    AftertaskMiddleware,
+    Limit,
+    Policy,
+    Retry,
+    Settings,
+    TaskEvent,
+    TaskRun,
+    TaskTimeout,
+    current_run,
+    get_run,
+    observe_functions,
+    options,
+    progress,
+    task,
+)
 from aftertask.alerts import Alert, Alerts, Apprise, Channel, DeliveryFailed, Route, Tested, Webhook, send_test
+from aftertask.events import Failed
 from aftertask.signals import Logs, Metrics, Tracing, usual
 from aftertask.testing import Recorder, VirtualClock
 
@@ -80,7 +95,11 @@ def request_id(scope: MutableMapping[str, Any]) -> str | None:
 
 AftertaskMiddleware(app, settings=Settings.from_env(request_id=request_id), signals=[signal])
 assert_type(current_run(), TaskRun | None)
-assert_type(get_run("x"), CoroutineType[Any, Any, TaskRun | None])
+
+
+async def look_up() -> None:
+    assert_type(await get_run("x"), TaskRun | None)
+
 
 recorder = Recorder()
 with VirtualClock() as clock:

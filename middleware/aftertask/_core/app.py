@@ -86,7 +86,7 @@ class App:
             error = raised
             raise
         finally:
-            owed = request.close(error)
+            owed = request.guarded("end of the request", request.close, error)
             serving_here.set(outer_serving)
             if outer_run is not None:
                 running.set(outer_run)

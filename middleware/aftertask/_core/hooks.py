@@ -20,7 +20,7 @@ import sys
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.background import BackgroundTask, BackgroundTasks
 from starlette.responses import Response
@@ -41,8 +41,6 @@ from .background import (
 from .request import OWED, Request
 from .serve import Serving, serving_here
 from .waiting import Owed
-
-T = TypeVar("T")
 
 #: Where the ASGI scope holds the request's record.
 KEY = "aftertask"
@@ -67,8 +65,8 @@ def _hook_response(owner: type, original: Callable[..., Awaitable[None]]) -> Cal
             with _OutsideOfAnyRequest():
                 await original(self, *args, **kwargs)
             return
-        bare = _guarded(request, "response", BareCallable.stand_in, self)
-        serving = _guarded(request, "response", _respond, request, self, scope)
+        bare = request.guarded("response", BareCallable.stand_in, self)
+        serving = request.guarded("response", _respond, request, self, scope)
         outer = serving_here.get()
         serving_here.set(serving)
         try:
@@ -76,11 +74,11 @@ def _hook_response(owner: type, original: Callable[..., Awaitable[None]]) -> Cal
         finally:
             serving_here.set(outer)
             if bare is not None:
-                _guarded(request, "end of the response", bare.leave, self)
+                request.guarded("end of the response", bare.leave, self)
             if serving is not None:
                 serving.computed = False  # the context may outlive the response
             if request.is_closed:
-                _guarded(request, "end of the response", request.responded, sys.exception())
+                request.guarded("end of the response", request.responded, sys.exception())
         owed = scope.get(OWED)
         if isinstance(owed, Owed) and request.is_closed:  # this was the error response
             await request.compensate(owed)
@@ -187,7 +185,7 @@ def _hook_init(owner: type, original: Callable[..., None]) -> Callable[..., None
         original(self, *args, **kwargs)
         request, exits = _request_injected_into()
         if request is not None:
-            _guarded(request, "injection", request.inject, self, exits)
+            request.guarded("injection", request.inject, self, exits)
             _injected[self] = request
 
     return __init__
@@ -264,15 +262,6 @@ class _OutsideOfAnyRequest:
 def _scope_among(kwargs: dict[str, Any]) -> object:
     """The ASGI scope of a call by keyword, whatever its parameters are called."""
     return next((value for value in kwargs.values() if isinstance(value, MutableMapping)), None)
-
-
-def _guarded(request: Request, on: str, function: Callable[..., T], *args: Any) -> T | None:
-    """What the function returns; None if it raises, which is logged and counted."""
-    try:
-        return function(*args)
-    except Exception as error:
-        request.broken(on, error)
-        return None
 
 
 # --- install

@@ -240,6 +240,14 @@ class Request(RequestInfo):
         """Log and count an error of the interception."""
         self.parts.emit.broken(COMPONENT, on, error)
 
+    def guarded(self, on: str, function: Callable[..., T], *args: Any) -> T | None:
+        """What a function of ours returns; None if it raises, which is logged and counted: the app goes on."""
+        try:
+            return function(*args)
+        except Exception as error:
+            self.broken(on, error)
+            return None
+
     # --- running
 
     async def child(self, work: Work, parent: TaskRun, call: Callable[[], Awaitable[Any]]) -> Any:
@@ -297,12 +305,9 @@ class Request(RequestInfo):
             return
         self._is_described = True
         self.http_method = self.scope.get("method")
-        try:
-            self.http_route = http_route(self.scope)
-            found = self.parts.find_request_id(self.scope)
-            self.request_id = None if found is None else str(found)
-        except Exception as error:
-            self.broken("Settings.request_id, or the route", error)
+        self.http_route = self.guarded("route", http_route, self.scope)
+        found = self.guarded("Settings.request_id", self.parts.find_request_id, self.scope)
+        self.request_id = None if found is None else str(found)
 
     # --- the end
 

@@ -47,7 +47,7 @@ class ResolvedTask:
     idempotent: bool
     own_thread: bool
     keeps_thread: bool
-    on_error: Callable[[TaskRun, BaseException], object] | None
+    on_error: Callable[[TaskRun, Exception], object] | None
 
     @property
     def waits(self) -> bool:

@@ -80,7 +80,7 @@ class Serving:
         outer = serving_here.get()
         serving_here.set(here)
         error: BaseException | None = None
-        self._begin(background)
+        self.request.guarded("start of the batch", self._begin, background)
         try:
             await (loop() if is_container(background) else here._run_one(background, batch))
         except BaseException as raised:
@@ -90,7 +90,7 @@ class Serving:
         finally:
             here.batch = None  # the context may outlive the batch
             serving_here.set(outer)
-            self.request.end_batch(batch, background, error)
+            self.request.guarded("end of the batch", self.request.end_batch, batch, background, error)
             del error  # its traceback holds this frame
 
     def _begin(self, background: Any) -> None:
@@ -106,7 +106,7 @@ class Serving:
             sort_by_priority(background, self.request.priority_of)
 
     async def _run_one(self, task: Any, batch: Batch) -> None:
-        run = self.request.waiting.take(task) or self._schedule_late(task)
+        run = self.request.waiting.take(task) or self.request.guarded("late task", self._schedule_late, task)
         if run is None:
             if id(task) not in self.request.refused:  # not observed
                 await work_of(task).call()
