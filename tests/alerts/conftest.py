@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from aftertask.alerts import Alerts
 from aftertask.testing import VirtualClock
-
-AlertsFor = Callable[..., Alerts]
+from kit_alerts import AlertsFor
 
 
 @pytest.fixture(autouse=True)

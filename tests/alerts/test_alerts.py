@@ -19,10 +19,7 @@ from aftertask.alerts import Alert, Route
 from aftertask.alerts.describe import RUNBOOKS
 from aftertask.events import Dropped, Lost, Rejected, RequestInfo, Slow, TaskInfo, TaskRun
 from aftertask.testing import VirtualClock
-from alerts.conftest import AlertsFor
-from alerts.receivers import Inbox, counts
-
-ClientFor = Callable[..., TestClient]
+from kit_alerts import AlertsFor, ClientFor, Inbox, counts
 
 
 async def mail() -> None:

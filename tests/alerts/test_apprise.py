@@ -12,7 +12,7 @@ import pytest
 
 from aftertask import Settings
 from aftertask.alerts import Alert, Apprise, DeliveryFailed
-from alerts.receivers import mail_server
+from kit_alerts import mail_server
 
 FAILED = Alert(
     id="alert_1",

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 from prometheus_client import CollectorRegistry
-from starlette.testclient import TestClient
 
 from aftertask import Settings
 from aftertask.alerts import Alert, Alerts, Channel, Route, Webhook, send_test
 from aftertask.alerts.delivery import STATUSES
 from aftertask.signals import usual
-from alerts.conftest import AlertsFor
-from alerts.receivers import Inbox, WebhookServer, counts, queue_length
+from kit_alerts import AlertsFor, ClientFor, Inbox, WebhookServer, counts, queue_length
 
 
 async def mail() -> None:
@@ -108,7 +105,7 @@ def test_functions_and_classes_are_channels() -> None:
     assert isinstance(mail, Channel)
 
 
-def test_the_environment_is_enough(monkeypatch: pytest.MonkeyPatch, client_for: Callable[..., TestClient]) -> None:
+def test_the_environment_is_enough(monkeypatch: pytest.MonkeyPatch, client_for: ClientFor) -> None:
     """`AFTERTASK_ALERTS=URL,URL` needs no line of code."""
     with WebhookServer() as server:
         monkeypatch.setenv("AFTERTASK_ALERTS", f"{server.url}, {server.url}")

@@ -25,10 +25,7 @@ from aftertask._text import default_redact
 from aftertask.alerts import Alert, DeliveryFailed, Route, Webhook
 from aftertask.events import Failed, Failure, RequestInfo, TaskInfo, TaskRun
 from aftertask.testing import VirtualClock
-from alerts.conftest import AlertsFor
-from alerts.receivers import Inbox, WebhookServer, advance_until, counts, queue_length
-
-ClientFor = Callable[..., TestClient]
+from kit_alerts import AlertsFor, ClientFor, Inbox, WebhookServer, advance_until, counts, queue_length
 
 
 async def mail() -> None:

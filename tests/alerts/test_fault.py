@@ -17,8 +17,7 @@ from aftertask import AftertaskMiddleware, Settings
 from aftertask.alerts import Alert, Route, Webhook
 from aftertask.signals import Metrics
 from aftertask.testing import VirtualClock
-from alerts.conftest import AlertsFor
-from alerts.receivers import Inbox, WebhookServer, advance_until, counts
+from kit_alerts import AlertsFor, Inbox, WebhookServer, advance_until, counts
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 

@@ -1,4 +1,4 @@
-"""Receivers of alerts: an inbox that is a channel, and a web server and a mail server on loopback."""
+"""Receivers of alerts, an inbox that is a channel and servers on loopback, and the types of the fixtures for alerts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,13 @@ from typing import Any
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Envelope, Session
 from prometheus_client import CollectorRegistry
+from starlette.testclient import TestClient
 
-from aftertask.alerts import Alert
+from aftertask.alerts import Alert, Alerts
 from aftertask.testing import VirtualClock
+
+ClientFor = Callable[..., TestClient]
+AlertsFor = Callable[..., Alerts]
 
 
 class Inbox:
