@@ -20,13 +20,13 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-long: $(STAMP) ## the tests that take minutes
-	$(BIN)/python -m pytest -q -m "long"
+long: upstream ## what takes minutes: upstream suites, real servers, slow tests
+	$(BIN)/python -m pytest -q -m long
 
 demo: $(STAMP) ## a small shop under uvicorn with its own traffic; `make demo SECONDS=20` stops by itself
 	$(BIN)/python examples/shop/demo.py $(if $(SECONDS),--seconds $(SECONDS))
 
-bench: $(STAMP) ## what observing a task costs, beside the floor and FastAPI's own telemetry
+bench: $(STAMP) ## what observing a task costs, beside the same signals written by hand
 	$(BIN)/python tests/bench/overhead.py
 	$(BIN)/python tests/bench/history.py
 	$(BIN)/python tests/bench/hazards.py
@@ -34,7 +34,7 @@ bench: $(STAMP) ## what observing a task costs, beside the floor and FastAPI's o
 upstream: $(STAMP) ## Starlette's and FastAPI's own suites, bare and with the middleware in every app
 	$(BIN)/python tests/upstream/run.py
 
-versions: $(STAMP) ## our suite on older FastAPI, Starlette and newer Python
+versions: $(STAMP) ## the tests on all declared minimums, other FastAPI and Starlette versions, newer Python
 	$(BIN)/python tests/versions.py
 
 grafana: ## Grafana with the dashboards, and all that they show, where Docker is: http://localhost:3000

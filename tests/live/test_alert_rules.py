@@ -15,7 +15,7 @@ from aftertask.cli._rules import Limits, Options, groups, to_yaml
 from live.monitoring import People, alertmanager, instant, prometheus
 from live.servers import Server, eventually, uvicorn
 
-pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).parents[2]
 APPS = Path(__file__).parent / "apps"
@@ -133,7 +133,6 @@ def test_each_fault_is_told_and_taken_back(tmp_path: Path) -> None:
         eventually(over, seconds=90, what="every alert taken back")
 
 
-@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_slow_windows_of_the_error_budget_are_told_and_taken_back(tmp_path: Path) -> None:
     """A day's and three days' windows, at a 240th of their length, each as a warning; and they end."""

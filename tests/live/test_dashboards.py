@@ -18,7 +18,7 @@ import pytest
 from live.monitoring import api, instant, prometheus
 from live.servers import Server, Spans, eventually, uvicorn
 
-pytestmark = [pytest.mark.live, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(180)]
 
 ROOT = Path(__file__).parents[2]
 APPS = Path(__file__).parent / "apps"

@@ -15,7 +15,7 @@ import pytest
 
 from live.servers import Server, eventually, free_port, process
 
-pytestmark = [pytest.mark.live, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(60)]
 
 APPS = Path(__file__).parent / "apps"
 

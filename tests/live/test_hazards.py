@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from live.servers import Server, eventually, uvicorn
 
-pytestmark = pytest.mark.live
+pytestmark = pytest.mark.long
 
 FOLDER = Path(__file__).parent / "apps"
 UPLOAD = {"file": b"abc"}
@@ -129,7 +129,6 @@ def test_one_of_fifty_is_named_under_uvicorn(server: Server) -> None:
     _name_the_culprit(server, 3)
 
 
-@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_one_of_fifty_is_named_in_fifty_of_fifty_trials_under_uvicorn(server: Server) -> None:
     """The same, fifty times."""
@@ -188,7 +187,6 @@ def test_a_healthy_app_under_load_has_none(server: Server) -> None:
     _is_healthy(server, 4)
 
 
-@pytest.mark.long
 @pytest.mark.timeout(150)
 def test_a_healthy_app_under_load_for_a_minute_has_none(server: Server) -> None:
     """No false alarm in a minute."""

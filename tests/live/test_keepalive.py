@@ -9,7 +9,7 @@ import pytest
 
 from live.servers import uvicorn
 
-pytestmark = pytest.mark.live
+pytestmark = pytest.mark.long
 
 APPS = Path(__file__).parent / "apps"
 

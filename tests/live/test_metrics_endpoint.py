@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families as text_fami
 
 from live.servers import Server, eventually, uvicorn
 
-pytestmark = [pytest.mark.live, pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(60)]
 
 HERE = Path(__file__).parent
 SHOP = HERE.parents[1] / "examples" / "shop"

@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from aftertask.signals._metric_set import SAMPLE_EVERY
 from live.servers import Server, eventually, free_port, process, uvicorn
 
-pytestmark = [pytest.mark.live, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(90)]
 
 APPS = Path(__file__).parent / "apps"
 #: Endless runs must not hold up the end of a test.

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from live.servers import Server, eventually, free_port, uvicorn
 
-pytestmark = [pytest.mark.live, pytest.mark.timeout(90)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(90)]
 
 APPS = Path(__file__).parent / "apps"
 

@@ -12,7 +12,7 @@ import pytest
 
 from live.servers import Server, Spans, eventually, prometheus, uvicorn
 
-pytestmark = [pytest.mark.live, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(120)]
 
 SHOP = Path(__file__).parents[2] / "examples" / "shop"
 

@@ -16,7 +16,8 @@ from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
-from aftertask import AftertaskMiddleware, HazardFound, Scheduled, Settings, TaskEvent
+from aftertask import AftertaskMiddleware, HazardFound, Settings, TaskEvent
+from aftertask.events import Scheduled
 from aftertask.signals import usual
 
 _built = _runs = 0
