@@ -136,14 +136,14 @@ class _AsyncCall(_Call):
         return await self.func(*args, **kwargs)
 
 
-def is_async(func: Any) -> bool:
+def is_async(func: object) -> bool:
     """Whether a call returns an awaitable, decided as Starlette decides it."""
     while isinstance(func, functools.partial):
         func = func.func
     return inspect.iscoroutinefunction(func) or (callable(func) and inspect.iscoroutinefunction(type(func).__call__))
 
 
-def executor_of(func: Any, policy: Policy) -> str:
+def executor_of(func: object, policy: Policy) -> str:
     """Where a task's function runs: `inline` on the event loop, `thread` or `process`."""
     if policy.executor in (None, "auto"):
         return "inline" if is_async(func) else "thread"
@@ -167,7 +167,7 @@ def unwrap(func: Any) -> tuple[Any, Policy | None]:
     return func, policy
 
 
-def _traced(func: Any) -> Any:
+def _traced(func: object) -> object:
     """The user's function inside the closure of a known tracer; None for any other callable."""
     if not isinstance(func, FunctionType):
         return None
@@ -184,7 +184,7 @@ def without_options(func: Any) -> Any:
     return func
 
 
-def registration(func: Any) -> Registered | None:
+def registration(func: object) -> Registered | None:
     """What `@task` registered for this function, looked up through `__wrapped__`; None if it is not registered."""
     for _ in range(_DEEPEST):
         entry = attribute(func, _ATTRIBUTE)
@@ -197,7 +197,7 @@ def registration(func: Any) -> Registered | None:
     return None
 
 
-def code_name(func: Any) -> str:
+def code_name(func: object) -> str:
     """
     A callable as `module.qualname`: a bound method by its class, a callable object by its own class.
 
@@ -222,7 +222,7 @@ def code_name(func: Any) -> str:
     return f"{_module(kind)}.{kind.__qualname__}"
 
 
-def attribute(thing: Any, name: str) -> Any:
+def attribute(thing: object, name: str) -> Any:
     """
     An attribute that really exists; None otherwise.
 
@@ -236,7 +236,7 @@ def attribute(thing: Any, name: str) -> Any:
         return None
 
 
-def _module(thing: Any) -> str:
+def _module(thing: object) -> str:
     module = attribute(thing, "__module__")
     if not isinstance(module, str):
         module = attribute(type(thing), "__module__")

@@ -39,7 +39,7 @@ class Work:
     whole: bool
     call: Callable[[], Awaitable[object]]
 
-    def named_by(self, func: Any) -> Work:
+    def named_by(self, func: object) -> Work:
         """The same work under the name and policy of another function."""
         return replace(self, func=func, whole=False)
 
@@ -83,11 +83,12 @@ class BareCallable(BackgroundTask):
             response.background = self.bare
 
 
-def work_of(target: Any) -> Work:
+def work_of(target: object) -> Work:
     """A task as work; a user's container or task class is called as a whole."""
     if isinstance(target, BareCallable):
         return Work(target, target.bare, (), {}, True, target)
     if not isinstance(target, BackgroundTask):
+        assert callable(target)  # the response is about to call it
         return Work(target, target, (), {}, True, target)
     if owner_of_call(type(target)) is not BackgroundTask:
         return Work(target, type(target), (), {}, True, target)

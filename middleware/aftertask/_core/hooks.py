@@ -42,6 +42,9 @@ from .request import OWED, Request
 from .serve import Serving, serving_here
 from .waiting import Owed
 
+#: `BackgroundTask.__call__`, or what another library has put around it.
+TaskCall = Callable[[Any], Awaitable[None]]
+
 #: Where the ASGI scope holds the request's record.
 KEY = "aftertask"
 
@@ -97,7 +100,7 @@ def _respond(request: Request, response: Response, scope: MutableMapping[str, An
 # --- 2. tasks
 
 
-def _hook_task(owner: type, original: Callable[[Any], Awaitable[None]]) -> Callable[[Any], Awaitable[None]]:
+def _hook_task(owner: type, original: TaskCall) -> TaskCall:
     @functools.wraps(original)
     async def __call__(self: BackgroundTask) -> None:
         run = running.get()
@@ -114,7 +117,7 @@ def _hook_task(owner: type, original: Callable[[Any], Awaitable[None]]) -> Calla
 
 
 async def _call_in_run(
-    owner: type, original: Callable[[Any], Awaitable[None]], task: BackgroundTask, run: TaskRun
+    owner: type, original: TaskCall, task: BackgroundTask, run: TaskRun
 ) -> None:
     """A task is called inside a run: it is the run's own, or a child of it."""
     is_outermost = owner is owner_of_call(type(task))
@@ -135,7 +138,7 @@ def _child_work(task: BackgroundTask) -> Work:
     return work_of(task) if func is None else work_of(task).named_by(func)
 
 
-async def _run_container(original: Callable[[Any], Awaitable[None]], container: Any, request: Request) -> None:
+async def _run_container(original: TaskCall, container: BackgroundTask, request: Request) -> None:
     """
     Run a framework's container by its own loop.
 
@@ -143,18 +146,14 @@ async def _run_container(original: Callable[[Any], Awaitable[None]], container: 
     none, takes its place.
     """
     tracer = getattr((request.scope or {}).get("fastapi.telemetry"), "tracer", None)
-    if tracer is not None and request.same_provider(tracer):
-        await _starlettes_loop(container)
+    if is_container(container) and tracer is not None and request.same_provider(tracer):
+        for task in container.tasks:  # it may grow
+            await task()
     else:
         await original(container)
 
 
-async def _starlettes_loop(container: BackgroundTasks) -> None:
-    for task in container.tasks:
-        await task()
-
-
-async def _call_through(original: Callable[[Any], Awaitable[None]], task: BackgroundTask, run: TaskRun) -> None:
+async def _call_through(original: TaskCall, task: BackgroundTask, run: TaskRun) -> None:
     """Call what was there before the hook; OpenTelemetry's own span is left out where it would double ours."""
     request = run.request
     tracer = _opentelemetrys_tracer(original)
@@ -233,7 +232,7 @@ def _hook_add_task(owner: type, original: Callable[..., None]) -> Callable[..., 
     return add_task
 
 
-def _work_added(task: BackgroundTask, func: Any) -> Work:
+def _work_added(task: BackgroundTask, func: object) -> Work:
     """The task that was added, named by the function that the user gave, whatever a tracer made of it."""
     work = work_of(task)
     return work if work.whole or func is None else work.named_by(func)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
-from typing import Any
 
 from .. import _clock
 from .background import background_of, is_container, sort_by_priority, work_of
@@ -44,7 +43,7 @@ class Serving:
             return True
         return self.request.has_scheduled(task)
 
-    async def run(self, task: Any, loop: Loop) -> None:
+    async def run(self, task: object, loop: Loop) -> None:
         """
         The framework, or user code in its place, calls a task or a container of the request.
 
@@ -62,7 +61,7 @@ class Serving:
         else:
             await self._run_batch(task, loop)
 
-    async def _run_supervised(self, background: Any, loop: Loop) -> None:
+    async def _run_supervised(self, background: object, loop: Loop) -> None:
         """Run a batch in a task that may outlive the request."""
         owed = None
         try:
@@ -72,7 +71,7 @@ class Serving:
         if owed is not None:
             await self.request.compensate(owed)
 
-    async def _run_batch(self, background: Any, loop: Loop) -> None:
+    async def _run_batch(self, background: object, loop: Loop) -> None:
         """Run a background: a framework's container by its own loop, anything else as one run."""
         here = Serving(self.request, self.response, computed=self.computed)
         batch = here.batch = Batch(self.request.parts.lifecycle)
@@ -93,7 +92,7 @@ class Serving:
             self.request.guarded("end of the batch", self.request.end_batch, batch, background, error)
             del error  # its traceback holds this frame
 
-    def _begin(self, background: Any) -> None:
+    def _begin(self, background: object) -> None:
         """A batch starts."""
         self.request.parts.batch_started()
         waiting = self.request.waiting.all()
@@ -105,7 +104,7 @@ class Serving:
         if is_container(background) and any(run.info.priority for run in waiting):
             sort_by_priority(background, self.request.priority_of)
 
-    async def _run_one(self, task: Any, batch: Batch) -> None:
+    async def _run_one(self, task: object, batch: Batch) -> None:
         run = self.request.waiting.take(task) or self.request.guarded("late task", self._schedule_late, task)
         if run is None:
             if id(task) not in self.request.refused:  # not observed
@@ -117,7 +116,7 @@ class Serving:
             if run.outcome is None and not run.attempt:  # cancelled before its turn: the end of the batch decides why
                 self.request.waiting.put_back(run)
 
-    def _schedule_late(self, task: Any) -> Run | None:
+    def _schedule_late(self, task: object) -> Run | None:
         """Schedule a task that was added, or served again, without being seen before its turn."""
         if id(task) in self.request.refused:
             return None
