@@ -30,7 +30,7 @@ def new_queue(rate: int = 10, per: float = 300) -> AlertQueue:
 
 
 def add(queue: AlertQueue, now: float, task: str = "mail", fingerprint: str = "f") -> None:
-    queue.add(key(task, fingerprint), alert(task, at=now), now, now)
+    queue.add(key(task, fingerprint), 1, lambda: alert(task, at=now), now, now)
 
 
 def deliver(queue: AlertQueue, now: float) -> Message:
@@ -89,8 +89,8 @@ def test_the_last_message_that_the_rate_limit_admits_covers_every_group() -> Non
 def test_the_most_severe_alert_comes_first() -> None:
     """Of several groups that are due, the critical one is sent first."""
     queue = new_queue()
-    queue.add(key("a"), alert("a", "info"), 0, 0)
-    queue.add(key("b"), alert("b", "critical"), 0, 0)
+    queue.add(key("a"), 1, lambda: alert("a", "info"), 0, 0)
+    queue.add(key("b"), 1, lambda: alert("b", "critical"), 0, 0)
     assert deliver(queue, 1).alert.task == "b"
 
 
@@ -152,7 +152,7 @@ def test_without_a_success_a_task_is_not_resolved() -> None:
 def test_a_task_that_was_only_slow_is_not_resolved() -> None:
     """It never failed."""
     queue = new_queue()
-    queue.add(GroupKey("mail", "slow", "s"), replace(alert(), kind="slow"), 0, 0)
+    queue.add(GroupKey("mail", "slow", "s"), 1, lambda: replace(alert(), kind="slow"), 0, 0)
     deliver(queue, 1)
     queue.succeeded("mail", 2)
     assert queue.pause(3) is None

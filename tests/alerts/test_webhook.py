@@ -84,7 +84,7 @@ def test_without_a_secret_a_request_is_not_signed() -> None:
         ((429, {"Retry-After": "999999"}), "responded with 429", False, 3600.0),
         (404, "responded with 404", True, None),
         ((302, {"Location": "http://127.0.0.1:1/"}), "responded with 302", True, None),
-        ("reset", "did not respond|cannot be reached", False, None),
+        ("reset", "no response from 127.0.0.1", False, None),
     ],
 )
 def test_any_other_answer_is_a_failure(answer: Any, text: str, permanent: bool, after: float | None) -> None:
@@ -109,13 +109,13 @@ def test_a_refused_connection_is_a_failure() -> None:
     """The error names the host and the cause."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, not listening: refused
-        with pytest.raises(DeliveryFailed, match=r"127.0.0.1:\d+ cannot be reached: Connection refused"):
+        with pytest.raises(DeliveryFailed, match=r"no response from 127.0.0.1:\d+: Connection refused"):
             Webhook(f"http://127.0.0.1:{taken.getsockname()[1]}/hook/s3cret")(alert())
 
 
 def test_a_host_that_cannot_be_encoded_is_a_failure() -> None:
     """A label of a host name has at most 63 characters; Python raises a `UnicodeError` for a longer one."""
-    with pytest.raises(DeliveryFailed, match="did not respond"):
+    with pytest.raises(DeliveryFailed, match="no response from x"):
         Webhook(f"http://{'x' * 70}.example.org/hook/s3cret")(alert())
 
 

@@ -6,10 +6,9 @@ Alerts: a failure reaches a person, once, in time, with all that is needed to ac
 
 from __future__ import annotations
 
-from .alert import Alert, Kind
+from .alert import Alert, Channel, DeliveryFailed, Kind
 from .apprise import Apprise
 from .calls import Tested, send_test
-from .channel import Channel, DeliveryFailed
 from .routing import Route
 from .signal import Alerts
 from .webhook import Webhook

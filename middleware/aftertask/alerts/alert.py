@@ -1,16 +1,18 @@
-"""`Alert`: what a channel receives, and its text for people."""
+"""`Alert`: what a person is sent, as fields and as text; and `Channel`: anything that delivers it."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import uuid
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
+from ..errors import AftertaskError
 from ..events import OUTCOMES
 from ..policies import Severity
 
@@ -175,6 +177,41 @@ class Alert:
         """`as_dict()` as JSON in UTF-8."""
         # A message may hold a lone surrogate, which UTF-8 cannot encode.
         return json.dumps(self.as_dict(), ensure_ascii=False).encode(errors="replace")
+
+
+@runtime_checkable
+class Channel(Protocol):
+    """
+    Takes an alert and delivers it: `Webhook`, `Apprise`, or any sync or async function. An exception means failure.
+
+    Each call runs in a thread of its own, never on the app's event loop; an async channel gets an asyncio event loop
+    for the duration of the call. A channel may raise `DeliveryFailed` to control when delivery is tried again.
+    """
+
+    def __call__(self, alert: Alert, /) -> Awaitable[None] | None: ...
+
+
+class DeliveryFailed(AftertaskError):
+    """
+    An alert could not be delivered.
+
+    Args:
+        message: Why. It is logged, so it must not hold a secret.
+        retry_after: Seconds after which the receiver wants the next attempt, at least 0; None if it did not ask.
+        permanent: Whether an immediate retry is pointless, such as after a wrong address.
+
+    Raises:
+        ValueError: `retry_after` is negative or infinite.
+    """
+
+    __module__ = "aftertask.alerts"  # `error_type` is a public name
+
+    def __init__(self, message: str, *, retry_after: float | None = None, permanent: bool = False) -> None:
+        super().__init__(message)
+        if retry_after is not None and not 0 <= retry_after < math.inf:
+            raise ValueError(f"DeliveryFailed.retry_after must be at least 0 seconds, or None, got {retry_after!r}")
+        self.retry_after = retry_after
+        self.permanent = permanent
 
 
 def counts_text(tasks: Mapping[str, int]) -> str:

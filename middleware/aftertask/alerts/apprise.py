@@ -6,8 +6,7 @@ import re
 import warnings
 from typing import Any
 
-from .alert import Alert
-from .channel import DeliveryFailed
+from .alert import Alert, DeliveryFailed
 
 _DOCS = "https://github.com/caronc/apprise/wiki"
 _NOTIFY_TYPES = {"info": "INFO", "warning": "WARNING", "critical": "FAILURE", "resolved": "SUCCESS"}

@@ -5,9 +5,10 @@ Calls of a channel, each in a thread of its own: a call that hangs cannot be sto
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
-import threading
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from opentelemetry import context as otel
@@ -16,48 +17,46 @@ from .. import _clock
 from .._core.process import start_thread
 from .._text import default_redact
 from ..events import Failure
-from .alert import Alert
-from .channel import Channel, DeliveryFailed
+from .alert import Alert, Channel, DeliveryFailed
 from .routing import Route, routes
 
 #: OpenTelemetry's instrumentation packages make no span in a context with this key.
 _SUPPRESS_SPANS = "suppress_instrumentation"
 
 
-class Call:
-    """
-    A call of a route's channel with an alert; it starts at once.
+def call(route: Route, alert: Alert) -> Future[None]:
+    """Call a route's channel with an alert; it starts at once, in a thread and a context of its own."""
+    future: Future[None] = Future()
 
-    Args:
-        finished: Called in the call's thread when it is over; `over` and `error` are set by then.
-    """
+    def run() -> None:
+        contextvars.Context().run(_run, route, alert, future)
 
-    def __init__(self, route: Route, alert: Alert, finished: Callable[[], object]) -> None:
-        self.alert = alert
-        self.error: BaseException | None = None
-        self.over = False
-        self._route, self._finished = route, finished
-        try:
-            start_thread(f"alert-{route.name}", self._run)
-        except RuntimeError:  # no thread can be started, such as at interpreter shutdown: call it here
-            self._run()
+    try:
+        start_thread(f"alert-{route.name}", run)
+    except RuntimeError:  # no thread can be started, such as at interpreter shutdown: call it here
+        run()
+    return future
 
-    def _run(self) -> None:
-        token = otel.attach(otel.set_value(_SUPPRESS_SPANS, True))
-        try:
-            result = self._route.channel(self.alert)
-            if inspect.isawaitable(result):
-                asyncio.run(_within(self._route.timeout, result))
-        except BaseException as error:  # SystemExit too: it ends this call only
-            self.error = error
-        finally:
-            otel.detach(token)
-            self.over = True
-            self._finished()
+
+def _run(route: Route, alert: Alert, future: Future[None]) -> None:
+    otel.attach(otel.set_value(_SUPPRESS_SPANS, True))
+    try:
+        result = route.channel(alert)
+        if inspect.isawaitable(result):
+            asyncio.run(_within(route.timeout, result))
+    except BaseException as error:  # SystemExit too: it ends this call only
+        future.set_exception(error)
+    else:
+        future.set_result(None)
 
 
 async def _within(timeout: float, result: Awaitable[None]) -> None:
     await asyncio.wait_for(result, timeout)
+
+
+def not_in_time(route: Route) -> TimeoutError:
+    """The error of a call that takes longer than the route's timeout."""
+    return TimeoutError(f"{route.name} did not return within {route.timeout:.3g} s")
 
 
 def is_explained(error: BaseException) -> bool:
@@ -95,10 +94,11 @@ def send_test(channels: Iterable[Channel | Route | str]) -> list[Tested]:
 
 def _test(route: Route) -> Tested:
     text = f"A test of the alert channel {route.name}, sent on demand. Nothing is wrong."
-    started, finished = _clock.monotonic(), threading.Event()
-    call = Call(route, Alert(kind="test", severity="info", message=text), finished.set)
-    finished.wait(route.timeout)
-    error = call.error if call.over else TimeoutError(f"{route.name} did not return within {route.timeout:.3g} s")
+    started = _clock.monotonic()
+    try:
+        error = call(route, Alert(kind="test", severity="info", message=text)).exception(route.timeout)
+    except TimeoutError:
+        error = not_in_time(route)
     return Tested(route.name, error is None, _clock.monotonic() - started, None if error is None else _one_line(error))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, Literal, Protocol, TypeAlias
 
 from .. import _clock
@@ -11,9 +12,8 @@ from .._core.process import start_thread
 from .._log import Level, log
 from ..events import Failure
 from ..policies import Retry
-from .alert import Alert
-from .calls import Call, is_explained
-from .channel import DeliveryFailed
+from .alert import Alert, DeliveryFailed
+from .calls import call, is_explained, not_in_time
 from .queue import AlertQueue, GroupKey, Message, Timing
 from .routing import Route
 
@@ -65,19 +65,15 @@ class Sender:
         self._changed = threading.Condition()
         self._queue = AlertQueue(self._timing, self.route.rate, self.route.per)
         self._thread: threading.Thread | None = None
-        self._call: Call | None = None
+        self._call: tuple[Alert, Future[None]] | None = None
         self._closing = False
 
     def add(self, key: GroupKey, count: int, describe: Callable[[], Alert], timestamp: float) -> None:
         """Add runs to their group; `describe` is called only if an alert begins with them."""
         with self._changed:
-            if self._queue.join(key, count, _clock.monotonic(), timestamp):
-                return
-        alert = describe()  # outside of the lock: `Settings.redact` may be slow
-        with self._changed:
-            self._queue.add(key, alert, _clock.monotonic(), timestamp)
-            self._measure()
-            self._wake()
+            if self._queue.add(key, count, describe, _clock.monotonic(), timestamp):
+                self._measure()
+                self._wake()
 
     def add_not_run(self, cause: GroupKey, task: str) -> bool:
         """Attach a run that did not start to the pending alert about its cause; False if there is none."""
@@ -178,14 +174,16 @@ class Sender:
         """Call the channel; the error, or None."""
         end = _clock.monotonic() + self.route.timeout
         while True:
-            # An earlier call that timed out may still hang.
-            call = self._call = self._call or Call(self.route, alert, self.clock_advanced)
-            self._wait(lambda: call.over, end)  # noqa: B023  # called in this round
-            if not call.over:
-                return TimeoutError(f"the channel did not return within {self.route.timeout:.3g} s")
+            if self._call is None:  # or an earlier call, which timed out, still hangs
+                self._call = alert, call(self.route, alert)
+                self._call[1].add_done_callback(lambda _: self.clock_advanced())
+            called, future = self._call
+            self._wait(future.done, end)
+            if not future.done():
+                return not_in_time(self.route)
             self._call = None
-            if call.alert is alert:
-                return call.error
+            if called is alert:
+                return future.exception()
 
     def _wait(self, until: Callable[[], bool], end: float) -> None:
         """Wait until a condition holds, at most until `end`, and not after the thread was asked to end."""

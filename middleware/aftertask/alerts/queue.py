@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import NamedTuple
@@ -133,41 +134,43 @@ class AlertQueue:
     def __len__(self) -> int:
         return len(self._pending)
 
-    def join(self, key: GroupKey, count: int, now: float, timestamp: float) -> bool:
+    def add(self, key: GroupKey, count: int, describe: Callable[[], Alert], now: float, timestamp: float) -> bool:
         """
-        Count runs in a group with a pending alert; False if it has none, so that `add` needs one.
+        Count runs in their group.
 
         Args:
             key: The group.
             count: Number of runs.
+            describe: Makes the alert about them; called only if the group has none pending.
             now: Monotonic seconds.
             timestamp: When the last of them ended, in seconds since the Unix epoch.
+
+        Returns:
+            Whether an alert is pending that was not before.
         """
-        key = self._within_bounds(key)
-        pending = self._pending.get(key)
-        if pending is None:
-            return False
+        bounded = self._within_bounds(key)
+        new = bounded not in self._pending
+        if new:
+            alert = describe()
+            if bounded != key:
+                note = f"one of more than {MAX_GROUPS} groups of failures: {alert.task}: {alert.message}"
+                alert = replace(alert, task=OTHER, fingerprint="", message=note)
+            self._begin(bounded, alert, now)
+        pending = self._pending[bounded]
         pending.count += count
         pending.last_seen = timestamp
         if key.kind not in _NEVER_RESOLVED:
-            episode = self._episodes.setdefault(key.task, _Episode())
+            episode = self._episodes.setdefault(bounded.task, _Episode())
             episode.count += count
             episode.last_s, episode.last_seen = now, timestamp
-        return True
+        return new
 
-    def add(self, key: GroupKey, alert: Alert, now: float, timestamp: float) -> None:
-        """Count the runs of this alert in its group, and make it pending unless another one is."""
-        bounded = self._within_bounds(key)
-        if bounded != key:
-            note = f"one of more than {MAX_GROUPS} groups of failures: {alert.task}: {alert.message}"
-            key, alert = bounded, replace(alert, task=OTHER, fingerprint="", message=note)
-        if key not in self._pending:
-            sent_s, wait = self._sent.get(key, (-math.inf, 0.0))
-            if now - sent_s > self._timing.repeat_max:  # nothing since: it is news again
-                self._sent.pop(key, None)
-            self._pending[key] = _Pending(alert, max(now + self._timing.group_wait, sent_s + wait))
-            self._pending.pop(_resolved(key.task), None)  # it is no longer true
-        self.join(key, alert.count, now, timestamp)
+    def _begin(self, key: GroupKey, alert: Alert, now: float) -> None:
+        sent_s, wait = self._sent.get(key, (-math.inf, 0.0))
+        if now - sent_s > self._timing.repeat_max:  # nothing since: it is news again
+            self._sent.pop(key, None)
+        self._pending[key] = _Pending(alert, max(now + self._timing.group_wait, sent_s + wait))
+        self._pending.pop(_resolved(key.task), None)  # it is no longer true
 
     def add_not_run(self, cause: GroupKey, task: str) -> bool:
         """Attach a run that did not start to the pending alert about its cause; False if there is none."""

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 from ..policies import SEVERITIES, Severity
 from ..tasks import attribute, code_name
+from .alert import Channel
 from .apprise import Apprise
-from .channel import Channel
 from .checks import check_seconds, check_whole
 from .webhook import Webhook
 

@@ -13,8 +13,7 @@ from .. import _clock
 from .._core.process import on_exit, on_fork
 from .._text import default_redact
 from ..events import RequestInfo, Signal, Slow, Stuck, Succeeded, TaskRun
-from .alert import Alert
-from .channel import Channel
+from .alert import Alert, Channel
 from .checks import check_base_url, check_seconds, check_trace_url, check_whole
 from .delivery import AlertMetrics, Sender
 from .describe import BadEnd, Problem, common_cause, describe, describe_burst, group_key, severity
