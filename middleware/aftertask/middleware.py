@@ -79,6 +79,7 @@ class AftertaskMiddleware:
             request_id=settings.request_id,
             run_ids_header=settings.run_ids_header,
             keeps_context=settings.context == "endpoint",
+            run_after=settings.run_after,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

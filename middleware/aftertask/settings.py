@@ -22,6 +22,7 @@ from .policies import ON_FAILURE, TRACES, Limit, OnFailure, Policy, Trace
 
 PREFIX = "AFTERTASK_"
 CONTEXTS = ("request", "endpoint")
+RUN_AFTER = ("response", "request")
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 
@@ -46,6 +47,9 @@ class Settings:
             (`"request"`), or all of them (`"endpoint"`).
         on_failure: What a failure does to the later runs of the batch if the policy does not say: `"stop"`,
             `"continue"` or `"contain"` (see `Policy`).
+        run_after: When the tasks of a response start: `"response"`, as Starlette does, or `"request"`: when the whole call
+            of the app has returned, so after the exit code of dependencies with `yield` (which commit a transaction
+            there); if that call raised, they are dropped with the reason `request_failed`.
         policies: Task name or pattern (`mail.*`, as `fnmatch`) to `Policy`; overrides what `@task` declares.
         redact: Receives the text of an exception before any signal does, and returns what may be shown.
         request_id: Finds the request's id in the ASGI scope; by default what an earlier middleware left in
@@ -77,6 +81,7 @@ class Settings:
     trace: Trace = "child"
     context: Literal["request", "endpoint"] = "request"
     on_failure: OnFailure = "stop"
+    run_after: Literal["response", "request"] = "response"
     policies: Mapping[str, Policy] = field(default_factory=dict)
     redact: Callable[[str], str] = default_redact
     request_id: Callable[[MutableMapping[str, Any]], str | None] = request_id_from_state
@@ -108,6 +113,7 @@ class Settings:
         _one_of("trace", self.trace, TRACES)
         _one_of("context", self.context, CONTEXTS)
         _one_of("on_failure", self.on_failure, ON_FAILURE)
+        _one_of("run_after", self.run_after, RUN_AFTER)
         _count("max_waiting", self.max_waiting, 0)
         _count("thread_limit", 0 if self.thread_limit is None else self.thread_limit, 1)
         drain = self.drain_timeout
@@ -232,6 +238,7 @@ _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "metrics_path": _optional_text,
     "trace": str.strip,
     "on_failure": str.strip,
+    "run_after": str.strip,
     "max_waiting": _optional_count,
     "thread_limit": _whole,
     "drain_timeout": _optional_number,

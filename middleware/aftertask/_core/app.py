@@ -33,7 +33,7 @@ class App:
     Args:
         emit: The app's signals.
         policies, on_failure, max_waiting, thread_limit, drain_timeout, shutdown_report, request_id,
-        run_ids_header: As in `Settings`.
+        run_ids_header, run_after: As in `Settings`.
         keeps_context: Whether tasks get the endpoint's context variables.
     """
 
@@ -50,6 +50,7 @@ class App:
         request_id: Callable[[Scope], object],
         run_ids_header: str | None,
         keeps_context: bool,
+        run_after: str,
     ) -> None:
         self.emit = emit
         self.resolver = Resolver(
@@ -64,6 +65,7 @@ class App:
             find_request_id=request_id,
             keeps_context=keeps_context,
             run_ids_header=run_ids_header,
+            runs_after_request=run_after == "request",
             wants_start=bool(emit.admissions) or run_ids_header is not None,
             batch_started=self._batch_started,
         )
@@ -82,6 +84,7 @@ class App:
         error: BaseException | None = None
         try:
             await inner(scope, receive, request.watch(send))
+            await request.run_held()
         except BaseException as raised:
             error = raised
             raise

@@ -116,9 +116,7 @@ def _hook_task(owner: type, original: TaskCall) -> TaskCall:
     return __call__
 
 
-async def _call_in_run(
-    owner: type, original: TaskCall, task: BackgroundTask, run: TaskRun
-) -> None:
+async def _call_in_run(owner: type, original: TaskCall, task: BackgroundTask, run: TaskRun) -> None:
     """A task is called inside a run: it is the run's own, or a child of it."""
     is_outermost = owner is owner_of_call(type(task))
     if run.target is task and is_outermost:
@@ -269,6 +267,18 @@ def _scope_among(kwargs: dict[str, Any]) -> object:
 Hook = Callable[[type, Any], Any]
 
 
+def _as_method(function: Any) -> Any:
+    """A function that takes `self` first: the wrappers of wrapt, which tracers use, work only when they are bound."""
+    if type(function) is FunctionType:
+        return function
+
+    @functools.wraps(function)
+    def method(self: object, *args: Any, **kwargs: Any) -> Any:
+        return function.__get__(self, type(self))(*args, **kwargs)
+
+    return method
+
+
 class _Installed:
     """What has been patched, and how to undo it."""
 
@@ -280,7 +290,7 @@ class _Installed:
         original = vars(owner).get(name)
         if not isinstance(original, FunctionType) or original in self.hooks:
             return
-        hooked = hook(owner, original)
+        hooked = hook(owner, _as_method(original))
         self.hooks.add(hooked)
         setattr(owner, name, hooked)
         self.undo.append(lambda: setattr(owner, name, original))

@@ -24,6 +24,8 @@ def reason_of(error: BaseException, *, has_started: bool, is_complete: bool) -> 
     """
     if not isinstance(error, Exception):
         return "request_cancelled"
+    if is_complete:
+        return "request_failed"
     if isinstance(error, HTTPException):
         # 4xx is the client's, 5xx the app's own failure.
         return "http_exception" if error.status_code < 500 else "handler_error"
@@ -31,4 +33,4 @@ def reason_of(error: BaseException, *, has_started: bool, is_complete: bool) -> 
         return "validation"
     if isinstance(error, (ClientDisconnect, WebSocketDisconnect)) or (isinstance(error, OSError) and has_started):
         return "client_gone"
-    return "request_failed" if is_complete else "handler_error"
+    return "handler_error"

@@ -74,6 +74,7 @@ class Parts:
         find_request_id: `Settings.request_id`.
         keeps_context: Whether tasks get the endpoint's context variables (`Settings(context="endpoint")`).
         run_ids_header: `Settings.run_ids_header`.
+        runs_after_request: Whether batches wait until the call of the app has returned (`Settings.run_after`).
         wants_start: Whether the start of a response is of interest: there are admissions, or that header.
         batch_started: Called on the event loop before a batch starts.
     """
@@ -85,6 +86,7 @@ class Parts:
     find_request_id: Callable[[Scope], object]
     keeps_context: bool
     run_ids_header: str | None
+    runs_after_request: bool
     wants_start: bool
     batch_started: Callable[[], None]
 
@@ -113,6 +115,8 @@ class Request(RequestInfo):
     _batches = 0
     _early: Run | None = None
     _is_described = False
+    _is_complete = False  # the last byte has been sent
+    _held: tuple[Callable[[], Awaitable[None]], ...] = ()
 
     def __init__(self, parts: Parts, scope: Scope, context: Context) -> None:
         self.app = parts.emit
@@ -164,6 +168,7 @@ class Request(RequestInfo):
         return {**message, "headers": [*message.get("headers", ()), header]}
 
     def _complete(self) -> None:
+        self._is_complete = True
         if self._early is not None:
             self._hazard(self._early, "started_early", _EARLY)
             self._early = None
@@ -311,6 +316,20 @@ class Request(RequestInfo):
 
     # --- the end
 
+    def holds(self, start: Callable[[], Awaitable[None]]) -> bool:
+        """Keep the start of a batch until the call of the app has returned; False if it starts now."""
+        if not self.parts.runs_after_request or self.phase is Phase.CLOSED:
+            return False
+        self._held = (*self._held, start)
+        return True
+
+    async def run_held(self) -> None:
+        """The call of the app has returned, and nothing has failed: run the batches that were kept."""
+        while self._held:
+            start, *rest = self._held
+            self._held = tuple(rest)
+            await start()
+
     def begin_batch(self) -> None:
         """A batch is about to run, maybe in a task that outlives the request."""
         self._batches += 1
@@ -352,7 +371,7 @@ class Request(RequestInfo):
         self.exits = None
         if owed is None:
             self.context = None
-        self._containers = self._finished = ()
+        self._containers = self._finished = self._held = ()
         return owed if responded else None
 
     def _settle(self, error: BaseException | None) -> Owed | None:
@@ -403,8 +422,7 @@ class Request(RequestInfo):
             return self._verdict
         if error is None:
             return "websocket" if self._is_described and self.http_method is None else "other"
-        has_started, is_complete = self.phase is not Phase.SCHEDULED, self.phase is Phase.SERVING
-        return reason_of(error, has_started=has_started, is_complete=is_complete)
+        return reason_of(error, has_started=self.phase is not Phase.SCHEDULED, is_complete=self._is_complete)
 
     def _hazard(self, run: TaskRun, kind: str, advice: str) -> None:
         self.parts.emit(HazardFound(run, _clock.timestamp(), kind, None, advice))

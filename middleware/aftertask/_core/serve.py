@@ -54,6 +54,11 @@ class Serving:
         if self.batch is not None:
             await (loop() if is_container(task) else self._run_one(task, self.batch))
             return
+        if self.response is None or not self.request.holds(lambda: self._start(task, loop)):
+            await self._start(task, loop)
+
+    async def _start(self, task: object, loop: Loop) -> None:
+        """Run a batch, in the lifespan's task group if it may outlive the request."""
         self.request.begin_batch()
         shutdown = self.request.parts.shutdown
         if shutdown.supervises:
