@@ -33,6 +33,7 @@ ORDER = (
     "_core.hooks",
     "_core.serve",
     "_core.request",
+    "_core.parts",
     "_core.route",
     "_core.reasons",
     "_core.schedule",

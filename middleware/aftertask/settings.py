@@ -47,8 +47,8 @@ class Settings:
             (`"request"`), or all of them (`"endpoint"`).
         on_failure: What a failure does to the later runs of the batch if the policy does not say: `"stop"`,
             `"continue"` or `"contain"` (see `Policy`).
-        run_after: When the tasks of a response start: `"response"`, as Starlette does, or `"request"`: when the whole call
-            of the app has returned, so after the exit code of dependencies with `yield` (which commit a transaction
+        run_after: When the tasks of a response start: `"response"`, as Starlette does, or `"request"`: when the whole
+            call of the app has returned, so after the exit code of dependencies with `yield` (which commit a transaction
             there); if that call raised, they are dropped with the reason `request_failed`.
         policies: Task name or pattern (`mail.*`, as `fnmatch`) to `Policy`; overrides what `@task` declares.
         redact: Receives the text of an exception before any signal does, and returns what may be shown.

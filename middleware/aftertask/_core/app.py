@@ -17,7 +17,8 @@ from .emit import Emitter
 from .hooks import KEY, install
 from .lifecycle import Lifecycle
 from .limits import SharedThreads
-from .request import OWED, Parts, Request
+from .parts import Parts
+from .request import OWED, Request
 from .resolver import Resolver
 from .schedule import Scheduler
 from .serve import Serving, serving_here

@@ -5,9 +5,8 @@ from __future__ import annotations
 import enum
 import sys
 import threading
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context, copy_context
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.background import BackgroundTasks
@@ -19,18 +18,14 @@ from .._text import error_type
 from ..events import HazardFound
 from .background import Work, leaves, work_of
 from .batch import Batch
-from .emit import Emitter
-from .lifecycle import Lifecycle
+from .parts import Parts, Scope
 from .reasons import HANDLER_FAILED, reason_of
 from .route import http_route
 from .run import Run
-from .schedule import Scheduler
-from .shutdown import Shutdown
 from .waiting import Owed, Waiting
 
 T = TypeVar("T")
 
-Scope = MutableMapping[str, Any]
 
 #: The component that errors of the interception are counted under.
 COMPONENT = "aftertask.interception"
@@ -63,32 +58,6 @@ class Phase(enum.Enum):
     RESPONDING = "the response has started"
     SERVING = "the last byte has been handed over; the tasks run"
     CLOSED = "the call of the app has returned"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Parts:
-    """
-    The parts of one app that a request works with.
-
-    Attributes:
-        find_request_id: `Settings.request_id`.
-        keeps_context: Whether tasks get the endpoint's context variables (`Settings(context="endpoint")`).
-        run_ids_header: `Settings.run_ids_header`.
-        runs_after_request: Whether batches wait until the call of the app has returned (`Settings.run_after`).
-        wants_start: Whether the start of a response is of interest: there are admissions, or that header.
-        batch_started: Called on the event loop before a batch starts.
-    """
-
-    emit: Emitter
-    scheduler: Scheduler
-    lifecycle: Lifecycle
-    shutdown: Shutdown
-    find_request_id: Callable[[Scope], object]
-    keeps_context: bool
-    run_ids_header: str | None
-    runs_after_request: bool
-    wants_start: bool
-    batch_started: Callable[[], None]
 
 
 class Request(RequestInfo):
