@@ -48,8 +48,8 @@ class Settings:
         on_failure: What a failure does to the later runs of the batch if the policy does not say: `"stop"`,
             `"continue"` or `"contain"` (see `Policy`).
         run_after: When the tasks of a response start: `"response"`, as Starlette does, or `"request"`: when the whole
-            call of the app has returned, so after the exit code of dependencies with `yield` (which commit a transaction
-            there); if that call raised, they are dropped with the reason `request_failed`.
+            call of the app has returned, after the exit code of dependencies with `yield` (where a transaction is
+            committed); if that call raised, they are dropped with the reason `request_failed`.
         policies: Task name or pattern (`mail.*`, as `fnmatch`) to `Policy`; overrides what `@task` declares.
         redact: Receives the text of an exception before any signal does, and returns what may be shown.
         request_id: Finds the request's id in the ASGI scope; by default what an earlier middleware left in
