@@ -42,12 +42,6 @@ class Sender:
 
     The thread exists while there is something to send. It calls the channel in another thread and gives a call up after
     the route's timeout. While a call hangs no other one is made, so there is never more than one.
-
-    Args:
-        route: The channel.
-        timing: When messages are due.
-        redact: Applied to the text of what the channel raises.
-        metrics: Where deliveries are counted; None: nowhere.
     """
 
     def __init__(
@@ -72,8 +66,8 @@ class Sender:
         """Add runs to their group; `describe` is called only if an alert begins with them."""
         with self._changed:
             if self._queue.add(key, count, describe, _clock.monotonic(), timestamp):
-                self._measure()
                 self._wake()
+                self._measure()
 
     def add_not_run(self, cause: GroupKey, task: str) -> bool:
         """Attach a run that did not start to the pending alert about its cause; False if there is none."""

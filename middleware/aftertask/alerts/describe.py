@@ -54,10 +54,9 @@ def group_key(problem: Problem) -> GroupKey:
             return GroupKey(task, "dropped", _fingerprint("dropped", problem.reason, problem.error_type or ""))
         case Skipped() | Rejected() | Lost():
             return GroupKey(task, cast(Kind, problem.outcome), _fingerprint(problem.outcome, problem.reason))
-        case Slow():
-            return GroupKey(task, "slow", _fingerprint("slow"))
-        case Stuck():
-            return GroupKey(task, "stuck", _fingerprint("stuck"))
+        case Slow() | Stuck():
+            kind: Kind = "slow" if isinstance(problem, Slow) else "stuck"
+            return GroupKey(task, kind, _fingerprint(kind))
         case _:
             assert_never(problem)
 
@@ -88,16 +87,7 @@ def common_cause(end: BadEnd) -> TaskRun | RequestInfo | None:
 def describe(
     problem: Problem, count: int, since: float, *, trace_url: str | None = None, runbook_url: str | None = None
 ) -> Alert:
-    """
-    The alert about a problem.
-
-    Args:
-        problem: The event.
-        count: Number of runs the alert stands for.
-        since: When the first of them ended, in seconds since the Unix epoch.
-        trace_url: Template of a link with `{trace_id}`; None means no link.
-        runbook_url: Where the runbooks are; None means no link.
-    """
+    """The alert about `count` runs with this problem; the first ended at `since`, in seconds since the Unix epoch."""
     run, key = problem.run, group_key(problem)
     span = run.span_context or run.request.span_context
     trace_id = None if span is None else f"{span.trace_id:032x}"

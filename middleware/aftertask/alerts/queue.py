@@ -57,14 +57,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """
-    A message to deliver.
-
-    Attributes:
-        alert: What is delivered.
-        parts: The groups it covers, each with its alert: the first in full, the others, which the rate limit held back,
-            as a number.
-    """
+    """An alert to deliver, and the groups it covers: the first in full, those held back as a number."""
 
     alert: Alert
     parts: list[tuple[GroupKey, Alert]]
@@ -113,13 +106,7 @@ class _Episode:
 
 
 class AlertQueue:
-    """
-    The groups of one channel.
-
-    Args:
-        timing: When messages are due.
-        rate, per: At most `rate` messages in `per` seconds.
-    """
+    """The groups of one channel, which takes at most `rate` messages in `per` seconds."""
 
     def __init__(self, timing: Timing, rate: int, per: float) -> None:
         self._timing, self._rate, self._per = timing, rate, per
@@ -135,19 +122,7 @@ class AlertQueue:
         return len(self._pending)
 
     def add(self, key: GroupKey, count: int, describe: Callable[[], Alert], now: float, timestamp: float) -> bool:
-        """
-        Count runs in their group.
-
-        Args:
-            key: The group.
-            count: Number of runs.
-            describe: Makes the alert about them; called only if the group has none pending.
-            now: Monotonic seconds.
-            timestamp: When the last of them ended, in seconds since the Unix epoch.
-
-        Returns:
-            Whether an alert is pending that was not before.
-        """
+        """Count runs, the last of which ended at `timestamp`; return whether `describe` made a new pending alert."""
         bounded = self._within_bounds(key)
         new = bounded not in self._pending
         if new:
@@ -191,12 +166,7 @@ class AlertQueue:
         return (episode is not None and episode.alert is not None) or task in self._busy()
 
     def take(self, now: float, *, closing: bool = False) -> Message | None:
-        """
-        The next message to deliver; None if none is due.
-
-        Args:
-            closing: Whether the app ends: then every group is due, and the rate limit only merges.
-        """
+        """The next message; None if none is due. If `closing`, every group is due, and the rate limit only merges."""
         if now < self._blocked_until and not closing:
             return None
         for task, at in self._resolving().items():

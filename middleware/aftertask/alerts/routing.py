@@ -85,13 +85,7 @@ class Route:
 
 
 def routes(channels: Iterable[Channel | Route | str]) -> list[Route]:
-    """
-    Channels as routes with unique names: a second `webhook` is called `webhook-2`.
-
-    Raises:
-        TypeError: One of them is not a channel.
-        ValueError: A URL is malformed, or two routes have the same name.
-    """
+    """Channels as routes with unique names: a second `webhook` is called `webhook-2`."""
     if isinstance(channels, (str, bytes)) or not isinstance(channels, Iterable):
         raise TypeError(
             f"alerts must be a list of channels, got {type(channels).__name__}; write alerts=[Webhook('https://…')]"
@@ -112,12 +106,7 @@ def routes(channels: Iterable[Channel | Route | str]) -> list[Route]:
 
 
 def channel_from_url(url: str) -> Channel:
-    """
-    The channel for a URL: `Webhook` for `https://` and `http://`, `Apprise` for any other scheme.
-
-    Raises:
-        ValueError: The URL is malformed, or has a scheme that Apprise does not support.
-    """
+    """The channel for a URL: `Webhook` for `https://` and `http://`, `Apprise` for any other scheme."""
     scheme, separator, _ = url.strip().partition("://")
     if not separator or not re.fullmatch(_SCHEME, scheme):
         raise ValueError(
