@@ -10,9 +10,11 @@ import importlib.util
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 #: The child process: takes the steps of its arguments one after another, and prints the spans after each `look`.
 CHILD = '''
@@ -203,6 +205,11 @@ has_fastapi_package = pytest.mark.skipif(
     importlib.util.find_spec("opentelemetry.instrumentation.fastapi") is None,
     reason="no opentelemetry-instrumentation-fastapi here",
 )
+traces_tasks = pytest.mark.skipif(
+    importlib.util.find_spec("opentelemetry.instrumentation.fastapi") is None
+    or Version(version("opentelemetry-instrumentation-fastapi")) < Version("0.63b0"),
+    reason="opentelemetry-instrumentation-fastapi traces tasks since 0.63b0",
+)
 has_native = pytest.mark.skipif(
     importlib.util.find_spec("fastapi.telemetry") is None, reason="FastAPI traces its tasks since 0.142"
 )
@@ -316,7 +323,7 @@ def test_contrib_feeding_the_same_provider(order: str) -> None:
     assert of_tasks(direct["ours"]) == [("background_task first", server(direct["ours"]))]
 
 
-@has_fastapi_package
+@traces_tasks
 @pytest.mark.parametrize("order", ["theirs, ours", "ours, theirs", "our hooks first"])
 def test_contrib_feeding_another_provider(order: str) -> None:
     """Both trace the task: contrib's span is what it is without us, and ours has the request's span as its parent."""
@@ -333,7 +340,7 @@ def test_contrib_feeding_another_provider(order: str) -> None:
     assert [name for name, _ in theirs(both)] == ["BackgroundTask first", "BackgroundTask second"]
 
 
-@has_fastapi_package
+@traces_tasks
 def test_contribs_span_stays_where_ours_is_switched_off() -> None:
     """`trace="none"` for the app leaves tracing to contrib."""
     looked, direct = do(

@@ -1,8 +1,8 @@
 """
-A pytest plugin for the suites of Starlette and FastAPI: puts the middleware into every app that is built.
+A pytest plugin for the suites of Starlette and FastAPI: puts a middleware into every app that is built.
 
-It is loaded by `-p plugin`. AFTERTASK_TEST_UPSTREAM says what goes in: `aftertask`, or `control`, which swallows what a
-task raises, to show that the suites would notice.
+Load it with `-p plugin`. AFTERTASK_TEST_UPSTREAM chooses the middleware: `aftertask`, or `control`, which swallows
+exceptions, to prove that the suites notice a wrong middleware.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def pytest_configure(config: Any) -> None:
 
 
 def pytest_unconfigure(config: Any) -> None:
-    """Tell how many apps had it, and what it saw there; xdist's workers each in a file of their own."""
+    """Write down how many apps had it and what it saw; each of xdist's workers has its own file."""
     folder = os.environ.get("AFTERTASK_TEST_UPSTREAM_COUNTS")
     if folder and _built:
         seen = {"apps": _built, "runs": _runs, "hazards": _hazards}
@@ -77,7 +77,7 @@ def _note(event: TaskEvent) -> None:
 
 
 class _Swallowing:
-    """The negative control: nothing comes out of an app any more."""
+    """The negative control: no exception leaves an app."""
 
     def __init__(self, app: Any) -> None:
         self.app = app

@@ -43,7 +43,7 @@ Outcomes = dict[str, str]
 
 @dataclass
 class Seen:
-    """What the middleware saw: so many apps and runs, and each hazard: the test, the kind, the task with the advice."""
+    """What the middleware saw: the number of apps and runs, and each hazard: test, kind, task and advice."""
 
     apps: int = 0
     runs: int = 0
@@ -51,7 +51,7 @@ class Seen:
 
 
 def run(*command: str | Path, **kwargs: object) -> None:
-    """Run a command, and show what it said where it fails."""
+    """Run a command; exit with its output if it fails."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **kwargs)  # type: ignore[call-overload]  # run's
     if done.returncode:
         raise SystemExit(f"{command} failed:\n{done.stdout}\n{done.stderr}")
@@ -108,7 +108,7 @@ def suite(python: Path, folder: Path, middleware: str | None, workers: int) -> t
 
 
 def outcomes(report: Path) -> Outcomes:
-    """What a JUnit report says of each test."""
+    """The outcome of each test in a JUnit report."""
     found: Outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
         kinds = {child.tag for child in case}
@@ -117,35 +117,35 @@ def outcomes(report: Path) -> Outcomes:
     return found
 
 
-def worse(bare: Outcomes, with_it: Outcomes) -> list[str]:
-    """The tests whose outcome got worse, or that are gone."""
-    rank = {"passed": 0, "skipped": 1, "failed": 2, "gone": 3}
-    return sorted(name for name, outcome in bare.items() if rank[with_it.get(name, "gone")] > rank[outcome])
+def differing(bare: Outcomes, with_it: Outcomes) -> list[str]:
+    """The tests that do not end as in the bare run, with both outcomes."""
+    pairs = {name: (bare.get(name, "missing"), with_it.get(name, "missing")) for name in bare.keys() | with_it.keys()}
+    return sorted(f"{name}: {before}, now {after}" for name, (before, after) in pairs.items() if before != after)
 
 
-def told(found: Outcomes) -> str:
-    """The counts."""
+def counted(found: Outcomes) -> str:
+    """How many tests had each outcome."""
     counts = Counter(found.values())
     return f"{counts['passed']} passed {counts['failed']} failed {counts['skipped']} skipped"
 
 
 def compare(package: str, version: str, middleware: str) -> bool:
-    """Run one package's suite twice; whether nothing got worse, and nothing in it was taken for a hazard."""
+    """Run one package's suite twice; True if each test ends as in the bare run, and no hazard was found in it."""
     folder = source(package, version)
     python = environment(package, version, folder)
     workers = max(1, (os.cpu_count() or 2))
     bare, _ = suite(python, folder, None, workers)
     with_it, seen = suite(python, folder, middleware, workers)
-    losses = worse(bare, with_it)
-    print(f"{package} {version}: bare {told(bare)}; with {middleware} {told(with_it)}", end="; ")
+    differences = differing(bare, with_it)
+    print(f"{package} {version}: bare {counted(bare)}; with {middleware} {counted(with_it)}", end="; ")
     print(f"apps with it {seen.apps}, runs {seen.runs}, hazards {len(seen.hazards)}", flush=True)
-    for name in losses:
-        print(f"  worse: {name}")
+    for line in differences:
+        print(f"  differs: {line}")
     for test, kind, what in sorted(seen.hazards):
         print(f"  a false alarm? {kind} in {test}: {what}")
     if seen.apps == 0:
         print("  no app was built with the middleware: nothing was tested")
-    return not losses and seen.apps > 0 and not seen.hazards
+    return not differences and seen.apps > 0 and not seen.hazards
 
 
 def main() -> int:
