@@ -115,25 +115,15 @@ def options(func: Callable[P, R], /, **policy: Unpack[PolicyOptions]) -> Callabl
     for name in ("name", "owner"):
         if name in policy:
             raise TypeError(f"options() sets the policy of one call; {name} belongs to the task: use @task({name}=…)")
-    return (_AsyncCall if is_async(func) else _Call)(func, policy_from(policy))
+    call = _Call(func)
+    call.policy = policy_from(policy)
+    return call
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Call:
-    """A function with the policy of one call."""
+class _Call(functools.partial[Any]):
+    """A function with the policy of one call; a `partial`, because tests for async functions look inside those."""
 
-    func: Callable[..., Any]
     policy: Policy
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.func(*args, **kwargs)
-
-
-class _AsyncCall(_Call):
-    __slots__ = ()
-
-    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return await self.func(*args, **kwargs)
 
 
 def is_async(func: object) -> bool:
@@ -154,31 +144,34 @@ def unwrap(func: Any) -> tuple[Any, Policy | None]:
     """The function inside `functools.partial`, `options` and tracers, and the policy that `options` gave this call."""
     policy = None
     for _ in range(_DEEPEST):
+        if isinstance(func, _Call):
+            policy = func.policy if policy is None else policy.over(func.policy)
         if isinstance(func, functools.partial):
             func = func.func
-        elif isinstance(func, _Call):
-            policy = func.policy if policy is None else policy.over(func.policy)
-            func = func.func
         else:
-            inner = _traced(func)
-            if inner is None:
+            inner = untraced(func)
+            if inner is func:
                 break
             func = inner
     return func, policy
 
 
-def _traced(func: object) -> object:
-    """The user's function inside the closure of a known tracer; None for any other callable."""
-    if not isinstance(func, FunctionType):
-        return None
-    variable = _TRACERS.get(func.__module__.partition(".")[0]) if isinstance(func.__module__, str) else None
-    return None if variable is None else inspect.getclosurevars(func).nonlocals.get(variable)
+def untraced(func: object) -> object:
+    """The user's function inside the closure of a known tracer; anything else as it is."""
+    for _ in range(_DEEPEST):
+        if type(func) is not FunctionType or not isinstance(func.__module__, str):
+            break
+        variable = _TRACERS.get(func.__module__.partition(".")[0])
+        inner = None if variable is None else inspect.getclosurevars(func).nonlocals.get(variable)
+        if inner is None:
+            break
+        func = inner
+    return func
 
 
 def without_options(func: Any) -> Any:
-    """The function without the wrapper that `options` put around it, also inside `functools.partial`."""
-    if isinstance(func, _Call):
-        return without_options(func.func)
+    """The function without what `options` and tracers put around it, also inside `functools.partial`."""
+    func = untraced(func)
     if isinstance(func, functools.partial):
         return functools.partial(without_options(func.func), *func.args, **func.keywords)
     return func

@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from .. import _clock
 from .._taskrun import current_run
+from ..tasks import untraced
 
 #: The framework's own containers, which call what they hold one after another.
 _CONTAINERS = {("starlette.background", "BackgroundTasks"), ("fastapi.background", "BackgroundTasks")}
@@ -41,7 +42,7 @@ class Work:
 
     def named_by(self, func: object) -> Work:
         """The same work under the name and policy of another function."""
-        return replace(self, func=func, whole=False)
+        return replace(self, func=untraced(func), whole=False)
 
 
 class BareCallable(BackgroundTask):
@@ -92,7 +93,8 @@ def work_of(target: object) -> Work:
         return Work(target, target, (), {}, True, target)
     if owner_of_call(type(target)) is not BackgroundTask:
         return Work(target, type(target), (), {}, True, target)
-    return Work(target, target.func, target.args, target.kwargs, False, lambda: call_task(target))
+    # A policy may need the function itself, in a thread or a process of ours; else the call goes through the tracer.
+    return Work(target, untraced(target.func), target.args, target.kwargs, False, lambda: call_task(target))
 
 
 def is_container(value: object) -> TypeGuard[BackgroundTasks]:

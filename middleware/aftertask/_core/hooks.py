@@ -233,7 +233,7 @@ def _hook_add_task(owner: type, original: Callable[..., None]) -> Callable[..., 
 def _work_added(task: BackgroundTask, func: object) -> Work:
     """The task that was added, named by the function that the user gave, whatever a tracer made of it."""
     work = work_of(task)
-    return work if work.whole or func is None else work.named_by(func)
+    return work if work.whole or func is None or func is work.func else work.named_by(func)
 
 
 # --- helpers
