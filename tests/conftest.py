@@ -18,8 +18,8 @@ from starlette.testclient import TestClient
 
 from aftertask import AftertaskMiddleware, Settings
 from aftertask.tasks import registrations_forgotten
-
-ClientFor = Callable[..., TestClient]
+from aftertask.testing import VirtualClock
+from kit import ClientFor, Env
 
 
 @pytest.fixture(params=["asyncio", "trio"])
@@ -30,7 +30,7 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(autouse=True)
 def own_registrations() -> Iterator[None]:
-    """What a test registers with `@task` is forgotten after it."""
+    """A task that a test registers with `@task` is forgotten at its end."""
     with registrations_forgotten():
         yield
 
@@ -47,7 +47,7 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_log_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logging as in an app that configures none: pytest puts handlers on the root logger."""
+    """Logging of an app that configures none: pytest installs handlers on the root logger."""
     monkeypatch.setattr(logging.getLogger("aftertask"), "parent", None)
 
 
@@ -55,6 +55,21 @@ def no_log_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
 def registry() -> CollectorRegistry:
     """A fresh Prometheus registry."""
     return CollectorRegistry()
+
+
+@pytest.fixture
+def clock() -> Iterator[VirtualClock]:
+    """A clock that the test advances."""
+    with VirtualClock() as clock:
+        yield clock
+
+
+@pytest.fixture
+def env() -> Iterator[Env]:
+    """An app under the middleware; at the end of the test each run has ended exactly once."""
+    env = Env()
+    yield env
+    env.check_accounts()
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""An ASGI driver in the place of a server, and an app under the middleware whose observed tasks can be compared."""
+"""What the tests share: an ASGI driver in the place of a server, and an app whose observed tasks can be compared."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ from typing import Any
 
 import anyio
 import anyio.lowlevel
+from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import BaseRoute, Route
+from starlette.testclient import TestClient
 
 from aftertask import AftertaskMiddleware, Settings
-from aftertask.events import Started
+from aftertask.events import Dropped, Skipped, Started
 from aftertask.testing import Recorder
 
-#: What the tasks below have done, in order.
+#: The fixture `client_for`.
+ClientFor = Callable[..., TestClient]
+
+#: What tasks have done, in order; `Env` empties it.
 LOG: list[Any] = []
 
 
@@ -38,11 +44,30 @@ async def boom(x: str = "boom") -> None:
     raise ValueError(x)
 
 
+class Stop(BaseException):
+    """An error that is no `Exception`."""
+
+
+class Layer(BaseHTTPMiddleware):
+    """A middleware that serves the app in a task of its own."""
+
+    async def dispatch(self, request: Any, call_next: Any) -> Any:
+        """Pass the request on."""
+        return await call_next(request)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Let other tasks and threads run until something holds; fails after 10 seconds."""
+    with anyio.fail_after(10):
+        while not condition():
+            await anyio.lowlevel.checkpoint()
+
+
 _ON_THE_WAY = ("Scheduled", "Started", "Retrying", "Slow", "Stuck", "Abandoned", "AbandonedEnded", "HazardFound")
 
 
 class Result:
-    """What an app sent, and what came out of it."""
+    """What an app sent, and what it raised."""
 
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []
@@ -51,12 +76,12 @@ class Result:
 
     @property
     def start(self) -> dict[str, Any] | None:
-        """The message that started the response."""
+        """The message that started the response; None if there was none."""
         return next((m for m in self.messages if m["type"].endswith("http.response.start")), None)
 
     @property
     def status(self) -> int | None:
-        """The response's status; None where there was none."""
+        """The response's status; None if there was no response."""
         return None if self.start is None else self.start["status"]
 
     @property
@@ -65,7 +90,7 @@ class Result:
         return b"".join(m.get("body", b"") for m in self.messages if m["type"].endswith("http.response.body"))
 
     def header(self, name: str) -> str | None:
-        """One response header."""
+        """One response header; None if it is missing."""
         found = [v.decode() for k, v in (self.start or {"headers": ()})["headers"] if k.decode().lower() == name]
         return found[0] if found else None
 
@@ -89,11 +114,11 @@ async def drive(
         app: The ASGI app.
         path: Its path.
         method: Its method.
-        spec: The ASGI version that the server claims; from 2.4 on a vanished client makes `send` raise.
+        spec: The ASGI version of the server; from 2.4 on `send` raises if the client has gone.
         type: `http` or `websocket`.
         headers: More request headers.
-        early_disconnect: The client goes right after its request.
-        send_fails_after: `send` raises OSError after so many messages.
+        early_disconnect: The client disconnects right after its request.
+        send_fails_after: `send` raises OSError after this number of messages; None means never.
         body: The request's body.
     """
     result = Result()
@@ -160,7 +185,7 @@ class Env:
         return AftertaskMiddleware(app, settings=settings, signals=self.signals or [seen or self.seen])
 
     def app_with_signals(self, signals: Any, *endpoints: Any) -> Starlette:
-        """An app whose middleware tells these signals."""
+        """An app whose middleware has these signals."""
         self.signals = signals
         return self.app(*endpoints)
 
@@ -182,8 +207,25 @@ class Env:
         ]
         return Starlette(routes=routes, middleware=[self.middleware(), *middleware], **kwargs)
 
+    def fastapi(self, endpoint: Any = None, **kwargs: Any) -> FastAPI:
+        """A FastAPI app, with this endpoint at `/`."""
+        app = FastAPI(**kwargs)
+        app.user_middleware.insert(0, self.middleware())
+        if endpoint is not None:
+            app.get("/")(endpoint)
+        return app
+
+    def outcomes(self) -> list[tuple[str, str]]:
+        """Each task's outcome in the order of the ends, with the reason if it never ran."""
+        found = []
+        for event in self.seen.events:
+            if hasattr(event, "outcome"):
+                reason = f" {event.reason}" if isinstance(event, (Skipped, Dropped)) else ""
+                found.append((event.run.task.rpartition(".")[2], f"{event.outcome}{reason}"))
+        return found
+
     def expect(self, *names: str, log: Any = None, unordered: bool = False) -> None:
-        """These runs were started, this was done, and the accounts are right."""
+        """Check that these runs were started, that `LOG` holds this, and the accounts."""
         order: Callable[[Any], Any] = sorted if unordered else list
         assert order(self.names()) == order(names)
         if log is not None:
@@ -191,11 +233,11 @@ class Env:
         self.check_accounts()
 
     def check_accounts(self) -> None:
-        """Each run was scheduled, and ended exactly once."""
-        told: dict[Any, list[str]] = {}
+        """Check that each run was scheduled first and ended exactly once."""
+        emitted: dict[Any, list[str]] = {}
         for event in self.seen.events:
-            told.setdefault(event.run, []).append(type(event).__name__)
-        for run, events in told.items():
+            emitted.setdefault(event.run, []).append(type(event).__name__)
+        for run, events in emitted.items():
             ends = [name for name in events if name not in _ON_THE_WAY]
             assert events[0] == "Scheduled", (run, events)
             assert len(ends) == 1, (run, events)

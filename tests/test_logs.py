@@ -53,8 +53,8 @@ from aftertask.events import (
 )
 from aftertask.signals import Logs, RunFilter
 from aftertask.testing import VirtualClock
+from kit import ClientFor
 
-ClientFor = Callable[..., TestClient]
 Line = dict[str, Any]
 
 ROOT = Path(__file__).parent.parent

@@ -31,9 +31,8 @@ from aftertask import AftertaskMiddleware, Policy, RegistryClash, Retry, Setting
 from aftertask.events import Abandoned, AbandonedEnded
 from aftertask.signals import Metrics, families
 from aftertask.testing import VirtualClock
-from kit import drive
+from kit import ClientFor, drive
 
-ClientFor = Callable[..., TestClient]
 OPENMETRICS = {"accept": "application/openmetrics-text"}
 ROOT = Path(__file__).parent.parent
 

@@ -12,14 +12,12 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
-from starlette.testclient import TestClient
 
 from aftertask import Limit, NameClash, Policy, Retry, Settings, TaskEvent, options, task
 from aftertask.events import Failed, Scheduled
 from aftertask.policies import PolicyBook
 from aftertask.tasks import code_name, registration
-
-ClientFor = Callable[..., TestClient]
+from kit import ClientFor
 
 
 def plain() -> None: ...
@@ -87,9 +85,7 @@ def test_a_task_is_named_by_module_and_qualname(func: Any, name: str) -> None:
 
 def test_main_is_named_as_python_was_started(tmp_path: Path) -> None:
     """`__main__` is the module's own name under `python -m`, else `__main__`."""
-    (tmp_path / "program.py").write_text(
-        "from aftertask.tasks import code_name\ndef f(): ...\nprint(code_name(f))\n"
-    )
+    (tmp_path / "program.py").write_text("from aftertask.tasks import code_name\ndef f(): ...\nprint(code_name(f))\n")
     run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert run([sys.executable, "program.py"]).stdout.strip() == "__main__.f"
     assert run([sys.executable, "-m", "program"]).stdout.strip() == "program.f"
@@ -219,7 +215,12 @@ def test_policies_are_put_together_field_by_field() -> None:
 
     chosen = book.policy("mail.send", Policy(expected=KeyError), declared)
 
-    assert (chosen.owner, chosen.observe, chosen.trace, chosen.expected_classes) == ("first pattern", False, "link", (KeyError,))
+    assert (chosen.owner, chosen.observe, chosen.trace, chosen.expected_classes) == (
+        "first pattern",
+        False,
+        "link",
+        (KeyError,),
+    )
 
 
 def test_a_task_that_is_not_observed_is_as_if_it_were_not_there(

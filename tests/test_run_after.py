@@ -12,13 +12,13 @@ from fastapi import BackgroundTasks, Depends, FastAPI
 from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.orm import Session
-from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import StreamingResponse
 from starlette.testclient import TestClient
 
 from aftertask import AftertaskMiddleware, Settings
 from aftertask.events import Dropped, Skipped
 from aftertask.testing import Recorder
+from kit import Layer
 
 #: Since this version tasks run before the code after a dependency's `yield`.
 TASKS_COME_FIRST = tuple(map(int, fastapi.__version__.split(".")[:2])) >= (0, 118)
@@ -84,14 +84,6 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
         connection.execute(text("create table orders (id integer primary key)"))
     yield engine
     engine.dispose()
-
-
-class Layer(BaseHTTPMiddleware):
-    """A middleware that serves the app in a task of its own."""
-
-    async def dispatch(self, request: Any, call_next: Any) -> Any:
-        """Pass the request on."""
-        return await call_next(request)
 
 
 @pytest.mark.parametrize("layers", [(), (Layer,)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -17,8 +16,8 @@ from starlette.testclient import TestClient
 from aftertask import AftertaskMiddleware, Settings, TaskEvent
 from aftertask.events import Scheduled, Succeeded
 from aftertask.testing import Recorder, VirtualClock, recorded
+from kit import ClientFor
 
-ClientFor = Callable[..., TestClient]
 pytest_plugins = ["pytester"]
 
 

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,7 @@ from starlette.testclient import TestClient
 from aftertask import AftertaskMiddleware, Retry, Settings, current_run, task
 from aftertask.events import HazardFound, TaskRun
 from aftertask.signals import Tracing
-
-ClientFor = Callable[..., TestClient]
+from kit import ClientFor
 
 ROOT = Path(__file__).parent.parent
 

@@ -45,7 +45,7 @@ from starlette.routing import Mount, Route, Router, WebSocketRoute
 from aftertask import observe_functions
 from aftertask.events import Started
 from aftertask.testing import Recorder
-from kit import LOG, Env, af, answering, boom, drive, sf
+from kit import LOG, Env, Layer, af, answering, boom, drive, sf
 
 
 # --- kinds of background
@@ -491,17 +491,12 @@ async def test_scope_copied_by_a_middleware(env: Env) -> None:
 
 
 # --- middlewares around
-class Base(BaseHTTPMiddleware):
-    async def dispatch(self, request, call_next):
-        return await call_next(request)
-
-
 @pytest.mark.anyio
 async def test_base_http_x3(env: Env) -> None:
     t = BackgroundTasks()
     t.add_task(af)
     t.add_task(sf)
-    await drive(env.app(answering(t), middleware=[Middleware(Base)] * 3))
+    await drive(env.app(answering(t), middleware=[Middleware(Layer)] * 3))
     env.expect("af", "sf", log=["af", "sf"])
 
 
@@ -509,7 +504,7 @@ async def test_base_http_x3(env: Env) -> None:
 async def test_base_http_outside_ours(env: Env) -> None:
     app = Starlette(
         routes=[Route("/", answering(BackgroundTask(af)))],
-        middleware=[Middleware(Base), env.middleware(), Middleware(Base)],
+        middleware=[Middleware(Layer), env.middleware(), Middleware(Layer)],
     )
     await drive(app)
     env.expect("af", log=["af"])
@@ -891,7 +886,7 @@ async def test_contextvars_set_in_async_endpoint_reach_task(env: Env) -> None:
         v.set("endpoint")
         return PlainTextResponse("x", background=BackgroundTask(look))
 
-    await drive(env.app(e, middleware=[Middleware(Base)]))
+    await drive(env.app(e, middleware=[Middleware(Layer)]))
     assert LOG == ["endpoint"], LOG
 
 
@@ -924,15 +919,9 @@ async def test_traceback_ends_in_user_code(env: Env) -> None:
 # --- FastAPI
 
 
-def fapp(env, **kw):
-    app = FastAPI(**kw)
-    app.user_middleware.insert(0, env.middleware())
-    return app
-
-
 @pytest.mark.anyio
 async def test_injected(env: Env) -> None:
-    app = fapp(env)
+    app = env.fastapi()
 
     @app.get("/")
     async def e(t: FBT):
@@ -947,7 +936,7 @@ async def test_injected(env: Env) -> None:
 
 @pytest.mark.anyio
 async def test_injected_sync_endpoint(env: Env) -> None:
-    app = fapp(env)
+    app = env.fastapi()
 
     @app.get("/")
     def e(t: FBT):
@@ -961,7 +950,7 @@ async def test_injected_sync_endpoint(env: Env) -> None:
 
 @pytest.mark.anyio
 async def test_dependencies_nested_and_router(env: Env) -> None:
-    app, router = fapp(env), APIRouter(prefix="/r")
+    app, router = env.fastapi(), APIRouter(prefix="/r")
 
     def d1(t: FBT):
         t.add_task(sf, "d1")
@@ -983,7 +972,7 @@ async def test_dependencies_nested_and_router(env: Env) -> None:
 
 @pytest.mark.anyio
 async def test_router_level_dependency_and_mounted_fastapi(env: Env) -> None:
-    app, sub = fapp(env), FastAPI()
+    app, sub = env.fastapi(), FastAPI()
 
     async def d(t: FBT):
         t.add_task(af)
@@ -999,7 +988,7 @@ async def test_router_level_dependency_and_mounted_fastapi(env: Env) -> None:
 
 @pytest.mark.anyio
 async def test_returned_response_with_injected(env: Env) -> None:
-    app = fapp(env)
+    app = env.fastapi()
 
     @app.get("/")
     async def e(t: FBT):
@@ -1012,9 +1001,9 @@ async def test_returned_response_with_injected(env: Env) -> None:
 
 @pytest.mark.anyio
 async def test_under_three_base_http(env: Env) -> None:
-    app = fapp(env)
+    app = env.fastapi()
     for _ in range(3):
-        app.user_middleware.append(Middleware(Base))
+        app.user_middleware.append(Middleware(Layer))
 
     @app.get("/")
     async def e(t: FBT):
@@ -1028,7 +1017,7 @@ async def test_under_three_base_http(env: Env) -> None:
 
 @pytest.mark.anyio
 async def test_starlette_subclass_via_depends(env: Env) -> None:
-    app = fapp(env)
+    app = env.fastapi()
 
     @app.get("/")
     async def e():
@@ -1046,7 +1035,7 @@ async def test_native_background_span_kept(env: Env) -> None:
     ex = InMemorySpanExporter()
     tp = TracerProvider()
     tp.add_span_processor(SimpleSpanProcessor(ex))
-    app = fapp(env, telemetry={"tracer_provider": tp})
+    app = env.fastapi(telemetry={"tracer_provider": tp})
 
     @app.get("/")
     async def e(t: FBT):

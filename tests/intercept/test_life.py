@@ -21,35 +21,16 @@ from fastapi import Depends, FastAPI, HTTPException, WebSocket
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask, BackgroundTasks
 from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 from aftertask import HazardFound, TaskEvent, TaskRun, current_run, get_run, observe_functions
 from aftertask.events import Dropped, Failed, Scheduled, Signal, Skipped, Started, Succeeded
 from aftertask.testing import VirtualClock
-from kit import LOG, Env, af, answering, boom, drive, sf
+from kit import LOG, Env, Layer, Stop, af, answering, boom, drive, sf
 
 pytestmark = pytest.mark.anyio
 
 STARLETTE = tuple(map(int, starlette.__version__.split(".")[:2]))
-
-
-def app_with(env: Env, endpoint: Callable[..., Any], **kwargs: Any) -> FastAPI:
-    """A FastAPI app with one endpoint, under the middleware."""
-    app = FastAPI(**kwargs)
-    app.user_middleware.insert(0, env.middleware())
-    app.get("/")(endpoint)
-    return app
-
-
-def outcomes(env: Env) -> list[tuple[str, str]]:
-    """Each task's outcome; for one that never ran, with the reason."""
-    told = []
-    for event in env.seen.events:
-        if hasattr(event, "outcome"):
-            reason = f" {event.reason}" if isinstance(event, (Skipped, Dropped)) else ""
-            told.append((event.run.task.rpartition(".")[2], f"{event.outcome}{reason}"))
-    return told
 
 
 # --- what comes out
@@ -82,10 +63,6 @@ async def test_an_exception_group_is_a_failure_as_it_is(env: Env) -> None:
     assert env.seen.of(Failed)[0].failure.type == "ExceptionGroup"
 
 
-class Stop(BaseException):
-    """What is no Exception."""
-
-
 async def test_a_base_exception_of_the_tasks_own_is_a_failure_and_raised(env: Env) -> None:
     """It ends the batch: what had not started is skipped because of it."""
 
@@ -114,7 +91,7 @@ async def test_a_cancelled_request_cancels_its_run(env: Env) -> None:
         group.start_soon(drive, app)
         await started.wait()
         group.cancel_scope.cancel()
-    assert outcomes(env) == [("endless", "cancelled"), ("sf", "dropped request_cancelled")]
+    assert env.outcomes() == [("endless", "cancelled"), ("sf", "dropped request_cancelled")]
 
 
 async def test_a_task_that_raises_while_being_cancelled_has_failed(env: Env) -> None:
@@ -133,7 +110,7 @@ async def test_a_task_that_raises_while_being_cancelled_has_failed(env: Env) -> 
         group.start_soon(drive, app)
         await started.wait()
         group.cancel_scope.cancel()
-    assert outcomes(env) == [("bad_cleanup", "failed")]
+    assert env.outcomes() == [("bad_cleanup", "failed")]
 
 
 # --- what never ran
@@ -142,7 +119,7 @@ async def test_a_task_that_raises_while_being_cancelled_has_failed(env: Env) -> 
 async def test_tasks_behind_a_failed_one_are_skipped(env: Env) -> None:
     """With the run that is to blame."""
     await drive(env.app(answering(BackgroundTasks([BackgroundTask(f) for f in (af, boom, sf, af)]))))
-    assert outcomes(env) == [
+    assert env.outcomes() == [
         ("af", "succeeded"),
         ("boom", "failed"),
         ("sf", "skipped sibling_failed"),
@@ -158,18 +135,14 @@ async def test_tasks_behind_a_failed_one_are_skipped(env: Env) -> None:
 async def test_tasks_of_a_handler_that_raises_are_dropped(env: Env, error: Exception, reason: str, layers: int) -> None:
     """Also under BaseHTTPMiddleware, where the response is sent from another task."""
 
-    class Layer(BaseHTTPMiddleware):
-        async def dispatch(self, request: Any, call_next: Any) -> Any:
-            return await call_next(request)
-
     async def endpoint(tasks: Injected) -> None:
         tasks.add_task(sf)
         raise error
 
-    app = app_with(env, endpoint)
+    app = env.fastapi(endpoint)
     app.user_middleware += [Middleware(Layer)] * layers
     await drive(app)
-    assert outcomes(env) == [("sf", f"dropped {reason}")]
+    assert env.outcomes() == [("sf", f"dropped {reason}")]
     assert env.seen.of(Dropped)[0].bad is (reason == "handler_error")
 
 
@@ -183,9 +156,9 @@ async def test_an_error_that_an_app_handles_is_a_handler_error(env: Env) -> None
     async def handler(request: Any, error: Exception) -> PlainTextResponse:
         return PlainTextResponse("sorry", status_code=409)
 
-    r = await drive(app_with(env, endpoint, exception_handlers={LookupError: handler}))
+    r = await drive(env.fastapi(endpoint, exception_handlers={LookupError: handler}))
     assert r.status == 409
-    assert outcomes(env) == [("sf", "dropped handler_error")]
+    assert env.outcomes() == [("sf", "dropped handler_error")]
 
 
 async def test_tasks_of_a_dependency_are_dropped_when_validation_fails(env: Env) -> None:
@@ -196,9 +169,9 @@ async def test_tasks_of_a_dependency_are_dropped_when_validation_fails(env: Env)
 
     async def endpoint(number: int, _: None = Depends(dependency)) -> None: ...
 
-    r = await drive(app_with(env, endpoint))
+    r = await drive(env.fastapi(endpoint))
     assert r.status == 422
-    assert outcomes(env) == [("sf", "dropped validation")]
+    assert env.outcomes() == [("sf", "dropped validation")]
 
 
 async def test_a_response_with_its_own_background_drops_the_injected_tasks(env: Env) -> None:
@@ -208,8 +181,8 @@ async def test_a_response_with_its_own_background_drops_the_injected_tasks(env: 
         tasks.add_task(sf)
         return JSONResponse({}, background=BackgroundTask(af))
 
-    await drive(app_with(env, endpoint))
-    assert outcomes(env) == [("af", "succeeded"), ("sf", "dropped own_background")]
+    await drive(env.fastapi(endpoint))
+    assert env.outcomes() == [("af", "succeeded"), ("sf", "dropped own_background")]
 
 
 @pytest.mark.skipif(STARLETTE < (0, 42), reason="before 0.42 Starlette runs the tasks of a client that has gone")
@@ -227,12 +200,12 @@ async def test_a_client_that_goes_drops_the_tasks(env: Env) -> None:
         tasks.add_task(sf)
         return StreamingResponse(Chunks())
 
-    await drive(app_with(env, endpoint), spec="2.4", send_fails_after=2)
-    assert outcomes(env) == [("sf", "dropped client_gone")]
+    await drive(env.fastapi(endpoint), spec="2.4", send_fails_after=2)
+    assert env.outcomes() == [("sf", "dropped client_gone")]
 
     env.seen.clear()
     await drive(env.app(answering(BackgroundTask(sf))), spec="2.4", send_fails_after=1)
-    assert outcomes(env) == [("sf", "dropped client_gone")]
+    assert env.outcomes() == [("sf", "dropped client_gone")]
 
 
 async def test_the_tasks_of_a_response_from_around_the_middleware_all_end(env: Env) -> None:
@@ -247,20 +220,16 @@ async def test_the_tasks_of_a_response_from_around_the_middleware_all_end(env: E
 
     app = env.app(endpoint, exception_handlers={500: handler})
     assert isinstance((await drive(app)).exc, ValueError)
-    assert outcomes(env) == [("boom", "failed"), ("sf", "skipped sibling_failed")]
+    assert env.outcomes() == [("boom", "failed"), ("sf", "skipped sibling_failed")]
 
     env.seen.clear()
     await drive(app, spec="2.4", send_fails_after=1)
-    assert outcomes(env) == [("boom", "dropped client_gone"), ("sf", "dropped client_gone")]
+    assert env.outcomes() == [("boom", "dropped client_gone"), ("sf", "dropped client_gone")]
 
 
 @pytest.mark.skipif(STARLETTE < (0, 46), reason="before 0.46 BaseHTTPMiddleware swallows the error")
 async def test_tasks_of_a_stream_that_fails_are_dropped(env: Env) -> None:
     """Under BaseHTTPMiddleware, which completes the response before it raises the error."""
-
-    class Layer(BaseHTTPMiddleware):
-        async def dispatch(self, request: Any, call_next: Any) -> Any:
-            return await call_next(request)
 
     async def chunks() -> Any:
         yield b"x"
@@ -270,7 +239,7 @@ async def test_tasks_of_a_stream_that_fails_are_dropped(env: Env) -> None:
         return StreamingResponse(chunks(), background=BackgroundTask(sf))
 
     await drive(env.app(endpoint, middleware=[Middleware(Layer)]))
-    assert [outcome for _, outcome in outcomes(env)] == ["dropped request_failed"]
+    assert [outcome for _, outcome in env.outcomes()] == ["dropped request_failed"]
 
 
 async def test_injected_tasks_of_a_websocket_never_run(env: Env) -> None:
@@ -285,7 +254,7 @@ async def test_injected_tasks_of_a_websocket_never_run(env: Env) -> None:
         await websocket.close()
 
     await drive(app, type="websocket")
-    assert outcomes(env) == [("sf", "dropped websocket")]
+    assert env.outcomes() == [("sf", "dropped websocket")]
 
 
 async def test_what_is_thrown_away_schedules_nothing(env: Env) -> None:
@@ -309,8 +278,8 @@ async def test_what_user_code_runs_itself_is_not_dropped(env: Env) -> None:
         tasks.tasks.clear()
         return JSONResponse({})
 
-    await drive(app_with(env, endpoint))
-    assert outcomes(env) == [("sf", "succeeded")]
+    await drive(env.fastapi(endpoint))
+    assert env.outcomes() == [("sf", "succeeded")]
     assert LOG == ["sf"]
 
 
@@ -327,7 +296,7 @@ async def test_a_run_exists_from_add_task_on(env: Env) -> None:
         run = env.seen.of(Scheduled)[0].run
         seen.append(await get_run(run.id) is run)
 
-    await drive(app_with(env, endpoint))
+    await drive(env.fastapi(endpoint))
     assert seen == [1, True]
     run = env.seen.runs()[0]
     assert await get_run(run.id) is None
@@ -373,7 +342,7 @@ def slow_stream(clock: VirtualClock) -> Callable[..., Any]:
 async def test_the_wait_begins_when_the_response_is_sent(env: Env) -> None:
     """A long stream is no time in the queue; a sibling's run time is."""
     with VirtualClock() as clock:
-        await drive(app_with(env, slow_stream(clock)))
+        await drive(env.fastapi(slow_stream(clock)))
     assert [event.queue_wait_s for event in env.seen.of(Started)] == [0, 7]
 
 
@@ -392,7 +361,7 @@ async def test_a_task_that_is_added_by_a_task_waits_from_then_on(env: Env) -> No
         own = BackgroundTasks()
         own.add_task(adder, own)
         # Nobody knows of what is added to a container of the app's own before its turn comes.
-        for app, wait in ((env.app(answering(own)), 0), (app_with(env, injected), 2)):
+        for app, wait in ((env.app(answering(own)), 0), (env.fastapi(injected), 2)):
             env.seen.clear()
             await drive(app)
             assert [event.queue_wait_s for event in env.seen.of(Started)] == [0, wait]
@@ -496,7 +465,7 @@ async def test_two_hundred_requests_at_once_with_mixed_faults(env: Env) -> None:
         for n in range(200):
             group.start_soon(drive, app, f"/{n % 5}")
 
-    told = outcomes(env)
+    told = env.outcomes()
     for what, count in {
         ("af", "succeeded"): 80,
         ("sf", "succeeded"): 40,
@@ -697,7 +666,7 @@ async def test_an_admission_is_awaited_before_the_response_and_may_fail_it() -> 
         assert r.exc is error
         assert (r.status is None) is (error is not None)
     assert admitted == [("af", 0)] * 2
-    assert [outcome for _, outcome in outcomes(env)] == ["succeeded", "dropped handler_error"]
+    assert [outcome for _, outcome in env.outcomes()] == ["succeeded", "dropped handler_error"]
 
 
 async def test_a_request_leaves_no_garbage(env: Env) -> None:
@@ -743,11 +712,11 @@ async def test_an_app_that_is_called_again_for_a_request_leaves_nothing_behind(e
             raise ConnectionError
         return "ok"
 
-    app = app_with(env, endpoint)
+    app = env.fastapi(endpoint)
     app.user_middleware.append(Middleware(Again))
     for _ in range(2):
         await drive(app)
-    assert sorted(outcome for _, outcome in outcomes(env)) == ["dropped other", "dropped other", *["succeeded"] * 2]
+    assert sorted(outcome for _, outcome in env.outcomes()) == ["dropped other", "dropped other", *["succeeded"] * 2]
 
 
 async def test_an_app_without_us_that_serves_the_scope_after_ours_keeps_its_tasks(env: Env) -> None:
@@ -790,9 +759,9 @@ async def test_a_task_that_comes_while_the_response_streams_knows_that_it_has_st
             tasks.add_task(af)
         return StreamingResponse(chunks(), background=tasks)
 
-    r = await drive(app_with(env, endpoint), send_fails_after=2)
+    r = await drive(env.fastapi(endpoint), send_fails_after=2)
     assert isinstance(r.exc, OSError)
-    assert outcomes(env) == [("af", "dropped client_gone")]
+    assert env.outcomes() == [("af", "dropped client_gone")]
 
 
 @pytest.mark.parametrize("background", [None, BackgroundTask(af)])
@@ -874,8 +843,8 @@ async def test_the_request_belongs_to_the_outer_app_again_when_a_mounted_one_is_
         await PlainTextResponse("outer", background=BackgroundTask(sf))(scope, receive, send)
 
     await drive(outer.mw(app))
-    assert outcomes(inner) == [("af", "succeeded")]
-    assert outcomes(outer) == [("sf", "succeeded")]
+    assert inner.outcomes() == [("af", "succeeded")]
+    assert outer.outcomes() == [("sf", "succeeded")]
 
 
 @pytest.mark.parametrize(("context", "seen"), [("request", "unset"), ("endpoint", "set")])

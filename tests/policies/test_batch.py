@@ -23,8 +23,7 @@ from aftertask._core.run import Run
 from aftertask.events import Expired, Failed, Skipped, Started, Succeeded
 from aftertask.signals import Logs
 from aftertask.testing import VirtualClock
-from intercept.test_life import app_with, outcomes
-from kit import LOG, Env, answering, boom, drive, sf
+from kit import LOG, Env, Stop, answering, boom, drive, sf
 
 pytestmark = pytest.mark.anyio
 
@@ -56,7 +55,7 @@ async def test_continue_runs_the_siblings_and_then_raises(env: Env, kind: Any) -
     r = await drive(env.app(answering(tasks_of(failing("one", error), sf, kind=kind))))
     assert r.exc is error
     assert LOG == ["one", "sf"]
-    assert outcomes(env) == [("one", "failed"), ("sf", "succeeded")]
+    assert env.outcomes() == [("one", "failed"), ("sf", "succeeded")]
 
 
 async def test_continue_raises_several_as_a_group(env: Env, clock: VirtualClock) -> None:
@@ -73,7 +72,7 @@ async def test_continue_raises_several_as_a_group(env: Env, clock: VirtualClock)
         group.start_soon(request)
         await env.seen.until(Failed)
         clock.advance(60)
-    assert outcomes(env) == [("sf", "succeeded"), ("second", "failed"), ("first", "failed")]
+    assert env.outcomes() == [("sf", "succeeded"), ("second", "failed"), ("first", "failed")]
     error = results[0].exc
     assert isinstance(error, ExceptionGroup)
     assert str(error) == "2 of 3 background tasks failed (2 sub-exceptions)"
@@ -130,7 +129,7 @@ async def test_a_retry_under_way_outlives_a_sibling_that_stops(env: Env, clock: 
         clock.advance(60)
     assert LOG == ["retried", "ends", "retried"]
     assert results[0].exc is error
-    assert outcomes(env) == [("ends", "failed"), ("retried", "failed"), ("sf", "skipped sibling_failed")]
+    assert env.outcomes() == [("ends", "failed"), ("retried", "failed"), ("sf", "skipped sibling_failed")]
 
 
 async def test_a_sibling_that_stopped_is_the_cause_though_a_back_off_is_cancelled_later(
@@ -143,14 +142,10 @@ async def test_a_sibling_that_stopped_is_the_cause_though_a_back_off_is_cancelle
         await env.seen.until(Failed)
         await clock.until_waiting()
         group.cancel_scope.cancel()
-    assert outcomes(env) == [("ends", "failed"), ("retried", "cancelled"), ("sf", "skipped sibling_failed")]
+    assert env.outcomes() == [("ends", "failed"), ("retried", "cancelled"), ("sf", "skipped sibling_failed")]
     (skipped,) = env.seen.of(Skipped)
     assert skipped.caused_by is not None
     assert skipped.caused_by.task.endswith("ends")
-
-
-class Stop(BaseException):
-    """What is no Exception."""
 
 
 @pytest.mark.parametrize("on_failure", ["stop", "continue", "contain"])
@@ -188,7 +183,7 @@ async def test_an_exception_group_escapes_except_value_error_in_a_dependency(env
             tasks.add_task(boom)
         return "ok"
 
-    app = app_with(env, endpoint)
+    app = env.fastapi(endpoint)
     app.get("/{number}")(endpoint)
     for number in (1, 2):
         await drive(app, f"/{number}")
@@ -242,7 +237,7 @@ async def test_a_run_that_cannot_start_in_time_is_not_started(env: Env, clock: V
     (expired,) = env.seen.of(Expired)
     assert (expired.reason, expired.bad) == ("deadline", False)
     assert LOG == ["sf"]
-    assert outcomes(env) == [("slow", "succeeded"), ("boom", "expired"), ("sf", "succeeded")]
+    assert env.outcomes() == [("slow", "succeeded"), ("boom", "expired"), ("sf", "succeeded")]
 
 
 async def test_a_run_expires_while_it_waits_for_its_limit(env: Env, clock: VirtualClock) -> None:
@@ -340,9 +335,7 @@ async def test_progress_is_in_the_log_and_no_line_without_it(
 # --- precedence, and what is told of it
 
 
-def test_the_log_at_start_tells_the_policies_in_force(
-    capfd: pytest.CaptureFixture[str], no_log_handlers: None
-) -> None:
+def test_the_log_at_start_tells_the_policies_in_force(capfd: pytest.CaptureFixture[str], no_log_handlers: None) -> None:
     """Put together, as plain values; an app without any says nothing."""
 
     @task(name="mail.send", timeout=20, retry=Retry(attempts=4, give_up_on=KeyError), owner="growth")

@@ -108,7 +108,7 @@ async def test_runs_wait_for_a_limit_by_priority(env: Env) -> None:
     assert order == [3, 1, 4, 0, 2]
 
 
-def app_with(recorder: Recorder, crowd: Any, **more: Any) -> FastAPI:
+def refusing_app(recorder: Recorder, crowd: Any, **more: Any) -> FastAPI:
     """An app whose handler answers 503 when a task is refused."""
     app = FastAPI()
 
@@ -139,7 +139,7 @@ async def test_a_full_queue_is_told_to_the_handler(where: str) -> None:
         if where == "settings"
         else {"policies": {name: Policy(limit=Limit("crowd", 1, max_waiting=2))}}
     )
-    app = app_with(recorder, work, **more)
+    app = refusing_app(recorder, work, **more)
     statuses: list[int | None] = []
 
     async def request() -> None:

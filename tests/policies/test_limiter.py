@@ -6,7 +6,7 @@ import asyncio
 import gc
 import heapq
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aftertask._core.limits import Limiter, SharedThreads, SharedThreadSlot, Slot
+from kit import until
 
 pytestmark = pytest.mark.anyio
 
@@ -35,13 +36,6 @@ def held(limiter: Limiter, priority: int = 0) -> Slot:
     slot = reserved(limiter, priority)
     assert slot.acquire_nowait()
     return slot
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Let other tasks and threads run until something holds."""
-    with anyio.fail_after(10):
-        while not condition():
-            await anyio.lowlevel.checkpoint()
 
 
 # --- order

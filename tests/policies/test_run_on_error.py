@@ -23,7 +23,6 @@ from aftertask import Policy, Retry, task
 from aftertask.events import Failed, Started, Succeeded
 from aftertask.signals import Tracing
 from aftertask.testing import VirtualClock
-from intercept.test_life import app_with, outcomes
 from kit import LOG, Env, boom, drive, sf
 
 pytestmark = pytest.mark.anyio
@@ -79,10 +78,10 @@ async def served(app: Any) -> list[str]:
 @pytest.mark.parametrize("error", [HTTPException(409), ValueError("x")], ids=["http_exception", "handler_error"])
 async def test_it_runs_after_the_error_response(env: Env, refund: Any, error: Exception) -> None:
     """Whole and out, whoever answers; what was added beside it is dropped as ever."""
-    app = app_with(env, raising(error, sf, refund))
+    app = env.fastapi(raising(error, sf, refund))
     assert await served(app) == ["start", "body", "refund 1"]
     reason = "http_exception" if isinstance(error, HTTPException) else "handler_error"
-    assert sorted(outcomes(env)) == [("refund", "succeeded"), ("sf", f"dropped {reason}")]
+    assert sorted(env.outcomes()) == [("refund", "succeeded"), ("sf", f"dropped {reason}")]
     (run,) = [event.run for event in env.seen.of(Succeeded)]
     assert run.origin == "run_on_error"
     assert run.http_route == "/"
@@ -97,7 +96,7 @@ async def test_a_validation_error_counts_as_one(env: Env, refund: Any) -> None:
 
     async def endpoint(number: int = Query(), given: None = Depends(dependency)) -> None: ...
 
-    r = await drive(app_with(env, endpoint))
+    r = await drive(env.fastapi(endpoint))
     assert r.status == 422
     assert LOG == ["refund 1"]
 
@@ -108,7 +107,7 @@ async def test_the_apps_own_error_page_comes_first(env: Env, refund: Any) -> Non
     async def page(request: Any, error: Exception) -> JSONResponse:
         return JSONResponse("sorry", 500, background=BackgroundTask(sf))
 
-    app = app_with(env, raising(ValueError("x"), refund), exception_handlers={Exception: page})
+    app = env.fastapi(raising(ValueError("x"), refund), exception_handlers={Exception: page})
     assert await served(app) == ["start", "body", "sf", "refund 1"]
 
 
@@ -119,7 +118,7 @@ async def test_under_other_middlewares(env: Env, refund: Any) -> None:
         return await call_next(request)
 
     for place in ("inside", "outside"):
-        app = app_with(env, raising(ValueError("x"), refund))
+        app = env.fastapi(raising(ValueError("x"), refund))
         if place == "outside":
             app.add_middleware(BaseHTTPMiddleware, dispatch=through)
         else:
@@ -141,7 +140,7 @@ async def test_nothing_comes_out_of_it(env: Env, clock: VirtualClock) -> None:
     results: list[Any] = []
 
     async def request() -> None:
-        results.append(await drive(app_with(env, raising(error, boom, boom))))
+        results.append(await drive(env.fastapi(raising(error, boom, boom))))
 
     async with anyio.create_task_group() as group:
         group.start_soon(request)
@@ -160,7 +159,7 @@ async def test_without_an_error_it_is_a_task_like_any_other(env: Env, refund: An
         tasks.add_task(refund)
         return "ok"
 
-    await drive(app_with(env, endpoint))
+    await drive(env.fastapi(endpoint))
     assert LOG == ["refund 1"]
     assert env.seen.runs()[0].origin == "request"
 
@@ -186,13 +185,13 @@ async def test_where_no_error_response_comes_it_is_dropped(env: Env, refund: Any
         tasks.add_task(refund)
         raise ValueError  # made anew: one that is kept would keep the request, by its traceback
 
-    app = app_with(env, endpoint)
+    app = env.fastapi(endpoint)
     app.add_middleware(Swallow)
     r = await drive(app)
     assert r.status == 500
     del r
     gc.collect()
-    assert outcomes(env) == [("refund", "dropped handler_error")]
+    assert env.outcomes() == [("refund", "dropped handler_error")]
 
 
 @pytest.mark.parametrize("twice", [False, True])
@@ -203,7 +202,7 @@ async def test_under_another_middleware_of_ours(env: Env, refund: Any, twice: bo
         tasks.add_task(refund)
         raise ValueError("x")
 
-    inner, outer = app_with(env, endpoint), Env()
+    inner, outer = env.fastapi(endpoint), Env()
     LOG.clear()
     app = inner
     if twice:
@@ -230,7 +229,7 @@ async def test_a_siblings_time_is_part_of_the_wait(env: Env) -> None:
         @task(name="second", run_on_error=True)
         async def second() -> None: ...
 
-        await drive(app_with(env, raising(HTTPException(409), first, second)))
+        await drive(env.fastapi(raising(HTTPException(409), first, second)))
     assert [(event.run.task, event.queue_wait_s) for event in env.seen.of(Started)] == [("first", 0), ("second", 7)]
 
 
@@ -244,14 +243,14 @@ async def test_once_it_has_run_nobody_looks_for_an_error_response(env: Env, refu
     async def cut() -> None:
         raise Ended
 
-    kept = [await drive(app_with(env, raising(error, refund))) for error in (HTTPException(409), ValueError("x"))]
+    kept = [await drive(env.fastapi(raising(error, refund))) for error in (HTTPException(409), ValueError("x"))]
     assert [r.status for r in kept] == [409, 500]
     assert LOG == ["refund 1"] * 2
     env.seen.clear()
 
     with contextlib.suppress(Ended):
-        await drive(app_with(env, raising(HTTPException(409), cut, refund)))
-    assert outcomes(env) == [("cut", "failed"), ("refund", "dropped http_exception")]
+        await drive(env.fastapi(raising(HTTPException(409), cut, refund)))
+    assert env.outcomes() == [("cut", "failed"), ("refund", "dropped http_exception")]
 
 
 async def test_its_span_belongs_to_the_request(env: Env, refund: Any) -> None:
@@ -261,7 +260,7 @@ async def test_its_span_belongs_to_the_request(env: Env, refund: Any) -> None:
     env.signals = [Tracing(provider), env.seen]
     for error in (HTTPException(409), ValueError("x")):
         with provider.get_tracer("test").start_as_current_span("request") as request:
-            await drive(app_with(env, raising(error, refund)))
+            await drive(env.fastapi(raising(error, refund)))
         span = next(span for span in exporter.get_finished_spans() if span.name != "request")
         assert span.parent is not None
         assert span.parent.span_id == request.get_span_context().span_id
