@@ -1,4 +1,4 @@
-"""The benchmark's command runs, prints every variant and judges every gate. Its figures are `make bench`'s business."""
+"""The benchmark's commands run, print every variant and check every gate; their figures belong to `make bench`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parent / "bench"
-VARIANTS = ("bare", "floor", "native", "ours", "ours_none")
+VARIANTS = ("bare", "floor", "ours", "ours_none")
 
 
 @pytest.mark.long
 @pytest.mark.timeout(120)
-def test_one_quick_round_prints_the_table_and_the_gates(tmp_path: Path) -> None:
-    """Exit code 1 is a gate that failed, which one short round may do; anything else is a broken benchmark."""
+def test_one_short_round_prints_the_table_and_the_gates(tmp_path: Path) -> None:
+    """Exit code 1 means that a gate failed, which one short round may do; anything else is a broken benchmark."""
     figures = tmp_path / "figures.json"
     options = ["--rounds", "1", "--batches", "3", "--variants", ",".join(VARIANTS), "--json", str(figures)]
 
@@ -28,20 +28,23 @@ def test_one_quick_round_prints_the_table_and_the_gates(tmp_path: Path) -> None:
     table, gates = done.stdout.split("Gates\n")
     lines = [line.split() for line in table.splitlines() if line]
     assert tuple(words[0] for words in lines if words[0] in VARIANTS) == VARIANTS
-    assert [line.split()[0] for line in gates.splitlines()].count("--") == 3  # metrics alone, not sampled, policies
+    # Nothing configured, metrics alone, not sampled, policies.
+    assert [line.split()[0] for line in gates.splitlines()].count("--") == 4
     (only,) = json.loads(figures.read_text())["rounds"]
     assert set(only) == set(VARIANTS)
     assert only["ours"]["10"] > only["ours"]["1"] > only["ours"]["0"] > 0
+    assert only["ours"]["served"] > only["ours"]["0"]
 
 
 @pytest.mark.long
 @pytest.mark.timeout(120)
-def test_a_short_history_is_judged() -> None:
-    """The history command tells the cost and the memory, and its exit code says whether both are within limits."""
+def test_a_short_history_is_checked() -> None:
+    """The history command prints cost and memory, and its exit code says whether both are within their limits."""
     command = [sys.executable, str(BENCH / "history.py"), "--tasks", "2000", "--pairs", "1"]
 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
 
+    assert done.returncode in (0, 1), done.stderr
     cost, memory = done.stdout.splitlines()
     assert "us after 2000" in cost
     assert "traced memory grew by" in memory
@@ -55,12 +58,13 @@ def test_an_unknown_variant_is_refused_by_name() -> None:
     )
 
     assert done.returncode == 2
-    assert "no variant 'our'; there are bare, floor" in done.stderr
+    assert "unknown variant 'our'; known variants are bare, floor" in done.stderr
 
 
-def test_our_variants_write_one_line_for_every_task() -> None:
-    """The floor logs each task, so a line that is left out would make us look cheaper than we are."""
-    code = "import overhead; overhead.Driver(overhead.ours()).drive('/10', 30)"  # past a hundred lines in a second
+def test_our_variants_write_one_line_for_each_task() -> None:
+    """The floor logs each task, so a line that is left out would make aftertask look cheaper than it is."""
+    # More than the 100 lines a second that are written by default.
+    code = "import overhead; overhead.Driver(overhead.VARIANTS['ours_stderr']()).drive('/10', 30)"
 
     done = subprocess.run([sys.executable, "-c", code], cwd=BENCH, capture_output=True, text=True, check=True)
 

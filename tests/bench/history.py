@@ -1,13 +1,13 @@
 """
 Nothing grows with history: a task costs the same after 200 000 tasks as after 1 000, and so does their memory.
 
-    python tests/bench/history.py                # prints both and judges; exit code 1 where a limit is passed
+    python tests/bench/history.py                # prints both; exit code 1 if a limit is exceeded
 
 All signals are on. The history is a mix: plain tasks, and every eighth one a closure, a `partial`, a callable object or
 one that fails with a message of its own; every eighth is dropped because its handler raised. Three processes have
-200 000 tasks behind them, and take turns with young ones, each forked for five turns after 1 000 tasks; a cost is told
-from the medians of all turns, in CPU time, as in `overhead.py`. Memory is what tracemalloc counts in one more process,
-between 1 000 and 200 000 tasks; the most that an old process's resident memory grew is shown beside.
+200 000 tasks behind them, and take turns with young ones, each forked for five turns after 1 000 tasks; a cost is the
+difference of medians of all turns, in CPU time, as in `overhead.py`. Memory is what tracemalloc counts in one more
+process, between 1 000 and 200 000 tasks; the most that an old process's resident memory grew is printed beside it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import overhead
+import subjects
 from fastapi import BackgroundTasks, HTTPException
 
 COST_LIMIT = 1.10
@@ -49,9 +50,9 @@ async def fails(number: int) -> None:
     raise RuntimeError(f"order {number} is not there")
 
 
-def subject() -> overhead.Subject:
+def subject() -> subjects.Subject:
     """The app of `overhead.py` with all signals, and two routes for the rest of the mix."""
-    made = overhead.ours()
+    made = subjects.ours()
     count = 0
 
     @made.app.get("/mixed")
@@ -63,16 +64,16 @@ def subject() -> overhead.Subject:
             return count
 
         tasks.add_task(closure)
-        tasks.add_task(functools.partial(overhead.nothing, count))
+        tasks.add_task(functools.partial(subjects.nothing, count))
         tasks.add_task(Callable_(), count)
-        tasks.add_task(overhead.nothing, number=count)
+        tasks.add_task(subjects.nothing, number=count)
         tasks.add_task(fails, count)
         return {}
 
     @made.app.get("/refused")
     async def refused(tasks: BackgroundTasks) -> dict[str, str]:
         for number in range(5):
-            tasks.add_task(overhead.nothing, number)
+            tasks.add_task(subjects.nothing, number)
         raise HTTPException(409)
 
     return made
@@ -85,7 +86,7 @@ class Process:
         self.driver = overhead.Driver(subject())
 
     def live(self, tasks: int) -> None:
-        """Run so many tasks."""
+        """Run this many tasks."""
         for _ in range(tasks // BLOCK):
             self.driver.drive("/10", 3)
             try:
@@ -96,7 +97,7 @@ class Process:
         gc.collect()
 
     def cost(self, end: Connection) -> None:
-        """Tell what a request with one task and with ten costs now, as often as asked."""
+        """Send what a request with one task and with ten costs now, each time the other end asks."""
         overhead.pin()
         gc.freeze()
         while end.recv():
@@ -110,7 +111,7 @@ def resident_mb() -> float:
 
 
 def grow_old(end: Connection, tasks: int) -> None:
-    """Run all the history, tell how the resident memory grew, then what a task costs as often as asked."""
+    """Run all the history, send how much the resident memory grew, then costs on request."""
     process = Process()
     process.live(YOUNG)
     before = resident_mb()
@@ -120,7 +121,7 @@ def grow_old(end: Connection, tasks: int) -> None:
 
 
 def stay_young(end: Connection) -> None:
-    """Tell what a task costs after a short history."""
+    """Send costs on request after a short history."""
     process = Process()
     process.live(YOUNG)
     end.send("ready")
@@ -128,7 +129,7 @@ def stay_young(end: Connection) -> None:
 
 
 def weigh(end: Connection, tasks: int) -> None:
-    """Tell by how many megabytes the memory that Python allocated has grown."""
+    """Send by how many megabytes the memory that Python allocated has grown."""
     tracemalloc.start()
     process = Process()
     process.live(YOUNG)
@@ -155,7 +156,7 @@ def _forked(work: Callable[..., None], *arguments: Any) -> Connection:
 
 
 def costs(olds: Sequence[Connection], pairs: int) -> tuple[float, float]:
-    """Microseconds a task in young processes and in old ones, that take turns."""
+    """Microseconds per task in young and in old processes, which take turns."""
     chance = random.Random()
     figures: tuple[list[dict[int, float]], ...] = [], []
     for pair in range(pairs):
@@ -175,7 +176,7 @@ def costs(olds: Sequence[Connection], pairs: int) -> tuple[float, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, print, judge."""
+    """Run, print, compare with the limits."""
     parser = argparse.ArgumentParser(description="Nothing grows with history.")
     parser.add_argument("--tasks", type=int, default=200_000, help="the long history (default 200000)")
     parser.add_argument("--pairs", type=int, default=15, help="young processes to compare with old ones (default 15)")
