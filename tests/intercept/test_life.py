@@ -130,7 +130,13 @@ async def test_tasks_behind_a_failed_one_are_skipped(env: Env) -> None:
 
 @pytest.mark.parametrize("layers", [0, 1, 3])
 @pytest.mark.parametrize(
-    ("error", "reason"), [(HTTPException(404), "http_exception"), (KeyError("x"), "handler_error")]
+    ("error", "reason"),
+    [
+        (HTTPException(404), "http_exception"),
+        (HTTPException(499), "http_exception"),
+        (HTTPException(500), "handler_error"),
+        (KeyError("x"), "handler_error"),
+    ],
 )
 async def test_tasks_of_a_handler_that_raises_are_dropped(env: Env, error: Exception, reason: str, layers: int) -> None:
     """Also under BaseHTTPMiddleware, where the response is sent from another task."""

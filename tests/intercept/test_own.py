@@ -198,22 +198,6 @@ async def test_a_response_with_slots_has_them(env: Env) -> None:
     env.expect("af", log=["extra private", "af", "extra private"])
 
 
-async def test_a_class_with_a_property_for_its_background_keeps_it(env: Env) -> None:
-    """What it is, is the class's own matter."""
-
-    class Computed(PlainTextResponse):
-        @property
-        def background(self) -> Any:
-            return BackgroundTask(af)
-
-        @background.setter
-        def background(self, value: Any) -> None:
-            LOG.append("set")
-
-    await drive(env.app(answering(None, Computed, "x")))
-    env.expect("af", log=["set", "af"])
-
-
 async def test_nobody_hears_of_the_class_and_nothing_is_finalised_twice(env: Env) -> None:
     """A class that keeps a list of its subclasses, and one with a `__del__`."""
 

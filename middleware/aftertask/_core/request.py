@@ -208,7 +208,7 @@ class Request(RequestInfo):
 
     def same_provider(self, tracer: object) -> bool:
         """Whether our own spans go where those of this OpenTelemetry tracer go."""
-        return self.parts.emit.same_provider(tracer)
+        return bool(self.guarded("same_provider", self.parts.emit.same_provider, tracer))
 
     def broken(self, on: str, error: Exception) -> None:
         """Log and count an error of the interception."""
