@@ -170,10 +170,10 @@ def child(make: Callable[[], Subject], paths: Sequence[int], turns: Connection) 
         raise
 
 
-def serve(make: Callable[[], Subject], listener: socket.socket) -> None:
+def serve(make: Callable[[], Subject], listener: socket.socket, loop: Any = "auto") -> None:
     """Serve the app by uvicorn until the process is ended."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    config = uvicorn.Config(make().app, log_level="error", access_log=False)
+    config = uvicorn.Config(make().app, log_level="error", access_log=False, loop=loop)
     uvicorn.Server(config).run(sockets=[listener])
 
 
