@@ -1,6 +1,6 @@
 """
 The behaviour that an app keeps and the tasks that are seen, case by case: every kind of background, response, source,
-middleware and nesting. Each runs on asyncio and trio; after each the accounts must be right.
+middleware and nesting. Each runs on asyncio and trio; after each of them every run has ended exactly once.
 """
 
 from __future__ import annotations
@@ -47,23 +47,27 @@ from aftertask.events import Started
 from aftertask.testing import Recorder
 from kit import LOG, Env, Layer, af, answering, boom, drive, sf
 
+pytestmark = pytest.mark.anyio
+
 
 # --- kinds of background
-@pytest.mark.anyio
-async def test_background_task_async(env: Env) -> None:
+
+
+async def test_an_async_task_of_a_response_is_observed(env: Env) -> None:
+    """A response with a BackgroundTask is sent whole, and its async task is one run."""
     r = await drive(env.app(answering(BackgroundTask(af))))
     assert r.status == 200 and r.body == b"ok"
     env.expect("af", log=["af"])
 
 
-@pytest.mark.anyio
-async def test_background_task_sync(env: Env) -> None:
+async def test_a_sync_task_of_a_response_is_observed(env: Env) -> None:
+    """A sync task is one run, too."""
     await drive(env.app(answering(BackgroundTask(sf))))
     env.expect("sf", log=["sf"])
 
 
-@pytest.mark.anyio
-async def test_background_tasks_two(env: Env) -> None:
+async def test_each_task_of_a_container_is_a_run(env: Env) -> None:
+    """BackgroundTasks runs its tasks in order; each is one run."""
     t = BackgroundTasks()
     t.add_task(af)
     t.add_task(sf, "z")
@@ -71,8 +75,8 @@ async def test_background_tasks_two(env: Env) -> None:
     env.expect("af", "sf", log=["af", "z"])
 
 
-@pytest.mark.anyio
-async def test_background_tasks_ctor_list(env: Env) -> None:
+async def test_tasks_given_to_the_constructor_are_observed(env: Env) -> None:
+    """BackgroundTasks may get its tasks as a list."""
     t = BackgroundTasks(tasks=[BackgroundTask(af), BackgroundTask(sf)])
     await drive(env.app(answering(t)))
     env.expect("af", "sf", log=["af", "sf"])
@@ -85,8 +89,8 @@ class Timed(BackgroundTasks):
         LOG.append("t1")
 
 
-@pytest.mark.anyio
-async def test_subclass_delegating(env: Env) -> None:
+async def test_a_container_that_calls_super_keeps_its_order(env: Env) -> None:
+    """A container class that surrounds the framework's loop runs as ever, and its tasks are observed."""
     t = Timed()
     t.add_task(af)
     t.add_task(sf)
@@ -96,7 +100,7 @@ async def test_subclass_delegating(env: Env) -> None:
 
 
 class PQ(BackgroundTasks):
-    """keeps (priority, n, func, args, kwargs) itself and runs them itself"""
+    """A container that keeps its tasks in a heap and runs them itself."""
 
     def __init__(self):
         super().__init__()
@@ -114,8 +118,8 @@ class PQ(BackgroundTasks):
                 await run_in_threadpool(func, *args, **kwargs)
 
 
-@pytest.mark.anyio
-async def test_subclass_priority_queue_as_unit(env: Env) -> None:
+async def test_a_container_with_a_loop_of_its_own_is_observed(env: Env) -> None:
+    """A container class that runs functions itself is one run."""
     t = PQ()
     t.add_task(af, "late", priority=5)
     t.add_task(sf, "early", priority=1)
@@ -124,8 +128,8 @@ async def test_subclass_priority_queue_as_unit(env: Env) -> None:
     assert env.names(), "nothing observed"
 
 
-@pytest.mark.anyio
-async def test_subclass_priority_queue_per_function(env: Env) -> None:
+async def test_observe_functions_observes_each_function_of_a_container(env: Env) -> None:
+    """Decorated with observe_functions, its functions are runs of their own."""
     t = observe_functions(type("PQ", (PQ,), {}))()
     t.add_task(af, "late", priority=5)
     t.add_task(sf, "early", priority=1)
@@ -141,8 +145,8 @@ class Parallel(BackgroundTasks):
                 tg.start_soon(t)
 
 
-@pytest.mark.anyio
-async def test_subclass_parallel_own_loop(env: Env) -> None:
+async def test_tasks_that_a_container_runs_in_parallel_are_observed(env: Env) -> None:
+    """A container class may run its tasks in a task group."""
     t = Parallel()
     t.add_task(af)
     t.add_task(sf)
@@ -161,15 +165,15 @@ class RetryTask(BackgroundTask):
                 continue
 
 
-@pytest.mark.anyio
-async def test_subclass_of_task_retrying(env: Env) -> None:
+async def test_each_call_that_a_task_class_makes_is_a_child(env: Env) -> None:
+    """A task class that calls its function three times is one run with three children."""
     await drive(env.app(answering(RetryTask(boom))))
     assert LOG == ["boom"] * 3
     assert env.names()[0] == "RetryTask" and env.names().count("boom") == 3, env.names()
 
 
-@pytest.mark.anyio
-async def test_foreign_async_function(env: Env) -> None:
+async def test_an_async_function_as_background_is_observed(env: Env) -> None:
+    """`background=` may be any awaitable callable: an async function."""
     await drive(env.app(answering(af)))
     env.expect("af", log=["af"])
 
@@ -179,14 +183,15 @@ class AsyncCallable:
         LOG.append("ac")
 
 
-@pytest.mark.anyio
-async def test_foreign_callable_object(env: Env) -> None:
+async def test_a_callable_object_as_background_is_observed(env: Env) -> None:
+    """An object with an async `__call__` is observed under the name of its class."""
     await drive(env.app(answering(AsyncCallable())))
     env.expect("AsyncCallable", log=["ac"])
 
 
-@pytest.mark.anyio
-async def test_foreign_partial_and_lambda(env: Env) -> None:
+async def test_a_partial_and_a_lambda_as_background_are_observed(env: Env) -> None:
+    """A partial of an async function and a lambda that returns a coroutine are one run each."""
+
     async def e1(request):
         return PlainTextResponse("ok", background=functools.partial(af, "p"))
 
@@ -200,15 +205,16 @@ async def test_foreign_partial_and_lambda(env: Env) -> None:
 
 
 # --- response classes
-@pytest.mark.anyio
-async def test_json_html_redirect(env: Env) -> None:
+async def test_every_response_class_is_observed(env: Env) -> None:
+    """JSON, HTML, redirects and plain responses."""
     for cls, arg in ((JSONResponse, {}), (HTMLResponse, "x"), (RedirectResponse, "/x"), (Response, b"x")):
         await drive(env.app(answering(BackgroundTask(af), cls, arg)))
     env.expect("af", "af", "af", "af", log=["af"] * 4)
 
 
-@pytest.mark.anyio
-async def test_streaming_spec_23_and_24(env: Env) -> None:
+async def test_a_stream_is_observed_with_every_asgi_version(env: Env) -> None:
+    """Starlette streams in another way from ASGI 2.4 on; the task is observed in each."""
+
     async def gen():
         yield "a"
         yield "b"
@@ -223,8 +229,9 @@ async def test_streaming_spec_23_and_24(env: Env) -> None:
     env.expect("af", "af", "af", log=["af"] * 3)
 
 
-@pytest.mark.anyio
-async def test_streaming_early_disconnect(env: Env) -> None:
+async def test_a_client_that_leaves_an_endless_stream_does_not_stop_the_task(env: Env) -> None:
+    """Below ASGI 2.4 Starlette ends the stream and runs the task."""
+
     async def gen():
         while True:
             yield "a"
@@ -237,8 +244,8 @@ async def test_streaming_early_disconnect(env: Env) -> None:
     env.expect("af", log=["af"])
 
 
-@pytest.mark.anyio
-async def test_file_response(env: Env, tmp_path: Path) -> None:
+async def test_a_file_response_is_observed(env: Env, tmp_path: Path) -> None:
+    """The file is sent whole, then the task runs."""
     (tmp_path / "hello.txt").write_bytes(b"hello")
     r = await drive(env.app(answering(BackgroundTask(af), FileResponse, str(tmp_path / "hello.txt"))))
     assert r.body == b"hello"
@@ -273,28 +280,28 @@ class SuperCall(Response):
         LOG.append(isinstance(self.background, BackgroundTask))
 
 
-@pytest.mark.anyio
-async def test_own_call_other_names(env: Env) -> None:
+async def test_a_response_class_with_its_own_call_is_observed(env: Env) -> None:
+    """Its `__call__` may name its parameters as it likes."""
     await drive(env.app(answering(BackgroundTask(af), OwnCall, {})))
     await drive(env.app(answering(af, OwnCall, {})))
     env.expect("af", "af", log=["af", "af"])
 
 
-@pytest.mark.anyio
-async def test_helper_method_and_closure(env: Env) -> None:
+async def test_a_background_that_is_awaited_in_a_helper_is_observed(env: Env) -> None:
+    """A response class may await its background in a method or a closure."""
     await drive(env.app(answering(BackgroundTask(af), Helper, b"")))
     await drive(env.app(answering(af, Helper, b"")))
     env.expect("af", "af", log=["af", "af"])
 
 
-@pytest.mark.anyio
-async def test_super_call_and_isinstance(env: Env) -> None:
+async def test_a_response_class_that_calls_super_is_observed_once(env: Env) -> None:
+    """Two hooked calls are one run, and the background keeps its class."""
     await drive(env.app(answering(BackgroundTask(af), SuperCall, b"")))
     env.expect("af", log=["af", True])
 
 
 class Tupled(PlainTextResponse):
-    """decorated __call__"""
+    """A response class whose `__call__` is decorated."""
 
     def deco(f):
         @functools.wraps(f)
@@ -308,8 +315,8 @@ class Tupled(PlainTextResponse):
         await Response.__call__(self, scope, receive, send)
 
 
-@pytest.mark.anyio
-async def test_decorated_call(env: Env) -> None:
+async def test_a_decorated_call_is_observed(env: Env) -> None:
+    """The decorator of a response class's `__call__` does not hide its task."""
     await drive(env.app(answering(BackgroundTask(af), Tupled)))
     env.expect("af", log=["af"])
 
@@ -321,8 +328,8 @@ class ShadowDefault(Response):
         Response.__init__(self, content, background=background)
 
 
-@pytest.mark.anyio
-async def test_subclass_shadows_background_attr(env: Env) -> None:
+async def test_a_class_attribute_named_background_does_no_harm(env: Env) -> None:
+    """A response class may have a default `background` on the class."""
     await drive(env.app(answering(BackgroundTask(af), ShadowDefault, b"x")))
     env.expect("af", log=["af"])
 
@@ -336,9 +343,8 @@ class NotAResponse:
         await self.background()
 
 
-@pytest.mark.anyio
-async def test_asgi_object_not_a_response(env: Env) -> None:
-    """What is no `Response` and runs a task by itself is not seen; the task runs as ever."""
+async def test_a_task_of_an_asgi_object_that_is_no_response_is_not_observed(env: Env) -> None:
+    """An ASGI object that is no `Response` and runs a task by itself: the task runs, and there is no run."""
 
     async def e(request):
         return NotAResponse(BackgroundTask(af))
@@ -347,35 +353,22 @@ async def test_asgi_object_not_a_response(env: Env) -> None:
     env.expect(log=["af"])
 
 
-@pytest.mark.anyio
-async def test_sse_starlette(env: Env) -> None:
-    try:
-        from sse_starlette import EventSourceResponse
-    except ImportError:
-        return
+async def test_the_response_of_sse_starlette_is_observed(env: Env) -> None:
+    """EventSourceResponse runs its background by itself."""
+    sse = pytest.importorskip("sse_starlette")
 
     async def gen():
         yield {"data": "1"}
 
     async def e(request):
-        return EventSourceResponse(gen(), background=BackgroundTask(af))
+        return sse.EventSourceResponse(gen(), background=BackgroundTask(af))
 
-    try:
-        from sse_starlette.sse import AppStatus
-
-        AppStatus.should_exit_event = None
-    except Exception:
-        pass
     await drive(env.app(e))
     env.expect("af", log=["af"])
 
 
-@pytest.mark.anyio
-async def test_websocket_denial_response(env: Env) -> None:
-    from starlette.websockets import WebSocket
-
-    if not hasattr(WebSocket, "send_denial_response"):
-        return
+async def test_the_response_that_denies_a_websocket_is_observed(env: Env) -> None:
+    """It is a response like any other."""
 
     async def ws(websocket):
         await websocket.send_denial_response(PlainTextResponse("no", status_code=403, background=BackgroundTask(af)))
@@ -387,8 +380,9 @@ async def test_websocket_denial_response(env: Env) -> None:
 
 
 # --- where the response comes from
-@pytest.mark.anyio
-async def test_http_exception_handler(env: Env) -> None:
+async def test_the_response_of_an_exception_handler_is_observed(env: Env) -> None:
+    """A handler of HTTP exceptions may add a task."""
+
     async def e(request):
         raise HTTPException(418)
 
@@ -400,8 +394,9 @@ async def test_http_exception_handler(env: Env) -> None:
     env.expect("af", log=["af"])
 
 
-@pytest.mark.anyio
-async def test_server_error_500_handler(env: Env) -> None:
+async def test_the_response_of_the_handler_for_500_is_observed(env: Env) -> None:
+    """Starlette sends it from outside of the middleware and raises the error again; its task is observed."""
+
     async def e(request):
         raise KeyError("x")
 
@@ -413,8 +408,9 @@ async def test_server_error_500_handler(env: Env) -> None:
     env.expect("af", log=["af"])
 
 
-@pytest.mark.anyio
-async def test_class_based_endpoint(env: Env) -> None:
+async def test_the_response_of_an_endpoint_class_is_observed(env: Env) -> None:
+    """HTTPEndpoint returns responses like any other endpoint."""
+
     class E(HTTPEndpoint):
         async def get(self, request):
             return PlainTextResponse("x", background=BackgroundTask(af))
@@ -423,8 +419,9 @@ async def test_class_based_endpoint(env: Env) -> None:
     env.expect("af", log=["af"])
 
 
-@pytest.mark.anyio
-async def test_sync_endpoint(env: Env) -> None:
+async def test_the_response_of_a_sync_endpoint_is_observed(env: Env) -> None:
+    """A sync endpoint makes its response in a thread."""
+
     def e(request):
         return PlainTextResponse("x", background=BackgroundTask(af))
 
@@ -432,8 +429,8 @@ async def test_sync_endpoint(env: Env) -> None:
     env.expect("af", log=["af"])
 
 
-@pytest.mark.anyio
-async def test_mounted_starlette_and_router(env: Env) -> None:
+async def test_responses_of_mounted_apps_and_routers_are_observed(env: Env) -> None:
+    """An app and a router below a mount."""
     sub = Starlette(routes=[Route("/a", answering(BackgroundTask(af)))])
     rt = Router(routes=[Route("/a", answering(BackgroundTask(sf)))])
     app = env.app(Mount("/s", app=sub), Mount("/r", app=rt))
@@ -442,8 +439,9 @@ async def test_mounted_starlette_and_router(env: Env) -> None:
     env.expect("af", "sf", log=["af", "sf"])
 
 
-@pytest.mark.anyio
-async def test_inner_asgi_middleware_early_return(env: Env) -> None:
+async def test_the_response_of_a_middleware_that_answers_itself_is_observed(env: Env) -> None:
+    """A middleware inside of ours may respond before the endpoint."""
+
     class Early:
         def __init__(self, app):
             self.app = app
@@ -455,8 +453,9 @@ async def test_inner_asgi_middleware_early_return(env: Env) -> None:
     env.expect("af", log=["af"])
 
 
-@pytest.mark.anyio
-async def test_plain_asgi_app_under_middleware(env: Env) -> None:
+async def test_a_plain_asgi_app_can_be_wrapped(env: Env) -> None:
+    """`AftertaskMiddleware(app)` observes an app that is neither Starlette nor FastAPI."""
+
     async def plain(scope, receive, send):
         await PlainTextResponse("p", background=BackgroundTask(af))(scope, receive, send)
 
@@ -464,8 +463,8 @@ async def test_plain_asgi_app_under_middleware(env: Env) -> None:
     env.expect("af", log=["af"])
 
 
-@pytest.mark.anyio
-async def test_behind_other_asgi_dispatch(env: Env) -> None:
+async def test_an_app_behind_another_framework_is_observed(env: Env) -> None:
+    """Another framework's mount may pass on a changed copy of the scope."""
     inner = env.app(answering(BackgroundTask(af)))
 
     async def outer(scope, receive, send):  # like another framework's mount
@@ -477,8 +476,9 @@ async def test_behind_other_asgi_dispatch(env: Env) -> None:
     env.expect("af", log=["af"])
 
 
-@pytest.mark.anyio
-async def test_scope_copied_by_a_middleware(env: Env) -> None:
+async def test_a_copied_scope_belongs_to_the_same_request(env: Env) -> None:
+    """A middleware inside of ours may copy the scope."""
+
     class Copy:
         def __init__(self, app):
             self.app = app
@@ -491,8 +491,8 @@ async def test_scope_copied_by_a_middleware(env: Env) -> None:
 
 
 # --- middlewares around
-@pytest.mark.anyio
-async def test_base_http_x3(env: Env) -> None:
+async def test_tasks_below_three_base_http_middlewares_are_observed(env: Env) -> None:
+    """Each BaseHTTPMiddleware serves the app in a task of its own."""
     t = BackgroundTasks()
     t.add_task(af)
     t.add_task(sf)
@@ -500,8 +500,8 @@ async def test_base_http_x3(env: Env) -> None:
     env.expect("af", "sf", log=["af", "sf"])
 
 
-@pytest.mark.anyio
-async def test_base_http_outside_ours(env: Env) -> None:
+async def test_base_http_middlewares_on_both_sides_do_no_harm(env: Env) -> None:
+    """One around ours and one inside of it."""
     app = Starlette(
         routes=[Route("/", answering(BackgroundTask(af)))],
         middleware=[Middleware(Layer), env.middleware(), Middleware(Layer)],
@@ -510,8 +510,9 @@ async def test_base_http_outside_ours(env: Env) -> None:
     env.expect("af", log=["af"])
 
 
-@pytest.mark.anyio
-async def test_base_http_attaches_background(env: Env) -> None:
+async def test_a_task_that_a_middleware_adds_is_observed(env: Env) -> None:
+    """A BaseHTTPMiddleware that sets `response.background` adds a run to the endpoint's own."""
+
     class Attach(BaseHTTPMiddleware):
         async def dispatch(self, request, call_next):
             response = await call_next(request)
@@ -522,8 +523,8 @@ async def test_base_http_attaches_background(env: Env) -> None:
     env.expect("af", "sf", unordered=True, log=["af", "attached"])
 
 
-@pytest.mark.anyio
-async def test_gzip_cors(env: Env) -> None:
+async def test_tasks_below_gzip_and_cors_are_observed(env: Env) -> None:
+    """The middlewares of Starlette change the response and not its task."""
     r = await drive(
         env.app(
             answering(BackgroundTask(af), PlainTextResponse, "x" * 2000),
@@ -535,8 +536,9 @@ async def test_gzip_cors(env: Env) -> None:
     env.expect("af", log=["af"])
 
 
-@pytest.mark.anyio
-async def test_buffering_middleware_background_before_body(env: Env) -> None:
+async def test_a_middleware_that_holds_the_response_back_keeps_its_task(env: Env) -> None:
+    """A middleware may send the messages after the app has returned: the task runs before the client has them."""
+
     class Buffer:
         def __init__(self, app):
             self.app = app
@@ -556,8 +558,9 @@ async def test_buffering_middleware_background_before_body(env: Env) -> None:
     env.expect("af", log=["af"])
 
 
-@pytest.mark.anyio
-async def test_middleware_composes_background(env: Env) -> None:
+async def test_a_background_put_together_from_others_runs_each_once(env: Env) -> None:
+    """An endpoint and a middleware may put their tasks into new containers."""
+
     class Compose(BaseHTTPMiddleware):
         async def dispatch(self, request, call_next):
             response = await call_next(request)
@@ -599,8 +602,8 @@ class Obj:
         LOG.append("s")
 
 
-@pytest.mark.anyio
-async def test_function_kinds(env: Env) -> None:
+async def test_every_kind_of_callable_is_observed(env: Env) -> None:
+    """Methods, callable objects, partials, lambdas and builtins are called as ever, one run each."""
     t = BackgroundTasks()
     o = Obj()
     for f in (
@@ -622,8 +625,9 @@ async def test_function_kinds(env: Env) -> None:
     assert len(env.names()) == 11, env.names()
 
 
-@pytest.mark.anyio
-async def test_generator_function_unchanged(env: Env) -> None:
+async def test_a_generator_function_does_nothing_as_ever(env: Env) -> None:
+    """Starlette calls it and nothing runs; it is one run."""
+
     def g():
         LOG.append("never")
         yield 1
@@ -633,8 +637,9 @@ async def test_generator_function_unchanged(env: Env) -> None:
 
 
 # --- nesting, context
-@pytest.mark.anyio
-async def test_nested_background_tasks(env: Env) -> None:
+async def test_tasks_that_a_task_runs_are_observed(env: Env) -> None:
+    """A task may run a container of its own."""
+
     async def outer():
         t = BackgroundTasks()
         t.add_task(af)
@@ -647,15 +652,15 @@ async def test_nested_background_tasks(env: Env) -> None:
     assert sorted(names) == ["af", "outer", "sf"], names
 
 
-@pytest.mark.anyio
-async def test_nested_container_in_container(env: Env) -> None:
+async def test_a_container_in_a_container_is_its_tasks(env: Env) -> None:
+    """Only the tasks are runs, in their order."""
     inner = BackgroundTasks([BackgroundTask(af), BackgroundTask(sf)])
     await drive(env.app(answering(BackgroundTasks([inner, BackgroundTask(sf, "3")]))))
     env.expect("af", "sf", "sf", log=["af", "sf", "3"])
 
 
-@pytest.mark.anyio
-async def test_late_append_from_inside_a_task(env: Env) -> None:
+async def test_a_task_added_by_a_task_of_the_same_container_is_observed(env: Env) -> None:
+    """Starlette's loop reaches what is appended meanwhile."""
     t = BackgroundTasks()
 
     async def adder():
@@ -668,9 +673,8 @@ async def test_late_append_from_inside_a_task(env: Env) -> None:
     assert len(env.names()) == 3, env.names()
 
 
-@pytest.mark.anyio
-async def test_spawned_after_request_not_attributed(env: Env) -> None:
-    """a worker created in a task outlives the request; its later tasks are not this request's"""
+async def test_tasks_of_a_worker_that_outlives_its_request_are_not_observed(env: Env) -> None:
+    """A task may start a worker; what the worker runs after the request's end is not the request's."""
     go, ended = anyio.Event(), anyio.Event()
     async with anyio.create_task_group() as tg:
 
@@ -690,23 +694,23 @@ async def test_spawned_after_request_not_attributed(env: Env) -> None:
     assert LOG == ["later"] and len(env.names()) == n == 1, env.names()
 
 
-@pytest.mark.anyio
-async def test_outside_any_request(env: Env) -> None:
+async def test_tasks_outside_of_any_request_are_left_alone(env: Env) -> None:
+    """Awaited by hand, they run and are not observed."""
     env.mw(lambda *a: None)
     await BackgroundTask(af)()
     await BackgroundTasks([BackgroundTask(sf)])()
     env.expect(log=["af", "sf"])
 
 
-@pytest.mark.anyio
-async def test_response_called_without_middleware(env: Env) -> None:
+async def test_a_response_outside_of_the_middleware_is_left_alone(env: Env) -> None:
+    """The hooks of one app do not observe another app's response."""
     env.mw(lambda *a: None)
     await drive(PlainTextResponse("x", background=BackgroundTask(af)))
     env.expect(log=["af"])
 
 
-@pytest.mark.anyio
-async def test_two_apps_one_instrumented(env: Env) -> None:
+async def test_only_the_app_with_the_middleware_is_observed(env: Env) -> None:
+    """Another app in the process runs its tasks unobserved."""
     a = env.app(answering(BackgroundTask(af)))
     b = Starlette(routes=[Route("/", answering(BackgroundTask(sf)))])
     await drive(a)
@@ -714,8 +718,8 @@ async def test_two_apps_one_instrumented(env: Env) -> None:
     env.expect("af", log=["af", "sf"])
 
 
-@pytest.mark.anyio
-async def test_in_process_call_to_plain_app_from_handler(env: Env) -> None:
+async def test_a_plain_app_called_by_an_endpoint_keeps_its_tasks(env: Env) -> None:
+    """An endpoint may call another app in this process: the tasks of that app are not ours."""
     b = Starlette(routes=[Route("/", answering(BackgroundTask(sf)))])
 
     async def e(request):
@@ -726,8 +730,8 @@ async def test_in_process_call_to_plain_app_from_handler(env: Env) -> None:
     env.expect("af", log=["sf", "af"])
 
 
-@pytest.mark.anyio
-async def test_in_process_call_to_plain_app_from_task(env: Env) -> None:
+async def test_a_plain_app_called_by_a_task_keeps_its_tasks(env: Env) -> None:
+    """Nor are they if a task calls that app."""
     b = Starlette(routes=[Route("/", answering(BackgroundTasks([BackgroundTask(sf)])))])
 
     async def caller():
@@ -738,8 +742,9 @@ async def test_in_process_call_to_plain_app_from_task(env: Env) -> None:
     assert [n.split(".")[-1] for n in env.names()] == ["caller"], env.names()
 
 
-@pytest.mark.anyio
-async def test_inline_call_in_handler_not_a_response_task(env: Env) -> None:
+async def test_a_task_that_an_endpoint_awaits_is_left_alone(env: Env) -> None:
+    """It runs before the response and is not observed; that of the response is."""
+
     async def e(request):
         await BackgroundTask(sf)()
         return PlainTextResponse("x", background=BackgroundTask(af))
@@ -748,8 +753,8 @@ async def test_inline_call_in_handler_not_a_response_task(env: Env) -> None:
     env.expect("af", log=["sf", "af"])
 
 
-@pytest.mark.anyio
-async def test_two_instances_same_app_observed_once(env: Env) -> None:
+async def test_a_middleware_added_twice_observes_once(env: Env) -> None:
+    """The second one warns, and each task is one run."""
     app = Starlette(routes=[Route("/", answering(BackgroundTask(af)))], middleware=[env.middleware(), env.middleware()])
     with pytest.warns(UserWarning, match="added twice"):
         result = await drive(app)
@@ -757,8 +762,8 @@ async def test_two_instances_same_app_observed_once(env: Env) -> None:
     env.expect("af", log=["af"])
 
 
-@pytest.mark.anyio
-async def test_instances_on_app_and_mounted_app(env: Env) -> None:
+async def test_a_mounted_app_with_its_own_middleware_observes_its_own_tasks(env: Env) -> None:
+    """No task is observed by both."""
     other = Recorder()
     sub = Starlette(
         routes=[Route("/a", answering(BackgroundTask(sf)))], middleware=[Middleware(lambda app: env.mw(app, other))]
@@ -770,8 +775,8 @@ async def test_instances_on_app_and_mounted_app(env: Env) -> None:
     assert LOG == ["af", "sf"]
 
 
-@pytest.mark.anyio
-async def test_concurrent_requests_share_one_response_object(env: Env) -> None:
+async def test_requests_that_share_a_response_have_a_run_each(env: Env) -> None:
+    """Two requests may send one response object at the same time."""
     gate = anyio.Event()
     n = 0
 
@@ -798,8 +803,8 @@ async def test_concurrent_requests_share_one_response_object(env: Env) -> None:
 
 
 # --- transparency
-@pytest.mark.anyio
-async def test_exception_same_object_stops_rest(env: Env) -> None:
+async def test_a_failure_comes_out_as_the_same_object_and_stops_the_rest(env: Env) -> None:
+    """As in Starlette: later tasks do not run, and the response has been sent."""
     t = BackgroundTasks()
     err = ValueError("e")
 
@@ -814,8 +819,8 @@ async def test_exception_same_object_stops_rest(env: Env) -> None:
     assert len(env.names()) == 2, env.names()
 
 
-@pytest.mark.anyio
-async def test_identity_seen_by_user_code(env: Env) -> None:
+async def test_user_code_sees_its_own_objects(env: Env) -> None:
+    """The response has the very background and tasks that the user gave it: in the endpoint, stream, task and after."""
     seen = {}
     t = BackgroundTasks()
     t.add_task(af)
@@ -845,8 +850,8 @@ async def test_identity_seen_by_user_code(env: Env) -> None:
     assert all(seen.values()), seen
 
 
-@pytest.mark.anyio
-async def test_pickle_copy_repr_isinstance(env: Env) -> None:
+async def test_responses_and_tasks_are_pickled_copied_and_shown_as_ever(env: Env) -> None:
+    """The hooks change no class, attribute, name or representation."""
     env.mw(lambda *a: None)
     t = BackgroundTask(af, 1)
     r = PlainTextResponse("x", background=t)
@@ -874,9 +879,8 @@ async def test_pickle_copy_repr_isinstance(env: Env) -> None:
     )
 
 
-@pytest.mark.anyio
-async def test_contextvars_set_in_async_endpoint_reach_task(env: Env) -> None:
-
+async def test_context_variables_of_an_async_endpoint_reach_its_task(env: Env) -> None:
+    """Below BaseHTTPMiddleware, too."""
     v = contextvars.ContextVar("v", default="none")
 
     async def look():
@@ -890,9 +894,8 @@ async def test_contextvars_set_in_async_endpoint_reach_task(env: Env) -> None:
     assert LOG == ["endpoint"], LOG
 
 
-@pytest.mark.anyio
-async def test_task_sets_contextvar_for_next_task(env: Env) -> None:
-    """Starlette runs all tasks of one container in one context: task 1's set is visible to task 2"""
+async def test_context_variables_of_a_task_reach_the_next_one(env: Env) -> None:
+    """Starlette runs all tasks of a container in one context."""
 
     v = contextvars.ContextVar("v", default="none")
 
@@ -906,8 +909,8 @@ async def test_task_sets_contextvar_for_next_task(env: Env) -> None:
     assert LOG == ["from task 1"], LOG
 
 
-@pytest.mark.anyio
-async def test_traceback_ends_in_user_code(env: Env) -> None:
+async def test_a_traceback_ends_in_the_task(env: Env) -> None:
+    """The exception has neither a cause nor a context of ours."""
     r = await drive(env.app(answering(BackgroundTask(boom))))
     tb = r.exc.__traceback__
     while tb.tb_next:
@@ -919,8 +922,8 @@ async def test_traceback_ends_in_user_code(env: Env) -> None:
 # --- FastAPI
 
 
-@pytest.mark.anyio
-async def test_injected(env: Env) -> None:
+async def test_injected_tasks_are_observed(env: Env) -> None:
+    """FastAPI injects the container into an async endpoint."""
     app = env.fastapi()
 
     @app.get("/")
@@ -934,8 +937,8 @@ async def test_injected(env: Env) -> None:
     env.expect("af", "sf", log=["af", "sf"])
 
 
-@pytest.mark.anyio
-async def test_injected_sync_endpoint(env: Env) -> None:
+async def test_injected_tasks_of_a_sync_endpoint_are_observed(env: Env) -> None:
+    """They are added in a worker thread."""
     app = env.fastapi()
 
     @app.get("/")
@@ -948,8 +951,8 @@ async def test_injected_sync_endpoint(env: Env) -> None:
     env.expect("af", "sf", log=["af", "sf"])
 
 
-@pytest.mark.anyio
-async def test_dependencies_nested_and_router(env: Env) -> None:
+async def test_tasks_of_nested_dependencies_are_observed(env: Env) -> None:
+    """Dependencies and their endpoint share one container, also on an included router."""
     app, router = env.fastapi(), APIRouter(prefix="/r")
 
     def d1(t: FBT):
@@ -970,8 +973,8 @@ async def test_dependencies_nested_and_router(env: Env) -> None:
     env.expect("sf", "af", "sf", log=["d1", "d2", "e"])
 
 
-@pytest.mark.anyio
-async def test_router_level_dependency_and_mounted_fastapi(env: Env) -> None:
+async def test_a_task_of_a_dependency_of_a_mounted_app_is_observed(env: Env) -> None:
+    """A dependency of the route alone, in an app below a mount."""
     app, sub = env.fastapi(), FastAPI()
 
     async def d(t: FBT):
@@ -986,8 +989,8 @@ async def test_router_level_dependency_and_mounted_fastapi(env: Env) -> None:
     env.expect("af", log=["af"])
 
 
-@pytest.mark.anyio
-async def test_returned_response_with_injected(env: Env) -> None:
+async def test_injected_tasks_run_with_a_returned_response(env: Env) -> None:
+    """FastAPI hangs the container on the response that the endpoint returns."""
     app = env.fastapi()
 
     @app.get("/")
@@ -999,8 +1002,8 @@ async def test_returned_response_with_injected(env: Env) -> None:
     env.expect("af", log=["af"])
 
 
-@pytest.mark.anyio
-async def test_under_three_base_http(env: Env) -> None:
+async def test_injected_tasks_below_three_base_http_middlewares_are_observed(env: Env) -> None:
+    """As those of a response."""
     app = env.fastapi()
     for _ in range(3):
         app.user_middleware.append(Middleware(Layer))
@@ -1015,8 +1018,8 @@ async def test_under_three_base_http(env: Env) -> None:
     env.expect("af", "sf", log=["af", "sf"])
 
 
-@pytest.mark.anyio
-async def test_starlette_subclass_via_depends(env: Env) -> None:
+async def test_a_container_class_of_the_users_in_fastapi_is_observed(env: Env) -> None:
+    """An endpoint may return a response with a container class of its own."""
     app = env.fastapi()
 
     @app.get("/")
@@ -1029,8 +1032,8 @@ async def test_starlette_subclass_via_depends(env: Env) -> None:
     assert LOG == ["sf"] and env.names()
 
 
-@pytest.mark.anyio
-async def test_native_background_span_kept(env: Env) -> None:
+async def test_fastapis_own_spans_of_tasks_stay(env: Env) -> None:
+    """With FastAPI's own telemetry and none of ours, its spans of tasks are those of the app alone."""
     pytest.importorskip("fastapi.telemetry", reason="FastAPI traces its tasks since 0.142")
     ex = InMemorySpanExporter()
     tp = TracerProvider()
