@@ -1,4 +1,4 @@
-"""What a response's own code is called with: it passes for the response in everything but its background."""
+"""Response classes with code of their own: it is called with the response itself, and may do anything with it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ pytestmark = pytest.mark.anyio
 
 
 async def out(response: Any, send: Send) -> None:
-    """Send it, by hand."""
+    """Send a response by hand."""
     await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
     await send({"type": "http.response.body", "body": response.body})
 
 
-async def test_an_apps_own_code_is_called_with_the_response_itself(env: Env) -> None:
-    """Of its very class, hashed and kept as ever; a background that it puts on itself while it is sent is seen."""
+async def test_own_code_is_called_with_the_response_itself(env: Env) -> None:
+    """It has its own class and identity, and a background that it sets while it is sent is observed."""
     kept: list[Any] = []
 
     class Changing(Response):
@@ -55,7 +55,7 @@ async def test_an_apps_own_code_is_called_with_the_response_itself(env: Env) -> 
 
 
 class Reusing(PlainTextResponse):
-    """Does something with its background before it is awaited: what, says `use`."""
+    """Does with its background what `use` does, before it is sent."""
 
     use: ClassVar[Callable[[Any], Any]]
 
@@ -68,7 +68,7 @@ class Reusing(PlainTextResponse):
 
 
 def wraps(response: Any) -> None:
-    """One more task, behind what there was."""
+    """Put the background into a container with one more task."""
     tasks = BackgroundTasks()
     tasks.add_task(response.background)
     tasks.add_task(sf)
@@ -76,17 +76,17 @@ def wraps(response: Any) -> None:
 
 
 def puts_beside(response: Any) -> None:
-    """The same, in a list."""
+    """The same with a list of tasks."""
     response.background = BackgroundTasks([response.background, BackgroundTask(sf)])
 
 
 def hands_on(response: Any) -> Any:
-    """Another response has it."""
+    """Give the background to another response, which is sent instead."""
     return PlainTextResponse("x", background=response.background)
 
 
 def copies(response: Any) -> None:
-    """A copy without it, to keep, and a pickle."""
+    """Copy the response and take the background from the copy."""
     copied = copy.copy(response)
     copied.background = None
     assert pickle.loads(pickle.dumps(copy.copy(response.body))) == b"x"
@@ -94,7 +94,7 @@ def copies(response: Any) -> None:
 
 
 def saves(response: Any) -> None:
-    """Takes it away and puts it back."""
+    """Remove the background and restore it."""
     saved = response.background
     del response.background
     response.background = saved
@@ -102,8 +102,8 @@ def saves(response: Any) -> None:
 
 @pytest.mark.parametrize("spec", ["one", "several", "bare"])
 @pytest.mark.parametrize("use", [wraps, puts_beside, hands_on, copies, saves])
-async def test_own_code_may_do_with_its_background_what_it_likes(env: Env, use: Any, spec: str) -> None:
-    """Whatever it comes to, each task runs, in order, and each run that was scheduled is told once."""
+async def test_own_code_may_change_its_background(env: Env, use: Any, spec: str) -> None:
+    """Each task runs in order, and each run that was scheduled has one outcome."""
 
     class Response_(Reusing):
         pass
@@ -114,15 +114,15 @@ async def test_own_code_may_do_with_its_background_what_it_likes(env: Env, use: 
     assert (r.exc, r.body) == (None, b"x")
     if (use, spec) == (wraps, "bare"):
         env.check_accounts()
-        return  # a task is made of what was none, and what that was is told as dropped
+        return  # the callable becomes a task, and the run of the callable itself is dropped
     assert (["af", "sf"] if use in (wraps, puts_beside) else ["af"]) == LOG
     assert env.names().count("af") == 1
     assert {run.outcome for run in env.seen.runs()} == {"succeeded"}
     assert not any("Runner" in run.task for run in env.seen.runs())
 
 
-async def test_requests_that_share_a_response_with_its_own_code_keep_their_runs_apart(env: Env) -> None:
-    """Sent by several at once, each has its own run, and the response is as before afterwards."""
+async def test_requests_that_share_a_response_class_of_the_users_have_a_run_each(env: Env) -> None:
+    """Five requests send one response at the same time; afterwards it has its own background again."""
     gate = anyio.Event()
 
     class Slow(PlainTextResponse):
@@ -156,8 +156,8 @@ async def test_requests_that_share_a_response_with_its_own_code_keep_their_runs_
 
 
 @pytest.mark.parametrize("background", [BackgroundTask(af), BackgroundTasks([BackgroundTask(af)])])
-async def test_a_background_that_comes_while_the_response_streams_is_run(env: Env, background: Any) -> None:
-    """Of every kind, and everybody else sees what was put there."""
+async def test_a_background_that_is_set_while_the_response_streams_is_observed(env: Env, background: Any) -> None:
+    """It stays the object that was set."""
     kept: list[Any] = []
 
     async def chunks() -> AsyncIterator[bytes]:
@@ -176,7 +176,7 @@ async def test_a_background_that_comes_while_the_response_streams_is_run(env: En
 
 
 class Slots(Response):
-    """Keeps something outside of its `__dict__`, and has code of its own that reads it."""
+    """Keeps attributes outside of its `__dict__`, and reads them in its own `__call__`."""
 
     __slots__ = ("__private", "extra")
 
@@ -191,15 +191,15 @@ class Slots(Response):
             await self.background()
 
 
-async def test_a_response_with_slots_has_them(env: Env) -> None:
-    """With a background and without, and where one was never set."""
+async def test_a_response_class_may_have_slots(env: Env) -> None:
+    """With a background and without, its own code reads them."""
     await drive(env.app(answering(af, Slots, "x")))
     await drive(env.app(answering(None, Slots, "x")))
     env.expect("af", log=["extra private", "af", "extra private"])
 
 
-async def test_nobody_hears_of_the_class_and_nothing_is_finalised_twice(env: Env) -> None:
-    """A class that keeps a list of its subclasses, and one with a `__del__`."""
+async def test_no_subclass_is_made_of_a_response_class(env: Env) -> None:
+    """A class that lists its subclasses sees none of ours, and `__del__` runs once."""
 
     class Registered(PlainTextResponse):
         known: ClassVar[list[str]] = []
@@ -218,8 +218,11 @@ async def test_nobody_hears_of_the_class_and_nothing_is_finalised_twice(env: Env
     env.expect("af", log=["af", "del"])
 
 
-async def test_a_call_that_a_subclass_inherits_or_gets_later_is_seen(env: Env) -> None:
-    """Hooked is the class that has it; one that is put there afterwards is called as it is, and its tasks are seen."""
+async def test_a_call_that_a_subclass_inherits_or_gets_later_is_observed(env: Env) -> None:
+    """
+    The class that defines `__call__` is hooked; one that is set afterwards is called as it is, and its tasks are
+    observed.
+    """
     env.mw(PlainTextResponse("installs the hooks"))
 
     async def own_call(self: Any, scope: Scope, receive: Receive, send: Send) -> None:
@@ -242,8 +245,8 @@ async def test_a_call_that_a_subclass_inherits_or_gets_later_is_seen(env: Env) -
     env.expect("af", "af", "af", log=["af"] * 3)
 
 
-async def test_it_can_be_called_by_keyword(env: Env) -> None:
-    """Also where the class names its parameters as it likes."""
+async def test_a_response_can_be_called_by_keyword(env: Env) -> None:
+    """Whatever the class calls its parameters."""
 
     class Named(PlainTextResponse):
         async def __call__(self, s: Any, r: Any, answer: Any) -> None:
@@ -261,8 +264,8 @@ async def test_it_can_be_called_by_keyword(env: Env) -> None:
 
 
 @pytest.mark.parametrize("kind", [Response, PlainTextResponse, StreamingResponse])
-async def test_the_call_passes_for_a_coroutine_function(env: Env, kind: type) -> None:
-    """A server asks, where a response is the app."""
+async def test_the_call_is_a_coroutine_function(env: Env, kind: type) -> None:
+    """A server checks that when a response is the app."""
     env.mw(PlainTextResponse("installs the hooks"))
     looks_so: Callable[[Any], bool] = inspect.iscoroutinefunction
     if sys.version_info < (3, 12):
@@ -271,8 +274,8 @@ async def test_the_call_passes_for_a_coroutine_function(env: Env, kind: type) ->
     assert kind.__call__.__qualname__ in ("Response.__call__", "StreamingResponse.__call__")
 
 
-async def test_a_response_under_a_middleware_of_another_task_is_seen_at_its_start(env: Env) -> None:
-    """`BaseHTTPMiddleware` serves it in a task of its own, and sends its messages from another."""
+async def test_a_response_below_base_http_middleware_is_scheduled_at_its_start(env: Env) -> None:
+    """Scheduled is emitted before the middleware, which runs in another task, has the response."""
     order: list[str] = []
 
     class Layer(BaseHTTPMiddleware):
