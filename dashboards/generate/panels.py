@@ -27,7 +27,7 @@ from grafana_foundation_sdk.models import heatmap as heat
 from grafana_foundation_sdk.models import units
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat as FORMAT
 
-from aftertask.cli._promql import TOLD, is_told
+from aftertask.cli._promql import EMITTED, is_emitted
 from aftertask.cli._rules import Limits
 
 PROMETHEUS = kinds.DataSourceRef(type_val="prometheus", uid="${datasource}")
@@ -42,7 +42,7 @@ FOREIGN = ("process_resident_memory_bytes", "process_cpu_seconds_total", "ALERTS
 
 SLO = Limits().objective
 _SHOWN = "&".join(("${datasource:queryparam}", "${job:queryparam}", "${instance:queryparam}", "${engine:queryparam}"))
-_METRIC = re.compile(rf"(?<![\w:])({'|'.join((*TOLD, *FOREIGN))})(?![\w:])(?:\{{([^}}]*)\}})?")
+_METRIC = re.compile(rf"(?<![\w:])({'|'.join((*EMITTED, *FOREIGN))})(?![\w:])(?:\{{([^}}]*)\}})?")
 
 
 def asked(query: str) -> str:
@@ -51,8 +51,8 @@ def asked(query: str) -> str:
     def matchers(found: re.Match[str]) -> str:
         name, own = found[1], found[2]
         labels = ["job"] if name == "ALERTS" else ["job", "instance"]
-        if name in TOLD:
-            labels += [label for label in ("engine", "task") if label in TOLD[name].labels]
+        if name in EMITTED:
+            labels += [label for label in ("engine", "task") if label in EMITTED[name].labels]
         chosen = [f'{label}=~"${label}"' for label in labels]
         return f"{name}{{{','.join([*chosen, *([own] if own else [])])}}}"
 
@@ -121,7 +121,7 @@ class Panel:
     @property
     def told(self) -> list[Ask]:
         """The queries that can have an answer."""
-        return self.asks if self.kind in ("logs", "traces") else [ask for ask in self.asks if is_told(ask.query)]
+        return self.asks if self.kind in ("logs", "traces") else [ask for ask in self.asks if is_emitted(ask.query)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,6 +60,7 @@ class AftertaskMiddleware:
             raise TypeError(f"settings must be an aftertask.Settings or None, got {settings!r}")
         if signals is not None and not isinstance(signals, Iterable):
             raise TypeError(f"signals must be a list of signals or None, got {signals!r}")
+        self.settings = settings
         _warn_if_twice(app)
         self._metrics_path, self._registry = settings.metrics_path, settings.registry
         self._excluded = _excluded(settings.exclude)

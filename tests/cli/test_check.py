@@ -162,7 +162,7 @@ def at(text: str) -> int:
     return next(number for number, source in enumerate(BAD.lstrip("\n").splitlines(), 1) if text in source)
 
 
-def told(folder: Path, app: str, *arguments: str, **env: str) -> Any:
+def reported(folder: Path, app: str, *arguments: str, **env: str) -> Any:
     """What it tells as JSON."""
     done = check(folder, app, "--json", *arguments, **env)
     assert done.stderr == "", done.stderr
@@ -171,7 +171,7 @@ def told(folder: Path, app: str, *arguments: str, **env: str) -> Any:
 
 def test_all_that_is_wrong_is_found(folder: Path) -> None:
     """Each with its task, its line and a remedy."""
-    found = told(folder, "bad:app")["findings"]
+    found = reported(folder, "bad:app")["findings"]
     assert all(one["remedy"] and one["severity"] in ("error", "warning", "note") for one in found)
     seen = {
         (one["kind"], (one["task"] or "").removeprefix("bad."), one["line"])
@@ -226,20 +226,24 @@ def test_the_examples_pass(app: str) -> None:
 
 def test_an_app_without_the_middleware(folder: Path) -> None:
     """That is an error, since nothing is seen."""
-    assert [(one["kind"], one["severity"]) for one in told(folder, "bare:app")["findings"]] == [("not_added", "error")]
+    assert [(one["kind"], one["severity"]) for one in reported(folder, "bare:app")["findings"]] == [
+        ("not_added", "error")
+    ]
 
 
 def test_several_workers_need_a_directory(folder: Path, tmp_path: Path) -> None:
     """By the option or by WEB_CONCURRENCY."""
     for arguments, env in ((["--workers", "2"], {}), ([], {"WEB_CONCURRENCY": "2"})):
-        assert [one["kind"] for one in told(folder, "good:app", *arguments, **env)["findings"]] == ["several_workers"]
+        assert [one["kind"] for one in reported(folder, "good:app", *arguments, **env)["findings"]] == [
+            "several_workers"
+        ]
     env = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    assert told(folder, "good:app", "--workers", "2", **env)["findings"] == []
+    assert reported(folder, "good:app", "--workers", "2", **env)["findings"] == []
 
 
 def test_a_mistake_in_the_environment_is_a_finding(folder: Path) -> None:
     """The app would not start with it."""
-    (one,) = told(folder, "wrong:app", AFTERTASK_TRACE="nonsense")["findings"]
+    (one,) = reported(folder, "wrong:app", AFTERTASK_TRACE="nonsense")["findings"]
     assert one["kind"] == "settings" and "AFTERTASK_TRACE" in one["message"]
 
 
@@ -272,7 +276,7 @@ def test_a_module_that_cannot_be_imported_is_told_in_one_line(folder: Path) -> N
     [
         ("metrics_path='/m'", "write settings=Settings(metrics_path=…)"),
         ("settings={'trace': 'link'}", "settings must be an aftertask.Settings"),
-        ("signals=[print, None]", "a signal must be callable, got None"),
+        ("signals=[print, None]", "a signal must be a Signal or a function that takes an event, got None"),
         ("signals=print", "signals must be a list of signals"),
     ],
 )
@@ -282,7 +286,7 @@ def test_what_the_middleware_would_refuse_is_found(folder: Path, given: str, say
         "from fastapi import FastAPI\nfrom aftertask import AftertaskMiddleware\n"
         f"app = FastAPI()\napp.add_middleware(AftertaskMiddleware, {given})\n"
     )
-    (one,) = told(folder, "refused:app")["findings"]
+    (one,) = reported(folder, "refused:app")["findings"]
     assert (one["kind"], one["severity"]) == ("settings", "error") and says in one["message"]
 
 
@@ -294,13 +298,13 @@ def test_a_policy_of_no_task_is_noted(folder: Path) -> None:
         "policies = {name: Policy(timeout=5) for name in ('mail.*', 'mail.welcome', 'mial.*', 'mail.welcom')}\n"
         "app = FastAPI()\napp.add_middleware(AftertaskMiddleware, settings=Settings(policies=policies))\n"
     )
-    found = [one["message"] for one in told(folder, "typo:app")["findings"] if one["kind"] == "unused_policy"]
+    found = [one["message"] for one in reported(folder, "typo:app")["findings"] if one["kind"] == "unused_policy"]
     assert [message.split("'")[1] for message in found] == ["mial.*", "mail.welcom"]
 
 
 def test_that_it_is_switched_off_is_found(folder: Path) -> None:
     """Forgotten in production, nobody would notice."""
-    kinds = {one["kind"] for one in told(folder, "good:app", AFTERTASK_DISABLED="1")["findings"]}
+    kinds = {one["kind"] for one in reported(folder, "good:app", AFTERTASK_DISABLED="1")["findings"]}
     assert kinds == {"disabled"}
 
 
@@ -324,4 +328,75 @@ def test_a_thousand_routes(folder: Path) -> None:
         for n in range(1000)
     )
     (folder / "many.py").write_text(f"{GOOD}\n\n{routes}\n")
-    assert told(folder, "many:app")["findings"] == []
+    assert reported(folder, "many:app")["findings"] == []
+
+
+SUBTLE = """
+import shutil
+import smtplib
+
+from fastapi import APIRouter, BackgroundTasks, FastAPI, WebSocket
+from starlette.background import BackgroundTask
+from starlette.responses import PlainTextResponse
+from starlette.routing import Mount, Route
+
+from aftertask import AftertaskMiddleware
+
+app = FastAPI()
+app.add_middleware(AftertaskMiddleware)
+router = APIRouter()
+
+
+async def raises() -> None:
+    raise smtplib.SMTPRecipientsRefused({})
+
+
+class Publisher:
+    async def _publish(self) -> None:
+        shutil.copytree("a", "b")
+
+    def publish(self, tasks: BackgroundTasks) -> None:
+        tasks.add_task(self._publish)
+
+
+@router.websocket("/live")
+async def live(socket: WebSocket, tasks: BackgroundTasks) -> None: ...
+
+
+@app.get("/")
+async def endpoint(tasks: BackgroundTasks) -> PlainTextResponse:
+    tasks.add_task(raises)
+    return PlainTextResponse("x", background=BackgroundTask(shutil.rmtree, "nothing-here"))
+
+
+@app.get("/forgets")
+async def forgets() -> str:
+    own = BackgroundTasks()
+    own.add_task(raises)
+    return "ok"
+
+
+async def numbers(request) -> PlainTextResponse:
+    return PlainTextResponse("0")
+
+
+app.include_router(router, prefix="/ws")
+app.mount("/inner", Mount("", routes=[Route("/metrics", numbers)]))
+"""
+
+
+def test_what_is_subtle_is_found_and_nothing_else(folder: Path) -> None:
+    """Exception classes do not block; findings point to the user's own lines, with a remedy for them."""
+    (folder / "subtle.py").write_text(SUBTLE)
+    findings = reported(folder, "subtle:app")["findings"]
+    lines = SUBTLE.splitlines()
+    found = {(one["kind"], lines[one["line"] - 1].strip()) for one in findings if one["kind"] != "no_timeout"}
+    assert found == {
+        ("blocked_loop", 'shutil.copytree("a", "b")'),  # a bound method
+        ("unused_container", "own = BackgroundTasks()"),
+        ("websocket", '@router.websocket("/live")'),  # in an included router
+    }
+    assert all(one["file"] == str(folder / "subtle.py") for one in findings)
+    (library,) = [one for one in findings if one["task"] == "shutil.rmtree"]
+    assert "background=BackgroundTask(shutil.rmtree" in lines[library["line"] - 1]
+    assert 'Settings(policies={"shutil.rmtree": Policy(timeout=…)})' in library["remedy"]

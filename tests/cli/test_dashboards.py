@@ -19,7 +19,7 @@ from grafana_foundation_sdk.models import units
 from grafana_foundation_sdk.models.dashboard import Dashboard
 from typer.testing import CliRunner
 
-from aftertask.cli._promql import TOLD
+from aftertask.cli._promql import EMITTED
 from aftertask.cli.app import app
 from aftertask.signals import families
 
@@ -81,7 +81,7 @@ def labels_of(metric: str) -> set[str]:
     """The labels that a sample of a metric has."""
     if metric in FOREIGN:
         return TARGET_LABELS | ({"alertname", "alertstate", "task"} if metric == "ALERTS" else set())
-    return {*TOLD[metric].labels, *TARGET_LABELS, *(("le",) if metric.endswith("_bucket") else ())}
+    return {*EMITTED[metric].labels, *TARGET_LABELS, *(("le",) if metric.endswith("_bucket") else ())}
 
 
 def test_the_committed_files_are_current(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_every_query_asks_for_what_we_tell(name: str) -> None:
     for title, query in queries:
         available = set()
         for metric, matchers in selectors(query):
-            assert metric in TOLD or metric in FOREIGN, f"{title}: nobody tells {metric}"
+            assert metric in EMITTED or metric in FOREIGN, f"{title}: nobody tells {metric}"
             known = labels_of(metric)
             assert set(matchers) <= known, f"{title}: {metric} has no label {set(matchers) - known}"
             shown = {"job"} if metric == "ALERTS" else {"job", "instance", "engine", "task"} & known
@@ -219,7 +219,7 @@ def test_rates_are_taken_of_counters_over_the_right_time(name: str) -> None:
     """`rate` directly of a counter, over `$__rate_interval`; a whole-range increase only for one value."""
     for title, query, target in of_prometheus(BOARDS[name]):
         for function, metric, window in re.findall(r"\b(rate|increase|resets)\((\w+)\{[^}]*\}\[([^\]]+)\]", query):
-            family = TOLD.get(metric)
+            family = EMITTED.get(metric)
             assert metric in FOREIGN or (family and family.kind in ("counter", "histogram")), f"{title}: {metric}"
             if window == "$__range":
                 assert target["instant"] and function == "increase", title
@@ -237,7 +237,7 @@ def test_every_metric_that_we_tell_is_shown() -> None:
     asked = {
         metric for board in BOARDS.values() for _, query, _ in of_prometheus(board) for metric, _ in selectors(query)
     }
-    shown = {TOLD[metric] for metric in asked if metric in TOLD}
+    shown = {EMITTED[metric] for metric in asked if metric in EMITTED}
     assert not [family.name for family in families.FAMILIES if family not in shown]
 
 

@@ -180,7 +180,7 @@ CASES: dict[str, Case] = {
 ALERTS = {alert.name for alert in _rules.alerts()}
 
 
-def is_told_today(case: Case) -> bool:
+def is_emitted_today(case: Case) -> bool:
     """Whether the alerts that a case is about exist."""
     return set().union(*case.firing.values()) <= ALERTS
 
@@ -229,7 +229,7 @@ def test_promtool_takes_them(exported: list[Path], tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if is_told_today(case)])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if is_emitted_today(case)])
 def test_each_fault_is_told_and_no_other(name: str, exported: list[Path], tmp_path: Path) -> None:
     """An alert fires under its fault, none else does, and it ends when the fault does."""
     done = promtool(tmp_path, exported, {name: CASES[name]})
@@ -240,7 +240,7 @@ def test_each_alert_has_a_case_in_which_it_fires_and_ends() -> None:
     """And each slow window of the error budget is looked at."""
     for alert in ALERTS:
         cases = [
-            case for case in CASES.values() if is_told_today(case) and any(alert in f for f in case.firing.values())
+            case for case in CASES.values() if is_emitted_today(case) and any(alert in f for f in case.firing.values())
         ]
         assert cases, f"no case for {alert}"
         assert any(alert not in list(case.firing.values())[-1] for case in cases), f"{alert} never ends"
@@ -434,10 +434,10 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     assert done.exit_code == 2 and str(tmp_path / "file") in done.stderr and "Traceback" not in done.output
 
 
-def test_a_name_that_nobody_tells_is_an_error() -> None:
+def test_a_name_that_is_not_emitted_is_an_error() -> None:
     """A typing mistake does not become an alert that never fires."""
     with pytest.raises(ValueError, match="no metric is called aftertask_task_finished_total"):
-        _promql.is_told("sum(aftertask_task_finished_total)")
+        _promql.is_emitted("sum(aftertask_task_finished_total)")
 
 
 def test_limits_are_scaled_for_tests() -> None:

@@ -123,7 +123,7 @@ def _walk(
     """Every endpoint below these routes with its template, in the order in which the router tries them."""
     if depth > _DEEPEST:
         return
-    for route in _with_included(routes):
+    for route in with_included(routes):
         pattern: re.Pattern[str] | None = getattr(route, "path_regex", None)
         text = f"{prefix}{getattr(route, 'path_format', '')}"
         endpoint = getattr(route, "endpoint", None)
@@ -140,7 +140,7 @@ def _walk(
             yield getattr(route, "app", None), _Template(text, mounts, pattern)
 
 
-def _with_included(routes: Iterable[Any]) -> Iterable[Any]:
+def with_included(routes: Iterable[Any]) -> Iterable[Any]:
     """Each route with its whole path: since 0.137, FastAPI keeps included routers as they are, without the prefix."""
     # Not imported: FastAPI need not be installed. 0.137.0 and 0.137.1 have no public way to find the prefix.
     iter_route_contexts: Callable[[Iterable[Any]], Iterable[Any]] | None = getattr(

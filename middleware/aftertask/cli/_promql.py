@@ -1,4 +1,4 @@
-"""PromQL over aftertask's own metrics: which names a query asks for, whether they are told, and who is asked."""
+"""PromQL over aftertask's own metrics: which names a query uses, whether they are emitted, and for which targets."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def samples(family: families.Family) -> tuple[str, ...]:
     return (family.full_name,)
 
 
-#: Every sample name that is told today, and whose it is.
-TOLD = {name: family for family in families.FAMILIES for name in samples(family)}
+#: Every sample name that is emitted today, and its family.
+EMITTED = {name: family for family in families.FAMILIES for name in samples(family)}
 
 
 def names(query: str) -> set[str]:
@@ -33,14 +33,14 @@ def names(query: str) -> set[str]:
     return set(_NAME.findall(query))
 
 
-def is_told(query: str) -> bool:
+def is_emitted(query: str) -> bool:
     """
     Whether aftertask tells all that a query asks for.
 
     Raises:
-        ValueError: A name is neither told nor planned.
+        ValueError: A name is neither emitted nor planned.
     """
-    unknown = names(query) - set(TOLD)
+    unknown = names(query) - set(EMITTED)
     if wrong := sorted(unknown - PLANNED):
         raise ValueError(f"no metric is called {', '.join(wrong)}; see aftertask.signals.families: {query}")
     return not unknown

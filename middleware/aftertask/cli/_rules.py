@@ -11,7 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from ..signals import families
-from ._promql import is_told, select
+from ._promql import is_emitted, select
 
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _DURATION = re.compile(r"(?<=\[)(\d+)([smhd])(?=[\]:])")
@@ -34,11 +34,11 @@ class Limits:
 
     Args:
         objective: Share of runs that must not end badly, over 30 days; between 0 and 1.
-        min_bad: Bad runs below which the error budget is not told of; one failure of two runs is no emergency.
+        min_bad: Bad runs below which the error budget does not alert; one failure of two runs is no emergency.
         failing_runs: Bad runs of one task in 30 minutes.
         failing_share: And the share of its runs that they are.
-        stuck_timeouts: A run is stuck after so many times its task's timeout.
-        stuck_seconds: And after so many seconds, where its task has no timeout.
+        stuck_timeouts: Multiple of its task's timeout after which a run is stuck.
+        stuck_seconds: Seconds after which a run is stuck if its task has no timeout.
         queued_seconds: How long a run may wait to start.
         wait_seconds: A longer wait than this is a slow start; an edge of the histogram's buckets.
         wait_share: Share of starts that may be slow.
@@ -46,7 +46,7 @@ class Limits:
         lag_seconds: 99 % of the event loop's turns have to be this punctual.
         blocked_share: Share of its time for which a task may block the event loop.
         retry_share: Share of attempts that may be followed by another.
-        retries: Retries in 15 minutes below which no storm is told of.
+        retries: Retries in 15 minutes below which there is no alert.
     """
 
     objective: float = 0.99
@@ -162,7 +162,7 @@ def _burns() -> Iterator[Alert]:
             summary="Background tasks use up their error budget",
             description=(
                 "{{ $labels.job }}: ${share} of the runs of the last " + long + " ended badly; "
-                f"the service level allows ${{budget_percent}} %, and this is told from {factor:g} times that on."
+                f"the service level allows ${{budget_percent}} %, and this alerts from {factor:g} times that on."
             ),
             board="overview",
             keeps=("job",),
@@ -188,8 +188,8 @@ max by (job, instance, task) (aftertask_abandoned_threads) > 0"""
 
 
 def alerts() -> tuple[Alert, ...]:
-    """Every alert whose metrics are told."""
-    return tuple(alert for alert in (*_burns(), *_default(), *_more()) if is_told(alert.expr))
+    """Every alert whose metrics are emitted."""
+    return tuple(alert for alert in (*_burns(), *_default(), *_more()) if is_emitted(alert.expr))
 
 
 def _default() -> tuple[Alert, ...]:

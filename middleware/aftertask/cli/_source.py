@@ -13,20 +13,19 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 from .._text import is_library_file
-from ..tasks import is_async, unwrap
 from ..hazards._arguments import kind_of
+from ..tasks import is_async, unwrap
 
-#: Calls that keep a thread waiting, as they are written once imports are resolved, and what does not. A trailing dot
-#: stands for all that is below.
+#: Calls that wait, as they are written once imports are resolved, and what to use instead.
 _HTTP = "use httpx.AsyncClient"
 _DATABASE = "use the driver's async side"
 _PROCESS = "use anyio.run_process"
 BLOCKING = {
     "time.sleep": "use anyio.sleep or asyncio.sleep",
-    "requests.": _HTTP,
+    **{f"requests.{name}": _HTTP for name in ("get", "post", "put", "patch", "delete", "head", "options", "request")},
     "urllib.request.urlopen": _HTTP,
     "urllib.request.urlretrieve": _HTTP,
-    "urllib3.": _HTTP,
+    "urllib3.request": _HTTP,
     **{
         f"httpx.{name}": _HTTP
         for name in ("get", "post", "put", "patch", "delete", "head", "request", "stream", "Client")
@@ -41,10 +40,10 @@ BLOCKING = {
     "psycopg.Connection.connect": _DATABASE,
     "pymongo.MongoClient": _DATABASE,
     **{f"redis.{name}": "use redis.asyncio" for name in ("Redis", "StrictRedis", "from_url")},
-    "boto3.": "use aioboto3",
-    "smtplib.": "use aiosmtplib",
-    "ftplib.": "run it in a thread",
-    "paramiko.": "run it in a thread",
+    **{f"boto3.{name}": "use aioboto3" for name in ("client", "resource")},
+    **{f"smtplib.{name}": "use aiosmtplib" for name in ("SMTP", "SMTP_SSL", "LMTP")},
+    **{f"ftplib.{name}": "run it in a thread" for name in ("FTP", "FTP_TLS")},
+    "paramiko.Transport": "run it in a thread",
     "socket.create_connection": "use anyio.connect_tcp",
     "socket.getaddrinfo": "use anyio.getaddrinfo",
     "socket.gethostbyname": "use anyio.getaddrinfo",
@@ -58,7 +57,7 @@ _SYNC_SESSIONS = {"sqlalchemy.orm.session.Session", "sqlalchemy.engine.base.Conn
 _SYNC_SESSIONS |= {"psycopg.Connection", "psycopg2.extensions.connection"}
 _QUERIES = {"execute", "scalars", "scalar", "get", "query", "commit", "flush", "refresh", "rollback", "exec"}
 
-#: A helper that a task calls is read as well, so many calls deep.
+#: Functions that a task calls are read as well, up to this many calls deep.
 _DEEP = 3
 
 
@@ -117,7 +116,7 @@ class Module:
         return ".".join([first, *reversed(parts)])
 
     def value(self, node: ast.expr) -> Any:
-        """The object that a name of the module stands for; None where it cannot be told without running anything."""
+        """The object that a name of the module stands for; None if finding it out would mean running code."""
         if isinstance(node, ast.Attribute):
             owner = self.value(node.value)
             return inspect.getattr_static(owner, node.attr, None) if isinstance(owner, (ModuleType, type)) else None
@@ -139,7 +138,38 @@ class Module:
     def _task(self, node: ast.expr) -> Any:
         if isinstance(node, ast.Call) and node.args:  # options(f, …), partial(f, …)
             return self._task(node.args[0])
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
+            return next((vars(each)[node.attr] for each in self._classes() if node.attr in vars(each)), None)
         return self.value(node)
+
+    def _classes(self) -> Iterator[type]:
+        """The classes that the module defines."""
+        name = self.names.get("__name__")
+        yield from (each for each in self.names.values() if isinstance(each, type) and each.__module__ == name)
+
+    def unused_containers(self) -> Iterator[tuple[int, str]]:
+        """Line and name of each `BackgroundTasks()` that a function fills and uses for nothing else."""
+        for function in ast.walk(self.tree):
+            if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            made = {
+                target.id: node.lineno
+                for node in ast.walk(function)
+                if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
+                for target in node.targets
+                if isinstance(target, ast.Name)
+                and (self.dotted(node.value.func) or "").rpartition(".")[2] == "BackgroundTasks"
+            }
+            adds = [
+                node.value for node in ast.walk(function) if isinstance(node, ast.Attribute) and node.attr == "add_task"
+            ]
+            uses = [
+                node for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+            ]
+            for name, line in made.items():
+                filled = sum(isinstance(owner, ast.Name) and owner.id == name for owner in adds)
+                if filled and filled == sum(use.id == name for use in uses):
+                    yield line, name
 
     def _function(self, scope: ast.AST) -> FunctionType | None:
         found = self.names.get(getattr(scope, "name", ""))
@@ -196,7 +226,7 @@ class Source:
             dotted = module.dotted(call.func) or ""
             head, _, rest = dotted.partition(".")
             dotted = f"{local[head]}.{rest}".rstrip(".") if head in local else dotted
-            remedy = blocks(dotted)
+            remedy = BLOCKING.get(dotted)
             owner = call.func.value if isinstance(call.func, ast.Attribute) else None
             if remedy is not None:
                 yield Call(module.file, line, f"{dotted}()", remedy)
@@ -209,15 +239,8 @@ class Source:
                         yield Call(inner.file, inner.line, f"{inner.what} in {helper.__qualname__}()", inner.remedy)
 
 
-def blocks(dotted: str) -> str | None:
-    """What to do in the place of a call that blocks; None where it is none that is known."""
-    if dotted in BLOCKING:
-        return BLOCKING[dotted]
-    return next((remedy for name, remedy in BLOCKING.items() if name.endswith(".") and dotted.startswith(name)), None)
-
-
 def annotated(func: Any) -> dict[str, type]:
-    """The classes that a function's parameters are annotated with, as far as they can be told."""
+    """The classes that a function's parameters are annotated with, as far as they can be found."""
     try:
         hints = inspect.get_annotations(func, eval_str=True)
     except Exception:  # a name for type checkers only

@@ -12,11 +12,14 @@ from typing import Any, Literal
 
 import starlette
 from starlette.background import BackgroundTasks
+from starlette.websockets import WebSocket
 
+from .._core.route import with_included
+from .._text import is_library_file
 from ..policies import Policy, PolicyBook
 from ..settings import Settings, disabled
 from ..tasks import code_name, is_async, registered_tasks, registration, unwrap
-from ._source import Added, Source, annotated, argument_kinds, place_of
+from ._source import Added, Module, Source, annotated, argument_kinds, place_of
 
 Severity = Literal["note", "warning", "error"]
 
@@ -61,7 +64,8 @@ class Subject:
 
     def __init__(self, app: Any, workers: int = 1, build: Callable[..., object] | None = None) -> None:
         self.app, self.workers, self.source = app, workers, Source()
-        self.routes = list(_routes(getattr(app, "routes", None)))
+        found = list(_routes(getattr(app, "routes", None)))
+        self.paths, self.routes = [path for path, _ in found], [route for _, route in found]
         self.layers = _layers(app)
         self.settings: Settings | None = None
         self.mistake: str | None = None
@@ -73,7 +77,7 @@ class Subject:
                 self.settings = ours[-1].get("settings") or Settings.from_env()
             except (TypeError, ValueError) as error:
                 self.mistake = str(error)
-        self.added = [one for module in self._modules() for one in module.added()]
+        self.added = [one for module in self.modules() for one in module.added()]
         self._book = PolicyBook(self.settings.policies if self.settings is not None else {})
         self.functions: dict[str, Any] = {}
         for one in self.added:
@@ -96,7 +100,8 @@ class Subject:
         declared = next((entry.policy for entry in registered_tasks() if entry.name == name), None)
         return self._book.policy(name, None, declared)
 
-    def _modules(self) -> Iterator[Any]:
+    def modules(self) -> Iterator[Module]:
+        """The app's own modules."""
         for name in list(sys.modules):
             module = self.source.module(name)
             if module is not None:
@@ -125,6 +130,7 @@ def findings(subject: Subject) -> Iterator[Finding]:
     yield from _of_app(subject)
     for name, func in sorted(subject.functions.items()):
         yield from _of_task(subject, name, func)
+    yield from _unused_containers(subject)
     seen: set[tuple[str | None, int | None, str, str]] = set()
     for added in subject.added:
         for one in _of_call(subject, added):
@@ -173,7 +179,7 @@ def _of_app(subject: Subject) -> Iterator[Finding]:
                 "correct it, unless the task is one that only the running app knows",
             )
     path = None if settings is None else settings.metrics_path
-    if path is not None and any((getattr(route, "path", None) or "").rstrip("/") == path for route in subject.routes):
+    if path is not None and any(each.rstrip("/") == path for each in subject.paths):
         yield Finding(
             "metrics_path",
             "warning",
@@ -188,18 +194,31 @@ def _of_app(subject: Subject) -> Iterator[Finding]:
             "set PROMETHEUS_MULTIPROC_DIR to an empty directory that all workers share",
         )
     for route in subject.routes:
-        if "WebSocket" in type(route).__name__:
-            endpoint = getattr(route, "endpoint", None)
-            if any(issubclass(kind, BackgroundTasks) for kind in annotated(endpoint).values()):
-                file, line = place_of(endpoint)
-                yield Finding(
-                    "websocket",
-                    "error",
-                    f"{code_name(endpoint)} is a WebSocket endpoint with BackgroundTasks, which FastAPI never runs",
-                    "await the function there, or start it in a task group of your own",
-                    file,
-                    line,
-                )
+        endpoint = getattr(route, "endpoint", None)
+        given = list(annotated(endpoint).values()) if callable(endpoint) else []
+        if all(any(issubclass(kind, wanted) for kind in given) for wanted in (WebSocket, BackgroundTasks)):
+            file, line = place_of(endpoint)
+            yield Finding(
+                "websocket",
+                "error",
+                f"{code_name(endpoint)} is a WebSocket endpoint with BackgroundTasks, which FastAPI never runs",
+                "await the function there, or start it in a task group of your own",
+                file,
+                line,
+            )
+
+
+def _unused_containers(subject: Subject) -> Iterator[Finding]:
+    for module in subject.modules():
+        for line, name in module.unused_containers():
+            yield Finding(
+                "unused_container",
+                "error",
+                f"{name!r} gets tasks and is given to no response, so they never run",
+                "take `tasks: BackgroundTasks` as the endpoint's parameter, or pass it to a response as `background=`",
+                module.file,
+                line,
+            )
 
 
 # --- its tasks
@@ -208,6 +227,11 @@ def _of_app(subject: Subject) -> Iterator[Finding]:
 def _of_task(subject: Subject, name: str, func: Any) -> Iterator[Finding]:
     inner = unwrap(func)[0]
     file, line = place_of(inner)
+    where_to_write = "@task(timeout=…)"
+    if file is None or is_library_file(file):  # a finding points to the user's own line
+        added = next((one for one in subject.added if one.func is not None and unwrap(one.func)[0] is inner), None)
+        file, line = (None, None) if added is None else (added.file, added.line)
+        where_to_write = f'options(…, timeout=…) here, or Settings(policies={{"{name}": Policy(timeout=…)}})'
     if inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner):
         yield Finding(
             "generator",
@@ -256,8 +280,8 @@ def _of_task(subject: Subject, name: str, func: Any) -> Iterator[Finding]:
         yield Finding(
             "no_timeout",
             "note",
-            f"{name} has no time limit: one that hangs is told as stuck, and never ended",
-            "@task(timeout=…)" + ("" if async_ else "; a sync task past it is abandoned, its thread cannot be stopped"),
+            f"{name} has no timeout: a run that hangs is reported as stuck, and never ended",
+            where_to_write + ("" if async_ else "; a sync task past it is abandoned, its thread cannot be stopped"),
             file,
             line,
             name,
@@ -332,13 +356,13 @@ def _version(text: str) -> tuple[int, ...]:
 # --- how an app is put together
 
 
-def _routes(routes: Iterable[Any] | None, depth: int = 0) -> Iterator[Any]:
-    for route in routes or ():
-        yield route
-        inner = getattr(route, "effective_candidates", None)  # FastAPI keeps an included router as one entry
-        below = inner() if callable(inner) else getattr(route, "routes", None)
+def _routes(routes: Iterable[Any] | None, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Every route with its path, prefixes of mounts included."""
+    for route in with_included(routes or ()):
+        path = f"{prefix}{getattr(route, 'path', '') or ''}"
+        yield path, route
         if depth < 10:
-            yield from _routes(below, depth + 1)
+            yield from _routes(getattr(route, "routes", None), path, depth + 1)
 
 
 def _layers(app: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -347,7 +371,7 @@ def _layers(app: Any) -> list[tuple[str, dict[str, Any]]]:
     for _ in range(100):
         kind = type(app)
         if kind.__name__ == "AftertaskMiddleware":
-            found.append((_known(kind), {"settings": getattr(app, "_settings", None)}))
+            found.append((_known(kind), {"settings": getattr(app, "settings", None)}))
         for layer in getattr(app, "user_middleware", ()):
             cls = getattr(layer, "cls", None)
             if isinstance(cls, type):

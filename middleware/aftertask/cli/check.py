@@ -16,11 +16,12 @@ import typer
 
 from .._text import default_redact
 from ..alerts import send_test
-from ._subject import Finding, Subject, findings
 from ..middleware import AftertaskMiddleware
-from ..policies import Limit, Retry, code_name
+from ..policies import Limit, Retry
 from ..settings import Settings
+from ..tasks import code_name
 from ._output import refusal
+from ._subject import Finding, Subject, findings
 
 SEVERITIES = ("note", "warning", "error")
 
@@ -98,7 +99,7 @@ def _build(**given: Any) -> object:
     return AftertaskMiddleware(_nowhere, **given)
 
 
-# --- what is told
+# --- what is printed
 
 
 def _test_alerts(settings: Settings | None) -> Iterator[dict[str, Any]]:
@@ -145,19 +146,19 @@ def _short(file: str) -> str:
 
 
 def _settings(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Each setting, without secrets: an object is told by its class, an alert's channel by its name."""
+    """Each setting, without secrets: an object is shown by its class, an alert's channel by its name."""
     for field in dataclasses.fields(settings):
-        yield field.name, _told(getattr(settings, field.name))
+        yield field.name, _shown(getattr(settings, field.name))
 
 
 def _policy(subject: Subject, name: str) -> Iterator[tuple[str, str]]:
     policy = subject.policy(name)
-    for field, value in policy.said().items():
+    for field, value in policy.chosen().items():
         if field != "name":
-            yield field, _told(value)
+            yield field, _shown(value)
 
 
-def _told(value: object) -> str:
+def _shown(value: object) -> str:
     if value is None or isinstance(value, (bool, int, float)):
         return str(value)
     if isinstance(value, str):
@@ -167,7 +168,7 @@ def _told(value: object) -> str:
     if isinstance(value, Limit):
         return f"{value.name}:{value.size}"
     if isinstance(value, (list, tuple, set, frozenset)):
-        return ", ".join(_told(one) for one in value) or "none"
+        return ", ".join(_shown(one) for one in value) or "none"
     if isinstance(value, dict) or hasattr(value, "items"):
         return ", ".join(str(key) for key in value) or "none"  # type: ignore[attr-defined]  # a mapping
     name = getattr(value, "name", None)
