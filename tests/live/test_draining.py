@@ -1,4 +1,4 @@
-"""The end of a process, with real servers and a real SIGTERM: who holds it up is told, and who is given time."""
+"""The end of a process, with real servers and a real SIGTERM: what holds it up is logged, and may get time."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ GRANIAN = (sys.executable, "-m", "granian", "--interface", "asgi", "--working-di
 
 
 class Served(Server):
-    """A server of the app whose tasks go on until told, and the files in which they say what became of them."""
+    """A server of the app whose tasks run until a file says stop, and the files that they leave."""
 
     folder: Path
 
     def begin(self, kind: str = "async") -> None:
-        """Have a run started that goes on."""
+        """Start a run that does not end by itself."""
         assert httpx2.get(f"{self.url}/work/{kind}").status_code == 200
         eventually(lambda: self.has("begun"), what="the task beginning")
 
     def has(self, name: str) -> bool:
-        """Whether a task has said this."""
+        """Whether a task left this file."""
         return (self.folder / name).exists()
 
     def go(self) -> None:
@@ -51,7 +51,7 @@ class Served(Server):
         lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith('{"event"')]
         return [line for line in lines if line["event"] == event]
 
-    def told(self) -> set[str]:
+    def ends(self) -> set[str]:
         """The events of runs in the log, each with the last part of its task's name."""
         lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith('{"event": "task.')]
         return {f"{line['task'].rpartition('.')[2]} {line['event'].removeprefix('task.')}" for line in lines}
@@ -78,9 +78,9 @@ def serve(tmp_path: Path) -> Any:
     return start
 
 
-def test_what_holds_up_the_shutdown_is_told_and_told_again(serve: Any) -> None:
-    """uvicorn without a limit waits, silently but for us: at SIGTERM and every five seconds, until all is done."""
-    with serve(*UVICORN) as server:
+def test_what_holds_up_the_shutdown_is_reported_until_all_is_done(serve: Any) -> None:
+    """uvicorn without a limit waits silently; with `shutdown_report` we log what runs, every five seconds."""
+    with serve(*UVICORN, AFTERTASK_SHUTDOWN_REPORT="1") as server:
         server.begin()
         server.term()
         (first,) = eventually(lambda: server.lines("lifecycle.draining"), what="the first report")
@@ -99,27 +99,27 @@ def test_what_holds_up_the_shutdown_is_told_and_told_again(serve: Any) -> None:
         server.child.wait(10)
         (drained,) = server.lines("lifecycle.drained")
         assert drained["waited_s"] >= 4.9
-        assert server.told() == {"work succeeded", "after succeeded"}
+        assert server.ends() == {"work succeeded", "after succeeded"}
         assert server.has("lifespan-ended")
 
 
-def test_a_server_with_nothing_to_do_ends_without_a_word(serve: Any) -> None:
-    """No report where nothing is held up."""
-    with serve(*UVICORN) as server:
+def test_a_server_with_nothing_to_do_reports_nothing(serve: Any) -> None:
+    """No report if no run holds the shutdown up."""
+    with serve(*UVICORN, AFTERTASK_SHUTDOWN_REPORT="1") as server:
         server.term()
         server.child.wait(10)
         assert server.lines("lifecycle.draining") == server.lines("lifecycle.drained") == []
 
 
 def test_cut_off_is_cancelled_and_never_started_is_lost(serve: Any) -> None:
-    """uvicorn with a limit of its own, and nothing asked of us."""
+    """uvicorn with a limit of its own, and no setting of ours: runs have their true outcomes, nothing is reported."""
     with serve(*UVICORN, "--timeout-graceful-shutdown", "1") as server:
         server.begin()
         server.term()
         server.child.wait(15)
-        assert server.told() == {"work cancelled", "after lost"}
+        assert server.ends() == {"work cancelled", "after lost"}
         assert server.lines("task.lost")[0]["reason"] == "shutdown"
-        assert server.lines("lifecycle.draining")
+        assert server.lines("lifecycle.draining") == []
 
 
 SERVERS = [
@@ -134,12 +134,12 @@ SERVERS = [
 @pytest.mark.parametrize("kind", ["async", "sync"])
 @pytest.mark.parametrize("command", SERVERS)
 def test_runs_outlive_the_servers_cancellation(serve: Any, command: tuple[str, ...], kind: str) -> None:
-    """With a drain_timeout: the run and its sibling come to their end, and then the lifespan."""
+    """With a drain_timeout the run and its sibling finish, and then the lifespan does."""
     with serve(*command, AFTERTASK_DRAIN_TIMEOUT="30") as server:
         server.begin(kind)
         server.term()
         eventually(lambda: server.lines("lifecycle.draining"), what="the report")
-        # Past what the server allows; that the run still goes on is what the report of then says.
+        # Past the server's own limit, the second report shows that the run continues.
         again = eventually(lambda: server.lines("lifecycle.draining")[1:], what="the second report")
         assert again[0]["inflight"] == 2
         assert not server.has("cancelled")
@@ -150,7 +150,7 @@ def test_runs_outlive_the_servers_cancellation(serve: Any, command: tuple[str, .
         assert server.has("after")
         assert server.has("lifespan-ended")
         name = "sync_work" if kind == "sync" else "work"
-        assert server.told() == {f"{name} succeeded", "after succeeded"}
+        assert server.ends() == {f"{name} succeeded", "after succeeded"}
         assert server.lines("lifecycle.drained")
 
 
@@ -164,13 +164,13 @@ def test_at_the_end_of_its_time_a_run_is_cut_off(serve: Any, command: tuple[str,
         (over,) = server.lines("lifecycle.drain_timeout")
         assert (over["limit_s"], over["inflight"]) == (2, 2)
         assert over["runs"][0]["task"] == "draining.work"
-        assert server.told() == {"work cancelled", "after lost"}
+        assert server.ends() == {"work cancelled", "after lost"}
         assert server.has("cancelled")
         assert not server.has("done")
 
 
-def test_granian_without_us_loses_an_async_task_without_a_word(serve: Any) -> None:
-    """The control: no end, no cancellation, no line; with us (above) it comes to its end."""
+def test_granian_without_us_loses_an_async_task_silently(serve: Any) -> None:
+    """The control: no end, no cancellation, no line; with us (above) the task finishes."""
     with serve(*GRANIAN, DRAINING_BARE="1") as server:
         server.begin()
         server.term()

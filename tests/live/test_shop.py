@@ -60,7 +60,7 @@ REQUESTS: list[tuple[int, str, str, dict[str, dict[str, int]]]] = [
             "stock.reserve": {"succeeded": 1},
             "mail.receipt": {"succeeded": 1},
             "orders.charge_card": {"cancelled": 1},
-            "app.notify": {"cancelled": 1},
+            "app.notify": {"dropped request_cancelled": 1},
         },
     ),
     (2, "GET", "/search?limit=2", {"app.audit": {"succeeded": 1}}),
