@@ -1,4 +1,4 @@
-"""What the runs of one response do to each other: failures, priorities, deadlines, and who is told."""
+"""The runs of one response: what a failure does to the others, their order, deadlines, and policies in force."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.anyio
 
 
 def failing(name: str, error: BaseException) -> Any:
-    """A task that raises this."""
+    """A task that raises this error."""
 
     async def call() -> None:
         LOG.append(name)
@@ -40,7 +40,7 @@ def failing(name: str, error: BaseException) -> Any:
 
 
 def tasks_of(*functions: Any, kind: Any = BackgroundTasks) -> Any:
-    """A container of these."""
+    """A container of these functions."""
     return kind([BackgroundTask(func) for func in functions])
 
 
@@ -49,7 +49,7 @@ def tasks_of(*functions: Any, kind: Any = BackgroundTasks) -> Any:
 
 @pytest.mark.parametrize("kind", [BackgroundTasks, FastAPITasks])
 async def test_continue_runs_the_siblings_and_then_raises(env: Env, kind: Any) -> None:
-    """One failure comes out as itself, when the others have run."""
+    """A single failure comes out as itself after the others have run."""
     env.settings["on_failure"] = "continue"
     error = ValueError("one")
     r = await drive(env.app(answering(tasks_of(failing("one", error), sf, kind=kind))))
@@ -59,7 +59,7 @@ async def test_continue_runs_the_siblings_and_then_raises(env: Env, kind: Any) -
 
 
 async def test_continue_raises_several_as_a_group(env: Env, clock: VirtualClock) -> None:
-    """In the batch's order, though the first one failed last, after its retries."""
+    """The group is in the batch's order, though the first one failed last, after its retries."""
     env.settings["on_failure"] = "continue"
     first, second = ValueError("first"), KeyError("second")
     retried = options(failing("first", first), retry=Retry(attempts=2))
@@ -80,7 +80,7 @@ async def test_continue_raises_several_as_a_group(env: Env, clock: VirtualClock)
 
 
 async def test_contain_lets_nothing_out(env: Env) -> None:
-    """The siblings run, the server hears nothing, and the run has failed all the same."""
+    """The siblings run, the server gets no error, and the runs have failed all the same."""
     env.settings["on_failure"] = "contain"
     r = await drive(env.app(answering(tasks_of(boom, boom, sf))))
     assert r.exc is None
@@ -90,13 +90,13 @@ async def test_contain_lets_nothing_out(env: Env) -> None:
 
 @pytest.mark.parametrize("muted", [True, False])
 async def test_a_single_task_is_a_batch_of_one(env: Env, muted: bool) -> None:
-    """Contained too, where a response carries it without a container."""
+    """A failure is contained, too, if a response carries the task without a container."""
     r = await drive(env.app(answering(BackgroundTask(options(boom, on_failure="contain" if muted else "continue")))))
     assert (r.exc is None) == muted
 
 
-async def test_each_runs_own_setting_decides(env: Env) -> None:
-    """contain, continue, stop: the third ends the batch, and what was kept back comes out with it."""
+async def test_the_failing_runs_own_setting_decides(env: Env) -> None:
+    """After contain and continue, stop ends the batch, and what was kept back comes out with it."""
     kept, ends = KeyError("kept"), ValueError("ends")
     batch = tasks_of(
         options(boom, on_failure="contain"),
@@ -114,8 +114,10 @@ async def test_each_runs_own_setting_decides(env: Env) -> None:
     assert skipped.caused_by.task.endswith("ends")
 
 
-async def test_a_retry_under_way_outlives_a_sibling_that_stops(env: Env, clock: VirtualClock) -> None:
-    """Its own setting is `continue`; the later sibling is skipped, the failure comes out when all is over."""
+async def test_a_pending_retry_outlives_a_sibling_that_stops(env: Env, clock: VirtualClock) -> None:
+    """
+    A run in its back-off ends as its own setting demands; the later sibling is skipped, and then the failure comes out.
+    """
     error = ValueError("ends")
     retried = options(failing("retried", KeyError()), retry=Retry(attempts=2), on_failure="contain")
     results: list[Any] = []
@@ -132,10 +134,8 @@ async def test_a_retry_under_way_outlives_a_sibling_that_stops(env: Env, clock: 
     assert env.outcomes() == [("ends", "failed"), ("retried", "failed"), ("sf", "skipped sibling_failed")]
 
 
-async def test_a_sibling_that_stopped_is_the_cause_though_a_back_off_is_cancelled_later(
-    env: Env, clock: VirtualClock
-) -> None:
-    """What never started was skipped because of it, not cancelled."""
+async def test_a_sibling_stays_the_cause_if_a_back_off_is_cancelled_later(env: Env, clock: VirtualClock) -> None:
+    """The run that never started was skipped because of the failed sibling; it is not a dropped one."""
     retried = options(failing("retried", KeyError()), retry=Retry(attempts=2), on_failure="continue")
     async with anyio.create_task_group() as group:
         group.start_soon(drive, env.app(answering(tasks_of(retried, failing("ends", ValueError()), sf))))
@@ -149,8 +149,8 @@ async def test_a_sibling_that_stopped_is_the_cause_though_a_back_off_is_cancelle
 
 
 @pytest.mark.parametrize("on_failure", ["stop", "continue", "contain"])
-async def test_what_is_no_exception_ends_the_batch(env: Env, clock: VirtualClock, on_failure: str) -> None:
-    """Raised alone; a sibling in its back-off is cancelled, one not started is skipped."""
+async def test_a_base_exception_ends_the_batch(env: Env, clock: VirtualClock, on_failure: str) -> None:
+    """It comes out alone; a sibling in its back-off is cancelled, and one that had not started is skipped."""
     env.settings["on_failure"] = on_failure
     retried = options(failing("retried", KeyError()), retry=Retry(attempts=2), on_failure="continue")
     with pytest.raises(Stop):
@@ -164,7 +164,7 @@ async def test_what_is_no_exception_ends_the_batch(env: Env, clock: VirtualClock
     reason="before 0.118 dependencies with yield end before the tasks run",
 )
 async def test_an_exception_group_escapes_except_value_error_in_a_dependency(env: Env) -> None:
-    """What the table in the docs says: `except ValueError` there sees one failure, and misses a group of two."""
+    """As the table in the docs shows: `except ValueError` catches a single failure and misses a group of two."""
     env.settings["on_failure"] = "continue"
     caught: list[str] = []
 
@@ -194,8 +194,8 @@ async def test_an_exception_group_escapes_except_value_error_in_a_dependency(env
 
 
 @pytest.mark.parametrize("kind", [BackgroundTasks, FastAPITasks])
-async def test_smaller_goes_first_and_equals_keep_their_order(env: Env, kind: Any) -> None:
-    """Within a batch, nested containers by their smallest."""
+async def test_smaller_priorities_go_first_and_equals_keep_their_order(env: Env, kind: Any) -> None:
+    """A nested container counts by its smallest priority."""
     functions = {name: (lambda name=name: LOG.append(name)) for name in "abcdef"}
 
     def prioritised(name: str, priority: int) -> BackgroundTask:
@@ -209,8 +209,8 @@ async def test_smaller_goes_first_and_equals_keep_their_order(env: Env, kind: An
     assert (["f", "e", "c", "a", "d", "b"] if kind is BackgroundTasks else ["c", "a", "d", "b"]) == LOG
 
 
-async def test_without_priorities_the_list_is_left_alone(env: Env) -> None:
-    """The same object in the same order, and late additions run last."""
+async def test_a_batch_in_order_is_left_alone(env: Env) -> None:
+    """The list keeps its objects in their order, and late additions run last."""
     batch = tasks_of(sf, boom)
 
     async def late() -> None:
@@ -227,8 +227,8 @@ async def test_without_priorities_the_list_is_left_alone(env: Env) -> None:
 # --- expires
 
 
-async def test_a_run_that_cannot_start_in_time_is_not_started(env: Env, clock: VirtualClock) -> None:
-    """Behind a slow sibling: told expired, not bad, and the next one runs."""
+async def test_a_run_that_cannot_start_in_time_expires(env: Env, clock: VirtualClock) -> None:
+    """Behind a slow sibling it is expired and not bad, and the next one runs."""
 
     async def slow() -> None:
         clock.advance(10)
@@ -241,7 +241,7 @@ async def test_a_run_that_cannot_start_in_time_is_not_started(env: Env, clock: V
 
 
 async def test_a_run_expires_while_it_waits_for_its_limit(env: Env, clock: VirtualClock) -> None:
-    """At its deadline, not when its turn comes; its place in the queue is given up."""
+    """It expires at its deadline, not when its turn comes, and leaves the queue."""
     go = anyio.Event()
 
     @task(limit=1, expires=5)
@@ -256,8 +256,8 @@ async def test_a_run_expires_while_it_waits_for_its_limit(env: Env, clock: Virtu
         await clock.until_waiting()
         clock.advance(5)
         await env.seen.until(Expired)
-        gate: Any = env.seen.runs()[0].resolved.limiter
-        assert (gate.in_use, gate.waiting) == (1, 0)
+        limiter: Any = env.seen.runs()[0].resolved.limiter
+        assert (limiter.in_use, limiter.waiting) == (1, 0)
         go.set()
     assert len(env.seen.of(Succeeded)) == 1
 
@@ -265,17 +265,17 @@ async def test_a_run_expires_while_it_waits_for_its_limit(env: Env, clock: Virtu
 # --- on_error, expected, progress
 
 
-async def test_on_error_is_called_once_the_run_has_failed(env: Env) -> None:
-    """With the run and the exception, after the last attempt, sync or async; its own failure is contained."""
-    told: list[tuple[TaskRun, Exception]] = []
+async def test_on_error_is_called_when_the_run_has_failed(env: Env) -> None:
+    """It gets the run and the exception after the last attempt, may be async, and may fail itself."""
+    calls: list[tuple[TaskRun, Exception]] = []
 
     async def callback(run: TaskRun, error: Exception) -> None:
         assert current_run() is None or current_run() is run
-        told.append((run, error))
+        calls.append((run, error))
         raise RuntimeError("the callback's own")
 
     def sync_callback(run: TaskRun, error: Exception) -> None:
-        told.append((run, error))
+        calls.append((run, error))
 
     error = ValueError("x")
     retried = options(
@@ -284,22 +284,22 @@ async def test_on_error_is_called_once_the_run_has_failed(env: Env) -> None:
     r = await drive(env.app(answering(tasks_of(retried, options(failing("too", error), on_error=sync_callback), sf))))
     assert r.exc is error
     runs = env.seen.runs()
-    assert sorted(run.task.rpartition(".")[2] for run, _ in told) == ["fails", "too"]
-    assert all(given is error for _, given in told)
+    assert sorted(run.task.rpartition(".")[2] for run, _ in calls) == ["fails", "too"]
+    assert all(given is error for _, given in calls)
     assert len(runs) == 3
 
 
-async def test_an_expected_error_has_failed_and_is_not_bad(env: Env) -> None:
-    """Under a policy as without one."""
-    func = options(failing("told", KeyError()), expected=LookupError, timeout=9, on_failure="contain")
+async def test_an_expected_error_is_a_failure_that_is_not_bad(env: Env) -> None:
+    """`expected` matches by base class, beside a timeout, too."""
+    func = options(failing("declined", KeyError()), expected=LookupError, timeout=9, on_failure="contain")
     r = await drive(env.app(answering(BackgroundTask(func))))
     assert r.exc is None
     (failed,) = env.seen.of(Failed)
     assert (failed.expected, failed.bad) == (True, False)
 
 
-async def test_progress_is_seen_from_outside(env: Env) -> None:
-    """Of a sync task too; outside of any run it does nothing."""
+async def test_progress_is_on_the_run(env: Env) -> None:
+    """A sync task can report progress; outside of any run a report does nothing."""
     progress(1, 2)
     seen: list[Any] = []
 
@@ -313,10 +313,8 @@ async def test_progress_is_seen_from_outside(env: Env) -> None:
     assert [(each.done, each.total, each.note) for each in seen] == [(3, 10, "thumbnails")]
 
 
-async def test_progress_is_in_the_log_and_no_line_without_it(
-    env: Env, capsys: pytest.CaptureFixture[str], no_log_handlers: None
-) -> None:
-    """On the lines of a run that said how far it was, as text."""
+async def test_progress_is_in_the_log(env: Env, capsys: pytest.CaptureFixture[str], no_log_handlers: None) -> None:
+    """The line of a run that reported progress has it as text; others do not have the key."""
 
     async def halfway() -> None:
         progress(2, note="of many")
@@ -332,11 +330,11 @@ async def test_progress_is_in_the_log_and_no_line_without_it(
     assert [line.get("progress") for line in lines] == ["2 of many", "4/4", None]
 
 
-# --- precedence, and what is told of it
+# --- the policies in force
 
 
-def test_the_log_at_start_tells_the_policies_in_force(capfd: pytest.CaptureFixture[str], no_log_handlers: None) -> None:
-    """Put together, as plain values; an app without any says nothing."""
+def test_the_policies_in_force_are_logged_at_startup(capfd: pytest.CaptureFixture[str], no_log_handlers: None) -> None:
+    """They are put together from all sources and shown as plain values."""
 
     @task(name="mail.send", timeout=20, retry=Retry(attempts=4, give_up_on=KeyError), owner="growth")
     async def send() -> None: ...
@@ -368,11 +366,11 @@ def test_the_log_at_start_tells_the_policies_in_force(capfd: pytest.CaptureFixtu
 
 
 def record_nothing(run: TaskRun, error: Exception) -> None:
-    """A callback."""
+    """A callback that does nothing."""
 
 
-async def test_precedence_field_by_field(env: Env) -> None:
-    """options() over an exact name over patterns in their order over @task over the settings' default."""
+async def test_policies_are_resolved_field_by_field(env: Env) -> None:
+    """options() wins over an exact name, that over patterns in their order, those over @task, that over Settings."""
 
     @task(name="mail.send", timeout=1, priority=1, owner="decorator", on_failure="contain")
     async def send() -> None: ...
@@ -402,7 +400,7 @@ async def test_precedence_field_by_field(env: Env) -> None:
 
 
 class Counted(ValueError):
-    """An error that knows how many of its kind there are."""
+    """An error that counts its living instances."""
 
     alive = 0
 
@@ -415,13 +413,13 @@ class Counted(ValueError):
 
 
 async def raises_counted() -> None:
-    """A task that fails."""
+    """A task that fails with such an error."""
     raise Counted
 
 
 @pytest.mark.parametrize("on_failure", ["stop", "continue", "contain"])
 async def test_no_cycle_keeps_an_error_alive(env: Env, on_failure: Any) -> None:
-    """Its traceback holds our frames: none of them holds it, or it would stay until the collector comes by."""
+    """Its traceback holds our frames: none of them may hold the error, or only the garbage collector would free it."""
     env.signals = [lambda event: None]
     governed = options(raises_counted, retry=Retry(attempts=2, wait_initial=0), timeout=9, on_failure=on_failure)
     app = env.app(answering(tasks_of(governed, options(raises_counted, on_failure=on_failure))))

@@ -1,4 +1,4 @@
-"""Where a task's function is called: our own threads, or an event loop of its own in one."""
+"""Where a task's function is called: in anyio's threads, in our own, or on an event loop in one of our own."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from aftertask._core.run import Run
 from aftertask.events import Abandoned, AbandonedEnded, Failed, Started, Succeeded, TimedOut
 from aftertask.signals import Metrics
 from aftertask.testing import VirtualClock
-from kit import LOG, Env, answering, drive
+from kit import LOG, Env, answering, drive, until
 
 pytestmark = pytest.mark.anyio
 
 
 def sync_endpoint(request: Any) -> Any:
-    """A trivial one, in one of anyio's threads."""
+    """A sync endpoint, which runs in one of anyio's threads."""
     return JSONResponse("at once")
 
 
 @pytest.mark.parametrize("executor", ["auto", "thread"])
 async def test_tasks_in_our_threads_leave_those_of_endpoints_alone(env: Env, executor: Any) -> None:
-    """45 slow sync tasks: with `auto` a sync endpoint waits for a thread, with `thread` it answers at once."""
+    """With 45 slow sync tasks a sync endpoint waits for a thread under `auto`, and responds at once under `thread`."""
     go, registry = threading.Event(), CollectorRegistry()
 
     def slow() -> None:
@@ -57,9 +57,7 @@ async def test_tasks_in_our_threads_leave_those_of_endpoints_alone(env: Env, exe
         try:
             for _ in range(45):
                 group.start_soon(drive, app)
-            with anyio.fail_after(10):
-                while waiting("default" if executor == "auto" else "aftertask") != 5:  # no event
-                    await anyio.lowlevel.checkpoint()
+            await until(lambda: waiting("default" if executor == "auto" else "aftertask") == 5)
             if executor == "thread":
                 await ask()
                 assert statuses == [200]
@@ -67,9 +65,7 @@ async def test_tasks_in_our_threads_leave_those_of_endpoints_alone(env: Env, exe
                 assert registry.get_sample_value("aftertask_threadpool_busy", {"pool": "aftertask"}) == 40
             else:
                 group.start_soon(ask)
-                with anyio.fail_after(10):
-                    while waiting("default") != 6:  # the endpoint stands in the queue, too
-                        await anyio.lowlevel.checkpoint()
+                await until(lambda: waiting("default") == 6)  # the endpoint waits for a thread, too
                 assert statuses == []
         finally:
             go.set()
@@ -78,8 +74,8 @@ async def test_tasks_in_our_threads_leave_those_of_endpoints_alone(env: Env, exe
     assert registry.get_sample_value("aftertask_threadpool_busy", {"pool": "aftertask"}) in (0, None)
 
 
-async def test_thread_limit_is_how_many(env: Env) -> None:
-    """Two threads: the third run starts when one of them has ended."""
+async def test_at_most_thread_limit_tasks_run_in_our_threads(env: Env) -> None:
+    """With two threads the third run starts when one of them has ended."""
     env.settings["thread_limit"] = 2
     go = threading.Event()
 
@@ -93,19 +89,17 @@ async def test_thread_limit_is_how_many(env: Env) -> None:
         await env.seen.until(Started, 2)
         first = env.seen.runs()[0]
         assert isinstance(first, Run)
-        gate: Any = first.slots[0]
-        gate = gate.limiter
-        with anyio.fail_after(10):
-            while gate.waiting != 1:  # there is no event of a run that waits
-                await anyio.lowlevel.checkpoint()
+        slot: Any = first.slots[0]
+        limiter = slot.limiter
+        await until(lambda: limiter.waiting == 1)
         assert len(env.seen.of(Started)) == 2
         go.set()
     assert len(env.seen.of(Succeeded)) == 3
-    assert (gate.in_use, gate.waiting) == (0, 0)
+    assert (limiter.in_use, limiter.waiting) == (0, 0)
 
 
 async def test_an_async_function_in_a_thread_has_a_loop_of_its_own(env: Env, anyio_backend_name: str) -> None:
-    """Of the same kind; it may block, and knows its run."""
+    """The loop is of the app's kind, and current_run() is the function's run."""
     main, seen = threading.get_ident(), []
 
     async def blocks(x: int, *, y: int) -> None:
@@ -123,8 +117,8 @@ async def test_an_async_function_in_a_thread_has_a_loop_of_its_own(env: Env, any
     assert len(env.seen.of(Succeeded)) == 1
 
 
-async def test_what_it_raises_comes_out(env: Env) -> None:
-    """From a thread, sync and async."""
+async def test_an_error_in_a_thread_comes_out(env: Env) -> None:
+    """A sync and an async function raise as they would on the event loop."""
     error = ValueError("x")
 
     def sync() -> None:
@@ -139,8 +133,8 @@ async def test_what_it_raises_comes_out(env: Env) -> None:
     assert [event.error for event in env.seen.of(Failed)] == [error, error]
 
 
-async def test_an_async_one_that_overruns_is_cancelled_in_its_loop(env: Env, clock: VirtualClock) -> None:
-    """It is left behind, and ends soon after: it comes to an await."""
+async def test_an_async_function_in_a_thread_is_cancelled_at_its_timeout(env: Env, clock: VirtualClock) -> None:
+    """The thread is abandoned, and ends when the function comes to an await."""
     begun = threading.Event()
 
     async def endless() -> None:
@@ -162,7 +156,7 @@ async def test_an_async_one_that_overruns_is_cancelled_in_its_loop(env: Env, clo
 
 
 async def test_the_stack_of_a_failure_in_a_thread_begins_with_the_task(env: Env) -> None:
-    """What carries the call into the thread is left out, on asyncio and trio."""
+    """The frames that carry the call into the thread are left out, on asyncio and trio."""
 
     def fails() -> None:
         raise LookupError("no such order")
@@ -170,7 +164,7 @@ async def test_the_stack_of_a_failure_in_a_thread_begins_with_the_task(env: Env)
     first: list[str] = []
 
     def read(event: TaskEvent) -> None:
-        if isinstance(event, Failed):  # at once, as the log does: the traceback grows on its way out
+        if isinstance(event, Failed):  # read here, as the log does: the traceback grows on its way out
             first.append(event.failure.stack.splitlines()[1].rpartition(" ")[2])
 
     for func in (fails, options(fails, executor="thread"), options(fails, timeout=5)):

@@ -19,23 +19,23 @@ from starlette.background import BackgroundTask, BackgroundTasks
 
 from aftertask import AftertaskMiddleware, Limit, Policy, QueueFull, Settings, options, task
 from aftertask._core.run import Run
-from aftertask.events import Abandoned, AbandonedEnded, Cancelled, Dropped, Rejected, Scheduled, Started, Succeeded
+from aftertask.events import Abandoned, AbandonedEnded, Cancelled, Rejected, Scheduled, Started, Succeeded
 from aftertask.signals import Metrics
 from aftertask.testing import Recorder
-from kit import LOG, Env, answering, drive
+from kit import LOG, Env, answering, drive, until
 
 pytestmark = pytest.mark.anyio
 
 
 class Crowd:
-    """A task that waits until it is let go, and counts how many of its runs are at it at once."""
+    """A task whose runs wait for each other's release; counts how many run at the same time."""
 
     def __init__(self) -> None:
         self.now = self.most = 0
         self.go = anyio.Event()
 
     async def __call__(self) -> None:
-        """Be there for a while."""
+        """Run until `go` is set."""
         self.now += 1
         self.most = max(self.most, self.now)
         await self.go.wait()
@@ -44,12 +44,12 @@ class Crowd:
 
 
 async def started(env: Env, count: int) -> None:
-    """Until so many runs have started."""
+    """Wait until this number of runs have started."""
     await env.seen.until(Started, count)
 
 
-async def test_never_exceeded_under_500_requests(env: Env) -> None:
-    """500 requests at once, a limit of 7: all run, never more than 7."""
+async def test_a_limit_holds_under_500_requests(env: Env) -> None:
+    """All 500 runs succeed, and at most 7 run at the same time."""
     crowd = Crowd()
     crowd.go.set()
     app = env.app(answering(BackgroundTask(options(crowd, limit=7))))
@@ -58,12 +58,12 @@ async def test_never_exceeded_under_500_requests(env: Env) -> None:
             group.start_soon(drive, app)
     assert crowd.most == 7
     assert len(env.seen.of(Succeeded)) == 500
-    gate: Any = env.seen.runs()[0].resolved.limiter
-    assert (gate.in_use, gate.waiting, gate._reserved) == (0, 0, 0)
+    limiter: Any = env.seen.runs()[0].resolved.limiter
+    assert (limiter.in_use, limiter.waiting) == (0, 0)
 
 
 async def test_a_limit_is_shared_by_the_tasks_that_name_it(env: Env) -> None:
-    """Of whatever app."""
+    """Tasks of several apps may share one `Limit`."""
     smtp = Limit("smtp", 2)
     crowd = Crowd()
 
@@ -75,18 +75,16 @@ async def test_a_limit_is_shared_by_the_tasks_that_name_it(env: Env) -> None:
         for app in apps:
             group.start_soon(drive, app)
         await started(env, 2)
-        gate: Any = env.seen.runs()[0].resolved.limiter
-        with anyio.fail_after(10):
-            while gate.waiting < 1:  # there is no event of a run that waits
-                await anyio.lowlevel.checkpoint()
-        assert (crowd.now, gate.in_use) == (2, 2)
+        limiter: Any = env.seen.runs()[0].resolved.limiter
+        await until(lambda: limiter.waiting == 1)
+        assert (crowd.now, limiter.in_use) == (2, 2)
         crowd.go.set()
     assert crowd.most == 2
     assert len(env.seen.of(Succeeded)) == 3
 
 
 async def test_runs_wait_for_a_limit_by_priority(env: Env) -> None:
-    """Smaller first; equals in the order in which they came."""
+    """Smaller priorities run first, equal ones in the order of their arrival."""
     smtp, crowd, order = Limit("smtp", 1), Crowd(), list[int]()
 
     def sending(number: int) -> Any:
@@ -109,7 +107,7 @@ async def test_runs_wait_for_a_limit_by_priority(env: Env) -> None:
 
 
 def refusing_app(recorder: Recorder, crowd: Any, **more: Any) -> FastAPI:
-    """An app whose handler answers 503 when a task is refused."""
+    """An app whose handler responds with 503 when a task is refused."""
     app = FastAPI()
 
     @app.get("/")
@@ -126,8 +124,8 @@ def refusing_app(recorder: Recorder, crowd: Any, **more: Any) -> FastAPI:
 
 
 @pytest.mark.parametrize("where", ["settings", "limit"])
-async def test_a_full_queue_is_told_to_the_handler(where: str) -> None:
-    """One runs, two wait; the fourth is refused, its handler answers 503, and the container is as before."""
+async def test_add_task_raises_if_the_queue_is_full(where: str) -> None:
+    """The handler can respond with 503, the run is rejected, and the container is as before."""
     recorder, crowd = Recorder(), Crowd()
 
     async def work() -> None:
@@ -161,8 +159,10 @@ async def test_a_full_queue_is_told_to_the_handler(where: str) -> None:
     assert accepted.body == b'{"tasks":1}'
 
 
-async def test_at_hand_over_a_full_queue_is_told_rejected(env: Env, capsys: pytest.CaptureFixture[str]) -> None:
-    """A task that came with its response cannot be refused to anybody: told, logged, and not run; siblings are."""
+async def test_a_task_of_a_response_is_rejected_if_the_queue_is_full(
+    env: Env, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No caller could get the error: the run is rejected, the client gets its response, and the siblings run."""
     crowd = Crowd()
 
     async def sibling() -> None:
@@ -185,54 +185,51 @@ async def test_at_hand_over_a_full_queue_is_told_rejected(env: Env, capsys: pyte
     assert [event.reason for event in env.seen.of(Rejected)] == ["queue_full"]
 
 
-async def test_cancelled_while_it_waits(env: Env) -> None:
-    """Its place is given up: who came later gets it."""
+async def test_a_run_that_is_cancelled_while_it_waits_leaves_the_queue(env: Env) -> None:
+    """It is dropped, and its place in the queue is free for another run."""
     crowd = Crowd()
-    app = env.app(answering(BackgroundTask(options(crowd, limit=1))))
+    app = env.app(answering(BackgroundTask(options(crowd, limit=Limit("one", 1, max_waiting=1)))))
     async with anyio.create_task_group() as group:
         group.start_soon(drive, app)
         await started(env, 1)
-        gate: Any = env.seen.runs()[0].resolved.limiter
+        limiter: Any = env.seen.runs()[0].resolved.limiter
         async with anyio.create_task_group() as inner:
             inner.start_soon(drive, app)
-            with anyio.fail_after(10):
-                while not gate.waiting:  # there is no event of a run that waits
-                    await anyio.lowlevel.checkpoint()
+            await until(lambda: limiter.waiting == 1)
             inner.cancel_scope.cancel()
-        assert (gate.in_use, gate.waiting) == (1, 0)
+        assert (limiter.in_use, limiter.waiting) == (1, 0)
+        group.start_soon(drive, app)
+        await until(lambda: limiter.waiting == 1)
         crowd.go.set()
-    assert [event.reason for event in env.seen.of(Dropped)] == ["request_cancelled"]
-    assert (gate.in_use, gate._reserved) == (0, 0)
+    assert env.outcomes() == [("Crowd", "dropped request_cancelled"), *[("Crowd", "succeeded")] * 2]
 
 
-async def test_a_dropped_run_gives_its_place_back() -> None:
-    """A handler that raises after `add_task`."""
-    recorder = Recorder()
+async def test_a_dropped_run_leaves_the_queue(env: Env) -> None:
+    """If a handler raises after `add_task`, the next request's task is accepted."""
 
-    @task(limit=1)
+    @task(limit=Limit("one", 1, max_waiting=0))
     async def never() -> None: ...
 
-    app = FastAPI()
-
-    @app.get("/")
     async def endpoint(tasks: Injected) -> None:
         tasks.add_task(never)
         raise ValueError
 
-    chosen = Settings(metrics_path=None, registry=CollectorRegistry())
-    app.add_middleware(AftertaskMiddleware, settings=chosen, signals=[recorder])
-    await drive(app)
-    gate: Any = recorder.runs()[0].resolved.limiter
-    assert gate._reserved == 0
+    app = env.fastapi(endpoint)
+    for _ in range(2):
+        await drive(app)
+    assert env.outcomes() == [("never", "dropped handler_error")] * 2
 
 
-async def test_a_limits_numbers_are_told(env: Env) -> None:
-    """From the start, by the limiter's name, and of a pool of threads by the pool's."""
+async def test_the_metrics_show_a_limit_and_the_thread_pool(env: Env) -> None:
+    """Size, slots in use and waiting runs are there from the start, by the limiter's and the pool's name."""
     registry, crowd = CollectorRegistry(), Crowd()
 
     @task(limit=Limit("smtp", 2))
     async def mail() -> None:
         await crowd()
+
+    def value(name: str) -> float | None:
+        return registry.get_sample_value(f"aftertask_concurrency_{name}", {"limiter": "smtp"})
 
     env.settings["registry"] = registry
     app = env.app_with_signals([Metrics(registry), env.seen], answering(BackgroundTask(mail)))
@@ -240,19 +237,15 @@ async def test_a_limits_numbers_are_told(env: Env) -> None:
         for _ in range(3):
             group.start_soon(drive, app)
         await started(env, 2)
-        told = {
-            name: registry.get_sample_value(f"aftertask_concurrency_{name}", {"limiter": "smtp"})
-            for name in ("limit", "in_use", "waiting")
-        }
-        assert (told["limit"], told["in_use"]) == (2, 2)
+        await until(lambda: value("waiting") == 1)
+        assert (value("limit"), value("in_use")) == (2, 2)
         assert registry.get_sample_value("aftertask_threadpool_limit", {"pool": "default"}) == 40
         crowd.go.set()
-    assert registry.get_sample_value("aftertask_concurrency_in_use", {"limiter": "smtp"}) == 0
-    assert registry.get_sample_value("aftertask_concurrency_waiting", {"limiter": "smtp"}) == 0
+    assert (value("in_use"), value("waiting")) == (0, 0)
 
 
-async def test_sync_endpoints_that_are_first_share_one_limiter(env: Env) -> None:
-    """They schedule a task's first run in threads: with two limiters the limit would be exceeded."""
+async def test_sync_endpoints_at_once_share_one_limiter(env: Env) -> None:
+    """They schedule a task's first runs in threads: with two limiters the limit would be exceeded."""
     together, most, now = threading.Barrier(4, timeout=10), 0, 0
 
     async def counted() -> None:
@@ -262,15 +255,12 @@ async def test_sync_endpoints_that_are_first_share_one_limiter(env: Env) -> None
         await anyio.lowlevel.checkpoint()
         now -= 1
 
-    app = FastAPI()
-    app.user_middleware.insert(0, env.middleware())
-
-    @app.get("/")
     def endpoint(tasks: Injected) -> str:
         together.wait()  # all four are here at once
         tasks.add_task(options(counted, limit=1))
         return "ok"
 
+    app = env.fastapi(endpoint)
     async with anyio.create_task_group() as group:
         for _ in range(4):
             group.start_soon(drive, app)
@@ -278,8 +268,8 @@ async def test_sync_endpoints_that_are_first_share_one_limiter(env: Env) -> None
     assert len(env.seen.of(Succeeded)) == 4
 
 
-async def test_a_limit_is_not_the_one_of_a_task_by_its_name(env: Env) -> None:
-    """A task may be called like a `Limit` of others, and have a number of its own."""
+async def test_a_task_and_a_shared_limit_may_have_one_name(env: Env) -> None:
+    """A task's own limit is not the `Limit` of the same name."""
 
     async def other() -> None: ...
 
@@ -296,7 +286,7 @@ async def test_a_limit_is_not_the_one_of_a_task_by_its_name(env: Env) -> None:
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_cancelled_thread_keeps_its_slot(env: Env) -> None:
-    """A server cancels asyncio's task, which nothing can shield a thread from: the next one waits for its end."""
+    """A server cancels the request; the thread continues, and the next run waits for its end."""
     begun, may_end = threading.Event(), threading.Event()
 
     def work() -> None:
@@ -320,8 +310,8 @@ async def test_a_cancelled_thread_keeps_its_slot(env: Env) -> None:
     assert len(env.seen.of(Cancelled)) == len(env.seen.of(Succeeded)) == len(env.seen.of(AbandonedEnded)) == 1
 
 
-async def test_a_thread_is_waited_for_where_a_scope_is_cancelled(env: Env) -> None:
-    """A limit alone changes nothing about that."""
+async def test_a_limit_does_not_abandon_threads(env: Env) -> None:
+    """A cancelled scope waits for its thread, as without a limit."""
     begun, may_end = threading.Event(), threading.Event()
 
     def work() -> None:

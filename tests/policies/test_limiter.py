@@ -42,7 +42,7 @@ def held(limiter: Limiter, priority: int = 0) -> Slot:
 
 
 async def test_waiting_runs_continue_by_priority_then_arrival() -> None:
-    """The smallest number goes first; among equals, the first to come."""
+    """The smallest number goes first; among equals, the first to arrive."""
     limiter, order = Limiter("x", 1), list[str]()
     first = held(limiter)
 
@@ -63,7 +63,7 @@ async def test_waiting_runs_continue_by_priority_then_arrival() -> None:
 
 
 async def test_a_free_slot_is_acquired_without_waiting() -> None:
-    """Up to the size; one more is not acquired, and waits for nothing until it asks to."""
+    """Up to the limiter's size; a further one is not acquired until it waits."""
     limiter = Limiter("x", 2)
     slots = [reserved(limiter) for _ in range(3)]
     assert [slot.acquire_nowait() for slot in slots] == [True, True, False]
@@ -85,7 +85,7 @@ async def test_a_released_slot_can_be_acquired_again() -> None:
 
 
 async def test_a_cancelled_wait_leaves_the_slot_released() -> None:
-    """The next one in the queue gets it."""
+    """The next run in the queue gets the slot."""
     limiter = Limiter("x", 1)
     first, second, third = held(limiter), reserved(limiter), reserved(limiter)
     async with anyio.create_task_group() as group:
@@ -107,7 +107,7 @@ async def test_a_cancelled_wait_leaves_the_slot_released() -> None:
 
 
 def test_at_most_size_and_max_waiting_are_accepted() -> None:
-    """Running or waiting, they count until they are closed."""
+    """Running or waiting, reserved slots count until they are closed."""
     limiter = Limiter("x", 2)
     slots = [limiter.reserve(0, 1) for _ in range(4)]
     assert [slot is not None for slot in slots] == [True, True, True, False]
@@ -122,7 +122,7 @@ def test_at_most_size_and_max_waiting_are_accepted() -> None:
 
 
 def test_a_closed_slot_is_released_once() -> None:
-    """However often it is closed, another one's slot stays held."""
+    """However often it is closed, another run's slot stays acquired."""
     limiter = Limiter("x", 1)
     first = held(limiter)
     first.close()
@@ -153,7 +153,7 @@ async def test_another_slot_has_the_priority_but_no_reservation() -> None:
 
 
 class Model:
-    """The plainest limiter: the holders of a slot, and those that wait, in order."""
+    """The simplest limiter: the holders of a slot, and a queue."""
 
     def __init__(self, size: int) -> None:
         self.size, self.arrivals = size, 0
@@ -173,7 +173,7 @@ class Model:
         self.fill()
 
     def fill(self) -> None:
-        """The first ones in the queue get what is free."""
+        """Give the free slots to the first ones in the queue."""
         while self.queue and len(self.held) < self.size:
             self.held.add(heapq.heappop(self.queue)[2])
 
@@ -190,13 +190,13 @@ STEPS = st.lists(
 
 @given(size=st.integers(1, 4), steps=STEPS)
 @settings(max_examples=150, deadline=None)
-def test_no_slot_is_lost_or_given_out_twice(size: int, steps: list[tuple[str, int, int]]) -> None:
-    """In any order of acquiring, cancelling, releasing and closing, the limiter does as the plainest one would."""
+def test_no_slot_is_lost_or_acquired_twice(size: int, steps: list[tuple[str, int, int]]) -> None:
+    """In any order of acquiring, cancelling, releasing and closing, the limiter does as the simplest one would."""
     asyncio.run(compare_with_model(size, steps))
 
 
 async def compare_with_model(size: int, steps: list[tuple[str, int, int]]) -> None:
-    """Take the same steps with the limiter and the model; they always agree."""
+    """Take the same steps with the limiter and the model, and compare after each."""
     limiter, model = Limiter("x", size), Model(size)
     slots: dict[int, Slot] = {}
     tasks: dict[int, asyncio.Task[None]] = {}
@@ -238,7 +238,7 @@ async def compare_with_model(size: int, steps: list[tuple[str, int, int]]) -> No
 
 
 async def cancelled(task: asyncio.Task[None] | None) -> None:
-    """Cancel a task, and wait for its end."""
+    """Cancel a task and wait for its end."""
     if task is not None:
         task.cancel()
         with suppress(asyncio.CancelledError):
@@ -271,7 +271,7 @@ async def test_event_loops_of_several_threads_share_a_limiter(other: str) -> Non
 
 
 def test_a_limit_holds_across_threads() -> None:
-    """Four event loops in four threads, each with ten runs: never more than three at the same time."""
+    """Four event loops in four threads have ten runs each: at most three run at the same time."""
     limiter, lock = Limiter("x", 3), threading.Lock()
     inside: list[None] = []
     most = 0
@@ -333,7 +333,9 @@ def test_a_run_whose_event_loop_is_closed_is_passed_over() -> None:
 
 
 def test_a_slot_may_be_closed_in_the_middle_of_any_method() -> None:
-    """The garbage collector runs in the thread that allocates; it finds slots of dead runs there, and never waits."""
+    """
+    The garbage collector closes the slots of dead runs in the thread that allocates, and must not wait for a lock.
+    """
     limiter = Limiter("x", 1)
     first, garbage = held(limiter), reserved(limiter)
 
@@ -374,7 +376,7 @@ def busy_collector() -> Iterator[None]:
 
 
 def test_the_collector_closes_slots_of_lost_runs(busy_collector: None) -> None:
-    """Suspended runs that nothing refers to any more are collected while others acquire; each slot comes back."""
+    """Suspended runs are collected while others acquire; each slot comes back."""
     limiter = Limiter("x", 1)
 
     def run() -> Any:
@@ -405,7 +407,7 @@ def test_the_collector_closes_slots_of_lost_runs(busy_collector: None) -> None:
 
 
 async def test_a_shared_thread_is_one_that_endpoints_use() -> None:
-    """While it is held, one call less runs; its numbers are those of the pool."""
+    """While it is held, one call less runs in the pool; its numbers are those of the pool."""
     pool = SharedThreads()
     anyio.to_thread.current_default_thread_limiter().total_tokens = 1
     slot = SharedThreadSlot()
@@ -427,7 +429,7 @@ async def test_a_shared_thread_is_one_that_endpoints_use() -> None:
 
 
 async def test_a_shared_thread_can_be_released_in_any_thread() -> None:
-    """A run may be collected in another thread than its own; what waits for a thread continues."""
+    """A run may be collected in another thread than its own; a call that waits for a thread continues."""
     pool, slot = SharedThreads(), SharedThreadSlot()
     anyio.to_thread.current_default_thread_limiter().total_tokens = 1
     await slot.acquire()

@@ -41,24 +41,24 @@ def note(path: str, text: str) -> None:
 
 
 def note_pid(path: str, *, times: int = 1) -> None:
-    """Write down in which process this runs."""
+    """Append the id of this process to a file."""
     for _ in range(times):
         note(path, str(os.getpid()))
 
 
 async def note_pid_async(path: str) -> None:
-    """The same, async."""
+    """The same in an async function."""
     await anyio.lowlevel.checkpoint()
     note_pid(path)
 
 
 async def note_backend(path: str) -> None:
-    """Write down on which kind of event loop this runs."""
+    """Append the kind of this event loop to a file."""
     note(path, anyio.get_cancelled_exc_class().__module__.partition(".")[0])
 
 
 async def drive_in_process(env: Env, func: Any, *args: Any, **policy: Any) -> Failed | Succeeded:
-    """Run a function in a worker process; how its run ended."""
+    """Run a function in a worker process; returns the event of its end."""
     await drive(env.app(answering(BackgroundTask(options(func, executor="process", **policy), *args))))
     event = env.seen.events[-1]
     assert isinstance(event, (Failed, Succeeded)), event
@@ -66,14 +66,14 @@ async def drive_in_process(env: Env, func: Any, *args: Any, **policy: Any) -> Fa
 
 
 async def failure_in_process(env: Env, func: Any, *args: Any, **policy: Any) -> Failed:
-    """The same, for one that fails."""
+    """The same for a function that fails."""
     event = await drive_in_process(env, func, *args, **policy)
     assert isinstance(event, Failed)
     return event
 
 
 async def test_a_function_runs_in_another_process(env: Env, tmp_path: Path, anyio_backend_name: str) -> None:
-    """Sync or async, with its arguments; an async one on an event loop of the app's kind."""
+    """Sync or async, it gets its arguments; an async one has an event loop of the app's kind."""
     file = tmp_path / "pids"
     await drive_in_process(env, note_pid, str(file))
     await drive_in_process(env, note_pid_async, str(file))
@@ -90,18 +90,18 @@ async def test_a_function_runs_in_another_process(env: Env, tmp_path: Path, anyi
 
 
 class PaymentError(Exception):
-    """Cannot be rebuilt from its `args`."""
+    """An error that cannot be rebuilt from its `args`."""
 
     def __init__(self, code: int, detail: str) -> None:
         super().__init__(f"{code}: {detail}")
 
 
 class CardError(PaymentError):
-    """A more special one."""
+    """A subclass of it."""
 
 
 class CodeError(Exception):
-    """Is rebuilt with another message."""
+    """An error that would be rebuilt with another message."""
 
     def __init__(self, code: object) -> None:
         super().__init__(f"code {code}")
@@ -115,7 +115,7 @@ def pay(path: str | None = None) -> None:
 
 
 def charge() -> None:
-    """Where it really fails."""
+    """The function that raises."""
     raise CardError(402, "no card")
 
 
@@ -125,7 +125,7 @@ def look_up() -> None:
 
 
 def find() -> None:
-    """Where that fails; with a cause."""
+    """The function that raises, with a cause."""
     try:
         {}["order"]
     except KeyError as error:
@@ -133,19 +133,19 @@ def find() -> None:
 
 
 async def look_up_async() -> None:
-    """The same, async."""
+    """The same in an async function."""
     await anyio.lowlevel.checkpoint()
     find()
 
 
 def raise_code() -> None:
-    """Fail with a message that would be built twice."""
+    """A task whose error would be rebuilt with another message."""
     raise CodeError(7)
 
 
 @on_asyncio
 async def test_a_failure_is_the_tasks_own_exception(env: Env) -> None:
-    """Its class and text, and where tracebacks are printed the stack of the worker, causes included."""
+    """It has its class and text, and a printed traceback shows the stack in the worker, causes included."""
     for func in (look_up, look_up_async):
         event = await failure_in_process(env, func)
         assert (type(event.error), str(event.error)) == (LookupError, "no such order")
@@ -185,7 +185,7 @@ async def test_the_stack_begins_with_the_task(env: Env) -> None:
 
 @on_asyncio
 async def test_expected_and_retry_match_by_class_name(env: Env, tmp_path: Path) -> None:
-    """Also by the name of a base class, where the exception itself cannot be rebuilt."""
+    """They match the name of a base class, too, if the exception itself cannot be rebuilt."""
     file = tmp_path / "pids"
     retry = Retry(attempts=3, wait_initial=0, on=PaymentError)
     event = await failure_in_process(env, pay, str(file), retry=retry, expected=PaymentError)
@@ -197,22 +197,22 @@ async def test_expected_and_retry_match_by_class_name(env: Env, tmp_path: Path) 
 
 
 def exit_there() -> None:
-    """End the process, as a command-line tool does."""
+    """A task that ends its process, as a command-line tool does."""
     sys.exit("bad option")
 
 
 def interrupt_there() -> None:
-    """What Ctrl+C raises."""
+    """A task that raises what Ctrl+C raises."""
     raise KeyboardInterrupt
 
 
 async def cancel_there() -> None:
-    """A cancellation of the task's own making."""
+    """A task that raises a cancellation of its own."""
     raise asyncio.CancelledError
 
 
 @on_asyncio
-async def test_what_would_end_the_server_fails_the_run_only(env: Env) -> None:
+async def test_a_base_exception_in_a_worker_fails_the_run_only(env: Env) -> None:
     """`SystemExit`, `KeyboardInterrupt` and the task's own `CancelledError` stay in the worker; none is retried."""
     names = []
     for func in (exit_there, interrupt_there, cancel_there):
@@ -227,7 +227,7 @@ async def test_what_would_end_the_server_fails_the_run_only(env: Env) -> None:
 
 
 def die() -> None:
-    """End without a word, as a process that the kernel kills."""
+    """A task whose process ends as one that the kernel kills."""
     os._exit(9)
 
 
@@ -242,14 +242,14 @@ async def test_a_process_that_dies_fails_the_run(env: Env, tmp_path: Path) -> No
 
 
 def count(path: str) -> Any:
-    """Work whose result cannot be pickled."""
+    """A task whose result cannot be pickled."""
     note_pid(path)
     return (row for row in [1])
 
 
 @on_asyncio
-async def test_a_result_does_not_cross(env: Env, tmp_path: Path) -> None:
-    """Work whose result cannot be pickled has succeeded, and is not done again."""
+async def test_a_result_stays_in_the_worker(env: Env, tmp_path: Path) -> None:
+    """A run whose result cannot be pickled has succeeded and is not repeated."""
     file = tmp_path / "pids"
     event = await drive_in_process(env, count, str(file), retry=Retry(wait_initial=0))
     assert isinstance(event, Succeeded)
@@ -257,7 +257,7 @@ async def test_a_result_does_not_cross(env: Env, tmp_path: Path) -> None:
 
 
 class Unreadable:
-    """Can be pickled, but not be rebuilt."""
+    """An argument that can be pickled, but not be rebuilt."""
 
     def __setstate__(self, state: object) -> None:
         raise pickle.UnpicklingError("written by a newer version")
@@ -268,14 +268,14 @@ class Unreadable:
 
 @on_asyncio
 async def test_an_argument_that_cannot_be_rebuilt_fails_the_run(env: Env) -> None:
-    """With the error of the worker, and its stack."""
+    """The failure has the worker's error and stack."""
     event = await failure_in_process(env, print, Unreadable())
     assert event.failure.message == "written by a newer version"
     assert "in __setstate__\n" in event.failure.stack
 
 
-async def test_what_cannot_be_pickled_is_refused_when_it_is_added() -> None:
-    """The error names the argument, never its value; the handler may respond to it."""
+async def test_an_argument_that_cannot_be_pickled_is_refused_by_add_task() -> None:
+    """The error names the argument, never its value, and the handler may respond to it."""
     recorder = Recorder()
     app = FastAPI()
 
@@ -296,7 +296,7 @@ async def test_what_cannot_be_pickled_is_refused_when_it_is_added() -> None:
 
 
 async def test_a_local_function_is_rejected_with_its_response(env: Env) -> None:
-    """A background of a response is checked when the response starts; the client gets its response."""
+    """A response's tasks are checked when it starts: the run is rejected, and the client gets its response."""
 
     def local() -> None: ...
 
@@ -309,13 +309,13 @@ async def test_a_local_function_is_rejected_with_its_response(env: Env) -> None:
 
 
 def never_ends(path: str) -> None:
-    """Write down that it has begun, and go on."""
+    """A task that notes its start and never ends."""
     note_pid(path)
     threading.Event().wait()
 
 
 async def test_a_process_past_its_timeout_is_killed(env: Env, clock: VirtualClock, tmp_path: Path) -> None:
-    """Nothing is abandoned, so it may be tried again."""
+    """Nothing is abandoned, so a retry is safe."""
     file = tmp_path / "pids"
     file.touch()
     func = options(never_ends, executor="process", timeout=5, retry=Retry(attempts=2, wait_initial=0))
@@ -378,7 +378,7 @@ MAIN = """
 
 
 def test_the_classes_of_the_main_module_are_found(tmp_path: Path) -> None:
-    """A worker has the app's main module under another name; `expected` holds all the same."""
+    """A worker has the app's main module under another name; `expected` matches all the same."""
     script = tmp_path / "app.py"
     script.write_text(textwrap.dedent(MAIN))
     ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=18)

@@ -1,7 +1,8 @@
-"""Failed attempts are followed by others, after waits, and each is told."""
+"""Retries: which errors are retried, when, and what siblings and signals see of it."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.anyio
 
 
 def flaky(failures: int, name: str = "flaky", error: Exception | None = None) -> Callable[[], Any]:
-    """A task that fails so many times, then succeeds."""
+    """A task that fails this number of times, then succeeds."""
     calls = 0
 
     async def call() -> None:
@@ -40,26 +41,25 @@ def flaky(failures: int, name: str = "flaky", error: Exception | None = None) ->
 
 @pytest.fixture
 def longest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every wait is the upper end of what it may be."""
-    monkeypatch.setattr("aftertask.policies.random.uniform", lambda low, high: high)
+    """Every back-off has its maximum."""
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
 
 
 async def turn(clock: VirtualClock, *delays: float) -> None:
-    """Let each back-off come, and pass."""
+    """Wait for each back-off and let it pass."""
     for delay in delays:
         await clock.until_waiting()
         clock.advance(delay)
 
 
 @pytest.mark.usefixtures("longest")
-async def test_attempts_until_one_succeeds(env: Env, clock: VirtualClock) -> None:
-    """Each wait up to twice the one before; events in order, with the attempt that they are about."""
+async def test_a_run_is_retried_until_it_succeeds(env: Env, clock: VirtualClock) -> None:
+    """Each wait doubles; the events come in order, each with its attempt."""
     func = options(flaky(2), retry=Retry(attempts=4, wait_initial=3))
     async with anyio.create_task_group() as group:
         group.start_soon(drive, env.app(answering(BackgroundTask(func))))
         await turn(clock, 3, 6)
-    told = [(type(event), getattr(event, "attempt", None)) for event in env.seen.events]
-    assert told == [
+    assert [(type(event), getattr(event, "attempt", None)) for event in env.seen.events] == [
         (Scheduled, None),
         (Started, 1),
         (Retrying, 1),
@@ -92,8 +92,8 @@ async def test_the_last_attempts_failure_is_the_runs(env: Env, clock: VirtualClo
     assert len(env.seen.of(Skipped)) == 1
 
 
-async def test_what_is_given_up_on_is_not_tried_again(env: Env) -> None:
-    """Neither is what the retry does not name."""
+async def test_only_the_named_errors_are_retried(env: Env) -> None:
+    """Neither an error of `give_up_on` nor one that `on` does not name is retried."""
     retry = Retry(attempts=3, on=OSError, give_up_on=ConnectionError)
     for error in (ConnectionError("down"), ValueError("bad")):
         await drive(env.app(answering(BackgroundTask(options(flaky(9, error=error), retry=retry)))))
@@ -101,8 +101,8 @@ async def test_what_is_given_up_on_is_not_tried_again(env: Env) -> None:
     assert env.seen.of(Retrying) == []
 
 
-async def test_a_time_limit_is_worth_another_attempt(env: Env, clock: VirtualClock) -> None:
-    """TaskTimeout is an exception like any other to a retry; each attempt has the whole limit."""
+async def test_a_timeout_is_retried(env: Env, clock: VirtualClock) -> None:
+    """TaskTimeout is an exception like any other to a retry, and each attempt has the whole timeout."""
 
     @task(timeout=5, retry=Retry(attempts=2, wait_initial=0))
     async def endless() -> None:
@@ -116,8 +116,8 @@ async def test_a_time_limit_is_worth_another_attempt(env: Env, clock: VirtualClo
 
 
 @pytest.mark.parametrize("on_failure", ["continue", "contain"])
-async def test_a_back_off_does_not_hold_the_siblings(env: Env, clock: VirtualClock, on_failure: Any) -> None:
-    """They run while it waits; the request is over when all are."""
+async def test_a_back_off_does_not_hold_the_siblings_up(env: Env, clock: VirtualClock, on_failure: Any) -> None:
+    """Under continue and contain they run meanwhile; the request ends after the last attempt."""
     env.settings["on_failure"] = on_failure
     func = options(flaky(1), retry=Retry(attempts=2))
     done = anyio.Event()
@@ -136,8 +136,8 @@ async def test_a_back_off_does_not_hold_the_siblings(env: Env, clock: VirtualClo
     assert len(env.seen.of(Succeeded)) == 2
 
 
-async def test_under_stop_a_back_off_holds_them(env: Env, clock: VirtualClock) -> None:
-    """As everything before them does."""
+async def test_under_stop_the_siblings_wait_for_a_back_off(env: Env, clock: VirtualClock) -> None:
+    """The order of the batch is kept."""
     func = options(flaky(1), retry=Retry(attempts=2))
     async with anyio.create_task_group() as group:
         group.start_soon(drive, env.app(answering(BackgroundTasks([BackgroundTask(func), BackgroundTask(sf)]))))
@@ -148,8 +148,8 @@ async def test_under_stop_a_back_off_holds_them(env: Env, clock: VirtualClock) -
     assert LOG == ["flaky 1", "flaky 2", "sf"]
 
 
-async def test_later_attempts_see_the_context_as_the_first_left_it(env: Env, clock: VirtualClock) -> None:
-    """Beside its siblings a run has a copy: what it sets from then on they do not see, nor it what they set."""
+async def test_a_later_attempt_sees_what_siblings_have_set(env: Env, clock: VirtualClock) -> None:
+    """The attempts and the siblings of a batch share one context, in the order in which they ran."""
     var: ContextVar[str] = ContextVar("var", default="nothing")
     seen: list[str] = []
     sibling_ran = anyio.Event()
@@ -175,8 +175,8 @@ async def test_later_attempts_see_the_context_as_the_first_left_it(env: Env, clo
     assert seen == ["attempt 1 saw nothing", "sibling saw attempt 1", "attempt 2 saw sibling"]
 
 
-async def test_cancelled_in_a_back_off(env: Env, clock: VirtualClock) -> None:
-    """Told as cancelled, with the attempt that was made; alone and beside siblings."""
+async def test_a_run_can_be_cancelled_in_its_back_off(env: Env, clock: VirtualClock) -> None:
+    """It is cancelled with the attempt that was made, alone and beside siblings."""
     for on_failure in ("stop", "contain"):
         func = options(flaky(1), retry=Retry(attempts=2), on_failure=on_failure)  # type: ignore[arg-type]  # a str here
         async with anyio.create_task_group() as group:
@@ -193,12 +193,12 @@ class Whole(BackgroundTask):
     """A task class that calls its function itself."""
 
     async def __call__(self) -> None:
-        """As Starlette would."""
+        """Call the function as Starlette would."""
         await self.func(*self.args, **self.kwargs)
 
 
-async def test_a_task_class_of_the_users_is_not_tried_again(env: Env) -> None:
-    """What it does by then nobody knows."""
+async def test_a_task_class_of_the_users_is_not_retried(env: Env) -> None:
+    """User code is the caller of the function, so no policy applies."""
     env.settings["policies"] = {}
     func = options(flaky(9), retry=Retry(attempts=5))
     await drive(env.app(answering(Whole(func))))
@@ -208,7 +208,7 @@ async def test_a_task_class_of_the_users_is_not_tried_again(env: Env) -> None:
 
 @pytest.mark.usefixtures("longest")
 async def test_each_attempt_has_a_span_linked_to_the_first(env: Env, clock: VirtualClock) -> None:
-    """Siblings of one parent; a failed one says ERROR, and only the last has an outcome."""
+    """The spans are siblings; failed ones have status ERROR, and only the last has an outcome."""
     provider, exporter = TracerProvider(), InMemorySpanExporter()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     registry = CollectorRegistry()

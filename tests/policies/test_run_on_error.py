@@ -18,7 +18,6 @@ from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 
-import kit
 from aftertask import Policy, Retry, task
 from aftertask.events import Failed, Started, Succeeded
 from aftertask.signals import Tracing
@@ -34,6 +33,7 @@ def refund(env: Env) -> Any:
 
     @task(run_on_error=True)
     async def refund(order: int = 1) -> None:
+        """A task that runs on errors and notes that it did."""
         LOG.append(f"refund {order}")
 
     return refund
@@ -51,33 +51,23 @@ def raising(error: Exception, *functions: Any) -> Any:
 
 
 async def served(app: Any) -> list[str]:
-    """The messages of a request among what its tasks did, in order."""
-    order: list[str] = []
+    """The messages of a response and what its tasks did, in order."""
     LOG.clear()
 
-    class Told(list[Any]):
-        """Where the driver puts each message."""
+    async def logged(scope: Any, receive: Any, send: Any) -> None:
+        async def log(message: Any) -> None:
+            LOG.append(message["type"].rpartition(".")[2])
+            await send(message)
 
-        def append(self, message: Any) -> None:
-            order.extend(LOG)
-            LOG.clear()
-            order.append(message["type"].rpartition(".")[2])
-            super().append(message)
+        await app(scope, receive, log)
 
-    result = kit.Result()
-    result.messages = Told()
-    real = kit.Result
-    kit.Result = lambda: result  # type: ignore[misc,assignment]  # for this one request
-    try:
-        await drive(app)
-    finally:
-        kit.Result = real  # type: ignore[misc]  # back again
-    return [*order, *LOG]
+    await drive(logged)
+    return list(LOG)
 
 
 @pytest.mark.parametrize("error", [HTTPException(409), ValueError("x")], ids=["http_exception", "handler_error"])
-async def test_it_runs_after_the_error_response(env: Env, refund: Any, error: Exception) -> None:
-    """Whole and out, whoever answers; what was added beside it is dropped as ever."""
+async def test_a_compensating_task_runs_after_the_error_response(env: Env, refund: Any, error: Exception) -> None:
+    """The client has the whole response by then; other tasks of the handler are dropped as ever."""
     app = env.fastapi(raising(error, sf, refund))
     assert await served(app) == ["start", "body", "refund 1"]
     reason = "http_exception" if isinstance(error, HTTPException) else "handler_error"
@@ -88,8 +78,8 @@ async def test_it_runs_after_the_error_response(env: Env, refund: Any, error: Ex
     assert env.seen.of(Started)[0].queue_wait_s is not None
 
 
-async def test_a_validation_error_counts_as_one(env: Env, refund: Any) -> None:
-    """A dependency added it, then a parameter was wrong."""
+async def test_a_validation_error_is_compensated(env: Env, refund: Any) -> None:
+    """A dependency added the task before another parameter was found invalid."""
 
     async def dependency(tasks: Injected) -> None:
         tasks.add_task(refund)
@@ -102,7 +92,7 @@ async def test_a_validation_error_counts_as_one(env: Env, refund: Any) -> None:
 
 
 async def test_the_apps_own_error_page_comes_first(env: Env, refund: Any) -> None:
-    """With a background of its own, which runs before."""
+    """The page's own background runs before the compensating task."""
 
     async def page(request: Any, error: Exception) -> JSONResponse:
         return JSONResponse("sorry", 500, background=BackgroundTask(sf))
@@ -111,8 +101,8 @@ async def test_the_apps_own_error_page_comes_first(env: Env, refund: Any) -> Non
     assert await served(app) == ["start", "body", "sf", "refund 1"]
 
 
-async def test_under_other_middlewares(env: Env, refund: Any) -> None:
-    """Between us and the endpoint, and around us."""
+async def test_a_compensating_task_runs_below_other_middlewares(env: Env, refund: Any) -> None:
+    """A middleware may be around ours, or between ours and the endpoint."""
 
     async def through(request: Any, call_next: Any) -> Any:
         return await call_next(request)
@@ -126,15 +116,15 @@ async def test_under_other_middlewares(env: Env, refund: Any) -> None:
         assert await served(app) == ["start", "body", "refund 1"], place
 
 
-async def test_wrapped_around_an_app(env: Env, refund: Any) -> None:
-    """There the app inside has answered; a bare ASGI app has not, and will not."""
+async def test_a_wrapped_app_compensates_after_its_own_error_page(env: Env, refund: Any) -> None:
+    """Starlette's error page inside of ours is the error response."""
     app = FastAPI()
     app.get("/")(raising(ValueError("x"), refund))
     assert await served(env.mw(app)) == ["start", "body", "refund 1"]
 
 
-async def test_nothing_comes_out_of_it(env: Env, clock: VirtualClock) -> None:
-    """The server hears the handler's error alone; its policy holds: it is tried again."""
+async def test_errors_of_compensating_tasks_do_not_come_out(env: Env, clock: VirtualClock) -> None:
+    """The server gets the handler's error alone; the task's policy holds, and it is retried."""
     env.settings["policies"] = {boom.__module__ + ".boom": Policy(run_on_error=True, retry=Retry(attempts=2))}
     error = ValueError("the handler's")
     results: list[Any] = []
@@ -152,8 +142,8 @@ async def test_nothing_comes_out_of_it(env: Env, clock: VirtualClock) -> None:
     assert len(env.seen.of(Failed)) == 2
 
 
-async def test_without_an_error_it_is_a_task_like_any_other(env: Env, refund: Any) -> None:
-    """Run once."""
+async def test_without_an_error_a_compensating_task_runs_once(env: Env, refund: Any) -> None:
+    """It is a task like any other of its response."""
 
     async def endpoint(tasks: Injected) -> str:
         tasks.add_task(refund)
@@ -164,11 +154,11 @@ async def test_without_an_error_it_is_a_task_like_any_other(env: Env, refund: An
     assert env.seen.runs()[0].origin == "request"
 
 
-async def test_where_no_error_response_comes_it_is_dropped(env: Env, refund: Any) -> None:
-    """A middleware around us swallowed the exception: told when the request has gone."""
+async def test_without_an_error_response_a_compensating_task_is_dropped(env: Env, refund: Any) -> None:
+    """If a middleware around ours swallows the exception, the run is dropped when the request is freed."""
 
     class Swallow:
-        """Answers by itself."""
+        """A middleware that responds to errors itself."""
 
         def __init__(self, app: Any) -> None:
             self.app = app
@@ -183,7 +173,7 @@ async def test_where_no_error_response_comes_it_is_dropped(env: Env, refund: Any
 
     async def endpoint(tasks: Injected) -> None:
         tasks.add_task(refund)
-        raise ValueError  # made anew: one that is kept would keep the request, by its traceback
+        raise ValueError  # a new one: one that is kept would keep the request, by its traceback
 
     app = env.fastapi(endpoint)
     app.add_middleware(Swallow)
@@ -195,8 +185,8 @@ async def test_where_no_error_response_comes_it_is_dropped(env: Env, refund: Any
 
 
 @pytest.mark.parametrize("twice", [False, True])
-async def test_under_another_middleware_of_ours(env: Env, refund: Any, twice: bool) -> None:
-    """A mounted app's own, and the same one added twice: the error page is the inner one's."""
+async def test_a_compensating_task_runs_below_another_middleware_of_ours(env: Env, refund: Any, twice: bool) -> None:
+    """A mounted app may have its own; the same app may have two by mistake."""
 
     async def endpoint(tasks: Injected) -> None:
         tasks.add_task(refund)
@@ -210,16 +200,15 @@ async def test_under_another_middleware_of_ours(env: Env, refund: Any, twice: bo
         with pytest.warns(UserWarning, match="added twice"):
             inner.middleware_stack = inner.build_middleware_stack()
     else:
-        app = FastAPI()
-        app.user_middleware.insert(0, outer.middleware())
+        app = outer.fastapi()
         app.mount("/in", inner)
     r = await drive(app, "/" if twice else "/in/")
     assert r.status == 500
     assert LOG == ["refund 1"]
 
 
-async def test_a_siblings_time_is_part_of_the_wait(env: Env) -> None:
-    """They are queued together, once the error response is out, and run one after the other in their order."""
+async def test_compensating_tasks_wait_for_their_siblings(env: Env) -> None:
+    """They are queued together when the error response has been sent; a sibling's run time is part of the wait."""
     with VirtualClock() as clock:
 
         @task(name="first", run_on_error=True)
@@ -233,11 +222,11 @@ async def test_a_siblings_time_is_part_of_the_wait(env: Env) -> None:
     assert [(event.run.task, event.queue_wait_s) for event in env.seen.of(Started)] == [("first", 0), ("second", 7)]
 
 
-async def test_once_it_has_run_nobody_looks_for_an_error_response(env: Env, refund: Any) -> None:
-    """Not even while the request is still kept; nor where it was cut off, and what is left is told."""
+async def test_a_compensating_task_runs_once(env: Env, refund: Any) -> None:
+    """Not again while the request is kept; if a batch is cut off, the remaining runs are dropped."""
 
     class Ended(BaseException):
-        """Not contained."""
+        """An error that is not contained."""
 
     @task(name="cut", run_on_error=True)
     async def cut() -> None:
@@ -253,8 +242,8 @@ async def test_once_it_has_run_nobody_looks_for_an_error_response(env: Env, refu
     assert env.outcomes() == [("cut", "failed"), ("refund", "dropped http_exception")]
 
 
-async def test_its_span_belongs_to_the_request(env: Env, refund: Any) -> None:
-    """A child of the request's span, saying what brought it about."""
+async def test_the_span_of_a_compensating_task_is_a_child_of_the_request(env: Env, refund: Any) -> None:
+    """`aftertask.origin` shows why it ran."""
     provider, exporter = TracerProvider(), InMemorySpanExporter()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     env.signals = [Tracing(provider), env.seen]

@@ -1,4 +1,4 @@
-"""The end of apps that share a process: whose runs are told, whose signal handlers are called, what is not lost."""
+"""The end of an app: what is reported, whose signal handlers are called, and which runs are lost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.anyio
 
 @contextlib.asynccontextmanager
 async def lifespan(app: Any) -> AsyncIterator[None]:
-    """The app's lifespan, as a server runs it."""
+    """Run the app's lifespan, as a server does."""
     messages, receive = anyio.create_memory_object_stream[Any](2)
     answer, answers = anyio.create_memory_object_stream[Any](2)
     async with messages, receive, answer, answers, anyio.create_task_group() as group:
@@ -38,22 +38,22 @@ async def lifespan(app: Any) -> AsyncIterator[None]:
 
 @pytest.fixture
 def handlers() -> Iterator[list[str]]:
-    """The names of the handlers that SIGTERM has called; the handlers from before are restored."""
+    """The names of the SIGTERM handlers that were called; restores the handlers afterwards."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield []
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-def hear(heard: list[str], name: str) -> Any:
-    """Install a handler of SIGTERM that records its call; returns the one from before."""
-    return signal.signal(signal.SIGTERM, lambda number, frame: heard.append(name))
+def install(called: list[str], name: str) -> Any:
+    """Install a handler of SIGTERM that appends its name; returns the one from before."""
+    return signal.signal(signal.SIGTERM, lambda number, frame: called.append(name))
 
 
 @pytest.mark.parametrize("settings", [{"shutdown_report": True}, {"drain_timeout": 5}])
 async def test_signal_handlers_are_chained_only_on_request(env: Env, handlers: list[str], settings: Any) -> None:
-    """Without a report or a drain timeout the app's own handlers stay as they are."""
-    hear(handlers, "server")
+    """Without a shutdown report or a drain timeout the app's own handlers stay as they are."""
+    install(handlers, "server")
     own = signal.getsignal(signal.SIGTERM)
     async with lifespan(env.app(answering(None))):
         assert signal.getsignal(signal.SIGTERM) is own
@@ -65,13 +65,15 @@ async def test_signal_handlers_are_chained_only_on_request(env: Env, handlers: l
     assert signal.getsignal(signal.SIGTERM) is own
 
 
-async def test_a_server_that_ends_leaves_the_other_one_its_signal(env: Env, handlers: list[str]) -> None:
-    """Two servers in one process: the second restores what it found, which is our handler, and the first's follows."""
+async def test_a_server_that_ends_leaves_the_other_server_its_handler(env: Env, handlers: list[str]) -> None:
+    """
+    Of two servers in one process the second restores our handler when it ends, and the first one's is called again.
+    """
     env.settings["shutdown_report"] = True
-    hear(handlers, "first")
+    install(handlers, "first")
     own = signal.getsignal(signal.SIGTERM)
     async with lifespan(env.app(answering(None))):
-        found = hear(handlers, "second")
+        found = install(handlers, "second")
         async with lifespan(env.app(answering(None))):
             os.kill(os.getpid(), signal.SIGTERM)
         signal.signal(signal.SIGTERM, found)
@@ -81,9 +83,9 @@ async def test_a_server_that_ends_leaves_the_other_one_its_signal(env: Env, hand
 
 
 async def test_a_handler_that_calls_the_one_before_is_called_once(env: Env, handlers: list[str]) -> None:
-    """An app's own handler in front of ours, and then another app of ours."""
+    """An app may put its own handler before ours, and another app of ours may follow."""
     env.settings["shutdown_report"] = True
-    hear(handlers, "server")
+    install(handlers, "server")
     async with lifespan(env.app(answering(None))):
         ours: Any = signal.getsignal(signal.SIGTERM)
 
@@ -97,10 +99,8 @@ async def test_a_handler_that_calls_the_one_before_is_called_once(env: Env, hand
     assert handlers == ["own", "server"]
 
 
-async def test_an_app_that_ends_says_nothing_of_another_in_its_process(
-    env: Env, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """That one goes on serving: its runs hold up nothing, and it is not stopping."""
+async def test_an_app_that_ends_reports_no_runs_of_another_app(env: Env, capsys: pytest.CaptureFixture[str]) -> None:
+    """The other app continues: its runs hold nothing up and are not in the report."""
     env.settings["drain_timeout"] = 5
     go = anyio.Event()
     ends, stays = env.app(answering(None)), env.app(answering(BackgroundTask(go.wait)))
@@ -114,8 +114,10 @@ async def test_an_app_that_ends_says_nothing_of_another_in_its_process(
     assert not [line for line in lines if line["event"] == "lifecycle.draining"]
 
 
-async def test_a_batch_that_was_handed_over_is_its_own_though_the_request_ends_at_once(env: Env) -> None:
-    """Cancelled between the two, the request must not take its runs for ones that never ran; trio begins either."""
+async def test_a_supervised_batch_runs_though_its_request_is_cancelled_at_once(env: Env) -> None:
+    """
+    A request that is cancelled before its batch has started must not drop the runs; trio starts either task first.
+    """
     env.settings["drain_timeout"] = 5
     for _ in range(10):
         env.seen = seen = Recorder()
@@ -137,9 +139,9 @@ async def test_a_batch_that_was_handed_over_is_its_own_though_the_request_ends_a
 async def test_an_app_that_fails_to_start_leaves_nothing_behind(
     env: Env, handlers: list[str], drain_timeout: float | None
 ) -> None:
-    """The server does not ask it to shut down; the signal handler and the app must not be kept all the same."""
+    """The server does not shut it down, and the signal handler must be gone all the same."""
     env.settings["drain_timeout"] = drain_timeout
-    hear(handlers, "server")
+    install(handlers, "server")
     own = signal.getsignal(signal.SIGTERM)
 
     @contextlib.asynccontextmanager
@@ -163,8 +165,8 @@ async def test_an_app_that_fails_to_start_leaves_nothing_behind(
     assert signal.getsignal(signal.SIGTERM) is own
 
 
-async def test_a_cancelled_request_is_lost_only_if_the_app_ends(env: Env) -> None:
-    """A server that ends cancels its requests first, and starts the lifespan's shutdown right after."""
+async def test_the_runs_of_a_cancelled_request_are_lost_if_the_app_ends(env: Env) -> None:
+    """A server that ends cancels its requests first and starts the lifespan's shutdown right after."""
     tasks = BackgroundTasks([BackgroundTask(anyio.sleep_forever), BackgroundTask(sf)])
     app = env.app(answering(tasks))
     async with anyio.create_task_group() as server, lifespan(app):
@@ -181,18 +183,20 @@ async def test_a_cancelled_request_is_lost_only_if_the_app_ends(env: Env) -> Non
     assert env.seen.of(Lost)[0].bad
 
 
-async def test_a_cancelled_request_is_dropped_where_the_app_goes_on(env: Env) -> None:
-    """A timeout around the request, or a server whose client has gone."""
+async def test_the_runs_of_a_cancelled_request_are_dropped_if_the_app_continues(env: Env) -> None:
+    """A timeout around the request cancels it, or a server whose client has gone."""
     app = env.app(answering(BackgroundTasks([BackgroundTask(anyio.sleep_forever), BackgroundTask(sf)])))
     async with lifespan(app):
-        with anyio.move_on_after(0.05):
-            await drive(app)
+        async with anyio.create_task_group() as request:
+            request.start_soon(drive, app)
+            await env.seen.until(Started)
+            request.cancel_scope.cancel()
         await env.seen.idle()
     assert [event.reason for event in env.seen.of(Dropped)] == ["request_cancelled"]
 
 
 def http() -> dict[str, Any]:
-    """A request's scope."""
+    """The scope of a request."""
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.4"},
@@ -207,7 +211,9 @@ def http() -> dict[str, Any]:
 
 
 async def test_a_background_that_is_never_started_does_not_keep_its_request_open(env: Env) -> None:
-    """An app's own code makes its awaitable and throws it away: the run is dropped, as without a `drain_timeout`."""
+    """
+    If an app's own code closes the awaitable of its background, the run is dropped, with a `drain_timeout` and without.
+    """
 
     class Careless(PlainTextResponse):
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None:

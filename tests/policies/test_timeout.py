@@ -1,4 +1,4 @@
-"""A time limit: an async attempt is cancelled, a sync one is abandoned, and each is told as what it is."""
+"""Timeouts: an async attempt is cancelled, a sync one is abandoned."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ pytestmark = pytest.mark.anyio
 
 
 class Running:
-    """A request under way beside the test."""
+    """A request beside the test, and its result."""
 
     def __init__(self) -> None:
         self.result: Result | None = None
 
     async def of(self, app: Any) -> None:
-        """Serve it."""
+        """Serve one request."""
         self.result = await drive(app)
 
 
-async def test_an_async_attempt_is_cancelled_at_its_limit(env: Env, clock: VirtualClock) -> None:
-    """Told as timed out with its limit, raised as TaskTimeout, and the next one is skipped."""
+async def test_an_async_attempt_is_cancelled_at_its_timeout(env: Env, clock: VirtualClock) -> None:
+    """It is timed out with its limit, raises TaskTimeout, and the next sibling is skipped."""
 
     @task(timeout=20)
     async def endless() -> None:
@@ -57,10 +57,10 @@ async def test_an_async_attempt_is_cancelled_at_its_limit(env: Env, clock: Virtu
         group.start_soon(request.of, env.app(answering(BackgroundTasks([BackgroundTask(endless), BackgroundTask(sf)]))))
         await clock.until_waiting()
         clock.advance(20)
-    (told,) = env.seen.of(TimedOut)
-    assert (told.attempt, told.duration_s, told.limit_s, told.bad) == (1, 20, 20, True)
-    assert told.failure.type == "aftertask.TaskTimeout"
-    assert told.failure.message.endswith("endless did not finish within its timeout of 20 s")
+    (event,) = env.seen.of(TimedOut)
+    assert (event.attempt, event.duration_s, event.limit_s, event.bad) == (1, 20, 20, True)
+    assert event.failure.type == "aftertask.TaskTimeout"
+    assert event.failure.message.endswith("endless did not finish within its timeout of 20 s")
     assert request.result is not None
     assert isinstance(request.result.exc, TaskTimeout)
     assert isinstance(request.result.exc, TimeoutError)
@@ -68,8 +68,8 @@ async def test_an_async_attempt_is_cancelled_at_its_limit(env: Env, clock: Virtu
     assert LOG == ["cleanup"]
 
 
-async def test_cleanup_that_awaits_is_shielded(env: Env, clock: VirtualClock) -> None:
-    """The attempt runs in a cancelled scope: what its `finally` awaits is cancelled too, unless it is shielded."""
+async def test_cleanup_after_a_timeout_needs_a_shield_to_await(env: Env, clock: VirtualClock) -> None:
+    """The attempt is in a cancelled scope: what its `finally` awaits is cancelled, too, unless it is shielded."""
 
     @task(timeout=1)
     async def tidy() -> None:
@@ -91,7 +91,7 @@ async def test_cleanup_that_awaits_is_shielded(env: Env, clock: VirtualClock) ->
 
 
 async def test_a_timeout_shows_where_the_task_was(env: Env, clock: VirtualClock) -> None:
-    """The stack of the cancelled attempt is the error's cause."""
+    """The error's cause has the stack of the cancelled attempt."""
 
     @task(timeout=1)
     async def waits_here() -> None:
@@ -101,12 +101,12 @@ async def test_a_timeout_shows_where_the_task_was(env: Env, clock: VirtualClock)
         group.start_soon(Running().of, env.app(answering(BackgroundTask(waits_here))))
         await clock.until_waiting()
         clock.advance(1)
-    (told,) = env.seen.of(TimedOut)
-    assert "waits_here" in told.failure.stack.replace(told.failure.message, "")
+    (event,) = env.seen.of(TimedOut)
+    assert "waits_here" in event.failure.stack.replace(event.failure.message, "")
 
 
-async def test_a_timeout_error_of_the_tasks_own_has_failed(env: Env, clock: VirtualClock) -> None:
-    """Only our deadline makes a run timed out."""
+async def test_a_timeout_error_of_the_tasks_own_is_a_failure(env: Env, clock: VirtualClock) -> None:
+    """Only the policy's timeout makes a run timed out."""
 
     @task(timeout=20)
     async def own() -> None:
@@ -118,8 +118,8 @@ async def test_a_timeout_error_of_the_tasks_own_has_failed(env: Env, clock: Virt
     assert clock.waiting == 0
 
 
-async def test_what_ends_normally_after_its_deadline_has_succeeded(env: Env, clock: VirtualClock) -> None:
-    """A task that takes its cancellation and returns all the same."""
+async def test_a_task_that_catches_its_timeout_and_returns_has_succeeded(env: Env, clock: VirtualClock) -> None:
+    """A task may catch its cancellation and return."""
 
     @task(timeout=1)
     async def stubborn() -> None:
@@ -139,8 +139,8 @@ async def test_what_ends_normally_after_its_deadline_has_succeeded(env: Env, clo
     assert request.result.exc is None
 
 
-async def test_a_cancellation_from_outside_is_none_of_ours(env: Env, clock: VirtualClock) -> None:
-    """A server that cancels: cancelled, though a limit was set; also where both happen at once."""
+async def test_a_cancellation_from_outside_is_no_timeout(env: Env, clock: VirtualClock) -> None:
+    """The run is cancelled, also if its timeout passes at the same time."""
     started = anyio.Event()
 
     @task(timeout=1)
@@ -162,7 +162,7 @@ async def test_a_cancellation_from_outside_is_none_of_ours(env: Env, clock: Virt
 
 
 class Blocking:
-    """A sync task that goes on until the test lets it end."""
+    """A sync task that runs until the test lets it end."""
 
     def __init__(self) -> None:
         self.begun = threading.Event()
@@ -170,14 +170,14 @@ class Blocking:
         self.calls = 0
 
     def __call__(self) -> None:
-        """Block."""
+        """Run until the test lets it end."""
         self.calls += 1
         self.begun.set()
         assert self.may_end.wait(10)
 
 
 async def abandon(env: Env, clock: VirtualClock, function: Any, blocking: Blocking) -> Running:
-    """Serve a request with this task, and pass its limit once it runs."""
+    """Serve a request with this task, and let its timeout pass while it runs."""
     request = Running()
     async with anyio.create_task_group() as group:
         group.start_soon(request.of, env.app(answering(BackgroundTask(function))))
@@ -186,8 +186,8 @@ async def abandon(env: Env, clock: VirtualClock, function: Any, blocking: Blocki
     return request
 
 
-async def test_a_sync_attempt_is_abandoned_at_its_limit(env: Env, clock: VirtualClock) -> None:
-    """The request is over at once; the thread goes on, is told with its stack, and told again when it ends."""
+async def test_a_sync_attempt_is_abandoned_at_its_timeout(env: Env, clock: VirtualClock) -> None:
+    """The request ends at once; the thread continues, is reported with its stack, and again when it ends."""
     blocking = Blocking()
 
     @task(timeout=5)
@@ -211,8 +211,8 @@ async def test_a_sync_attempt_is_abandoned_at_its_limit(env: Env, clock: Virtual
     assert order.index(Abandoned) < order.index(TimedOut) < order.index(AbandonedEnded)
 
 
-async def test_a_left_thread_keeps_its_slots(env: Env, clock: VirtualClock) -> None:
-    """Its limit's and its thread's: until the thread ends nobody else gets them."""
+async def test_an_abandoned_thread_keeps_its_slots(env: Env, clock: VirtualClock) -> None:
+    """The slots of its limit and of its pool are taken until it ends."""
     blocking, registry = Blocking(), CollectorRegistry()
     env.signals = [Metrics(registry), env.seen]
 
@@ -220,24 +220,23 @@ async def test_a_left_thread_keeps_its_slots(env: Env, clock: VirtualClock) -> N
     def slow() -> None:
         blocking()
 
-    def told(metric: str, **labels: str) -> float | None:
+    def value(metric: str, **labels: str) -> float | None:
         return registry.get_sample_value(f"aftertask_{metric}", labels)
 
     before = anyio.to_thread.current_default_thread_limiter().borrowed_tokens
     await abandon(env, clock, slow, blocking)
-    gate = env.seen.runs()[0].resolved.limiter
-    assert gate is not None
-    limiter = anyio.to_thread.current_default_thread_limiter()
-    assert (gate.in_use, limiter.borrowed_tokens) == (1, before + 1)
-    assert told("abandoned_threads", task="slow") == told("concurrency_in_use", limiter="slow") == 1
-    assert told("task_timeout_seconds", task="slow") == 5
+    limiter: Any = env.seen.runs()[0].resolved.limiter
+    threads = anyio.to_thread.current_default_thread_limiter()
+    assert (limiter.in_use, threads.borrowed_tokens) == (1, before + 1)
+    assert value("abandoned_threads", task="slow") == value("concurrency_in_use", limiter="slow") == 1
+    assert value("task_timeout_seconds", task="slow") == 5
     blocking.may_end.set()
     await env.seen.until(AbandonedEnded)
-    assert (gate.in_use, limiter.borrowed_tokens) == (0, before)
-    assert told("abandoned_threads", task="slow") == told("concurrency_in_use", limiter="slow") == 0
+    assert (limiter.in_use, threads.borrowed_tokens) == (0, before)
+    assert value("abandoned_threads", task="slow") == value("concurrency_in_use", limiter="slow") == 0
 
 
-async def test_a_left_attempt_is_not_tried_again(env: Env, clock: VirtualClock) -> None:
+async def test_an_abandoned_attempt_is_not_retried(env: Env, clock: VirtualClock) -> None:
     """A second call beside the first would do the work twice."""
     blocking = Blocking()
 
@@ -252,8 +251,8 @@ async def test_a_left_attempt_is_not_tried_again(env: Env, clock: VirtualClock) 
     assert len(env.seen.of(TimedOut)) == len(env.seen.of(Started)) == 1
 
 
-async def test_an_idempotent_one_is(env: Env, clock: VirtualClock) -> None:
-    """Its second attempt runs beside the thread of the first."""
+async def test_an_abandoned_attempt_of_an_idempotent_task_is_retried(env: Env, clock: VirtualClock) -> None:
+    """The second attempt runs beside the thread of the first."""
     blocking = Blocking()
 
     @task(timeout=5, retry=Retry(attempts=2, wait_initial=0), idempotent=True, limit=2)
@@ -271,17 +270,17 @@ async def test_an_idempotent_one_is(env: Env, clock: VirtualClock) -> None:
         await clock.until_waiting()
         clock.advance(0)
     assert LOG == ["second"]
-    gate: Any = env.seen.runs()[0].resolved.limiter
-    assert gate.in_use == 1
+    limiter: Any = env.seen.runs()[0].resolved.limiter
+    assert limiter.in_use == 1
     blocking.may_end.set()
     await env.seen.until(AbandonedEnded)
-    assert gate.in_use == 0
+    assert limiter.in_use == 0
     assert len(env.seen.of(Succeeded)) == 1
     assert [event.attempt for event in env.seen.of(Started)] == [1, 2]
 
 
 async def test_a_cancel_scope_around_a_thread_does_nothing() -> None:
-    """What people write by hand (`fail_after`): the thread is waited for all the same. Ours above is not."""
+    """anyio's `fail_after` around a sync call waits for the thread, unlike our timeout."""
     begun, may_end = threading.Event(), threading.Event()
 
     def blocks() -> None:
@@ -292,7 +291,7 @@ async def test_a_cancel_scope_around_a_thread_does_nothing() -> None:
         await anyio.to_thread.run_sync(begun.wait, 10)
         scope.cancel()
         await anyio.lowlevel.checkpoint()
-        LOG.append("past its limit")
+        LOG.append("past its timeout")
         may_end.set()
 
     LOG.clear()
@@ -301,4 +300,4 @@ async def test_a_cancel_scope_around_a_thread_does_nothing() -> None:
         with anyio.CancelScope() as scope:
             await anyio.to_thread.run_sync(blocks)
         LOG.append("over")
-    assert LOG == ["past its limit", "over"]
+    assert LOG == ["past its timeout", "over"]
