@@ -1,4 +1,4 @@
-"""Each example runs as its opening comment says, and shows what it promises."""
+"""Each example runs as its opening comment describes, and shows what it promises."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ SHOP = EXAMPLES / "shop"
 
 
 def wait_for(server: Server, text: str) -> str:
-    """The server's output, as soon as this is in it."""
+    """The server's output as soon as it contains this text."""
     return (
         eventually(lambda: text in server.log.read_text() and server.log.read_text(), what=f"{text!r} in the output")
         or ""
     )
 
 
-def test_minimal(tmp_path: Path) -> None:
-    """One JSON line, and the task's numbers at /metrics."""
+def test_the_minimal_example_logs_and_counts_its_task(tmp_path: Path) -> None:
+    """It writes one JSON line, and /metrics has the task's numbers."""
     with uvicorn("minimal:app", EXAMPLES, tmp_path / "log") as server:
         assert httpx2.post(f"{server.url}/signup", params={"email": "ada@example.org"}).json() == {"status": "ok"}
         (line,) = wait_for(server, "task.succeeded").splitlines()
@@ -49,7 +49,7 @@ def test_minimal(tmp_path: Path) -> None:
 
 
 def test_the_app_of_the_readme_is_the_minimal_example() -> None:
-    """What people copy first is what is run here."""
+    """Users copy it first, so it is run here."""
     readme = (ROOT / "README.md").read_text()
     app = re.search(r"```python\n(from aftertask import AftertaskMiddleware\n.*?)```", readme, re.DOTALL)
     assert app is not None
@@ -66,7 +66,7 @@ def test_the_app_of_the_readme_is_the_minimal_example() -> None:
 
 
 def test_the_test_of_the_readme_passes_on_its_app() -> None:
-    """As it stands there, and more than once."""
+    """It passes as it is printed, and more than once."""
     readme = (ROOT / "README.md").read_text()
     app = re.search(r"```python\n(from aftertask import AftertaskMiddleware\n.*?)```", readme, re.DOTALL)
     test = re.search(r"```python\n(from aftertask.testing import .*?)```", readme, re.DOTALL)
@@ -79,8 +79,8 @@ def test_the_test_of_the_readme_passes_on_its_app() -> None:
         written()  # type: ignore[operator]  # the test
 
 
-def test_policies(tmp_path: Path) -> None:
-    """The second attempt succeeds, and who asks for too much at once is answered 503."""
+def test_the_example_of_policies_retries_and_refuses(tmp_path: Path) -> None:
+    """The second attempt succeeds, and a request over the limit gets 503."""
     with uvicorn("policies:app", EXAMPLES, tmp_path / "log") as server:
         assert httpx2.post(f"{server.url}/signup/ada@example.org").status_code == 202
         text = wait_for(server, "task.succeeded")
@@ -93,8 +93,8 @@ def test_policies(tmp_path: Path) -> None:
         assert statuses[202] >= 4
 
 
-def test_logging_stdlib(tmp_path: Path) -> None:
-    """The task's own line and ours carry the same run id."""
+def test_the_example_of_stdlib_logging_shares_the_run_id(tmp_path: Path) -> None:
+    """The task's own line and ours have the same run id."""
     with uvicorn("logging_stdlib:app", EXAMPLES, tmp_path / "log") as server:
         httpx2.post(f"{server.url}/orders")
         text = wait_for(server, "task.succeeded")
@@ -103,8 +103,8 @@ def test_logging_stdlib(tmp_path: Path) -> None:
     assert len({run for _, _, run in runs}) == 1
 
 
-def test_logging_structlog(tmp_path: Path) -> None:
-    """Four lines in the app's own format, all of one run."""
+def test_the_example_of_structlog_keeps_the_apps_format(tmp_path: Path) -> None:
+    """It writes four lines in the app's own format, all of one run."""
     with uvicorn("logging_structlog:app", EXAMPLES, tmp_path / "log") as server:
         httpx2.post(f"{server.url}/orders")
         text = wait_for(server, "task.succeeded")
@@ -114,8 +114,8 @@ def test_logging_structlog(tmp_path: Path) -> None:
     assert len({re.search(r"run_id=(\S+)", line)[1] for line in lines}) == 1  # type: ignore[index]  # same
 
 
-def test_alerts(tmp_path: Path) -> None:
-    """One alert at once, with what one needs; at the end another one that counts the rest."""
+def test_the_example_of_alerts_sends_one_and_counts_the_rest(tmp_path: Path) -> None:
+    """One alert is sent at once, and another at the end counts the others."""
     with uvicorn("alerts:app", EXAMPLES, tmp_path / "log") as server:
         for number in range(5):
             assert httpx2.post(f"{server.url}/orders/{number}").json() == {"status": "ok"}
@@ -131,8 +131,8 @@ def test_alerts(tmp_path: Path) -> None:
     assert "(4 times)" in last.splitlines()[0]
 
 
-def test_two_workers(tmp_path: Path) -> None:
-    """Both processes answer, and one scrape counts the tasks of both."""
+def test_the_example_of_two_workers_has_one_scrape(tmp_path: Path) -> None:
+    """Both processes respond, and one scrape counts the tasks of both."""
     numbers = tmp_path / "numbers"
     numbers.mkdir()
     ready = {"ready": "/metrics", "PROMETHEUS_MULTIPROC_DIR": str(numbers)}
@@ -149,7 +149,7 @@ def test_two_workers(tmp_path: Path) -> None:
         eventually(lambda: whole in httpx2.get(f"{server.url}/metrics").text, what=f"{whole!r} in a scrape")
 
 
-def test_what_the_customers_saw_is_what_the_shop_counted(tmp_path: Path) -> None:
+def test_the_shop_counts_the_responses_that_its_customers_got(tmp_path: Path) -> None:
     """The same seed makes the same requests; each 409, 422 and 500 is one dropped batch, by its reason."""
     with uvicorn("app:app", SHOP, tmp_path / "log") as server:
         traffic = [sys.executable, str(SHOP / "traffic.py"), "--url", server.url, "--rate", "200", "--seconds", "15"]
@@ -182,7 +182,7 @@ def test_what_the_customers_saw_is_what_the_shop_counted(tmp_path: Path) -> None
 
 
 def test_the_demo_ends_by_itself_and_shows_every_outcome() -> None:
-    """`make demo SECONDS=…`: where to look, live lines, and a table from the real /metrics."""
+    """`make demo SECONDS=…` prints its address, live lines, and a table from the real /metrics."""
     done = subprocess.run(
         [sys.executable, str(SHOP / "demo.py"), "--seconds", "7"], capture_output=True, text=True, timeout=40
     )
@@ -196,20 +196,20 @@ def test_the_demo_ends_by_itself_and_shows_every_outcome() -> None:
     )
     table = done.stdout.rpartition("says:")[2].split("\n\n")[0].strip()
     columns, *rows = (re.split(r" {2,}", row.strip()) for row in table.splitlines())
-    told = {row[0]: dict(zip(columns[1:], row[1:], strict=True)) for row in rows}
-    assert {"orders.charge_card", "mail.receipt", "app.notify"} <= told.keys()
-    for row in told.values():
+    shown = {row[0]: dict(zip(columns[1:], row[1:], strict=True)) for row in rows}
+    assert {"orders.charge_card", "mail.receipt", "app.notify"} <= shown.keys()
+    for row in shown.values():
         wait = row["p95 wait"]
         counts = {column: int(cell) for column, cell in row.items() if column != "p95 wait"}
         assert counts.pop("scheduled") == sum(counts.values()) > 0
         assert wait == "-" or float(wait.removesuffix(" ms")) >= 0
     # The charge waits for the reservation and the receipt, some 15 ms; buckets are coarse.
-    assert float(told["orders.charge_card"]["p95 wait"].removesuffix(" ms")) >= 10
+    assert float(shown["orders.charge_card"]["p95 wait"].removesuffix(" ms")) >= 10
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_the_demo_ends_its_children_when_it_is_told_to_end(end: signal.Signals) -> None:
-    """Ctrl-C and SIGTERM alike: exit code 0, and nobody serves the port any more."""
+def test_the_demo_ends_its_children_on_a_signal(end: signal.Signals) -> None:
+    """After Ctrl-C and SIGTERM the exit code is 0 and the port is free."""
     port = free_port()
     command = [sys.executable, "-u", str(SHOP / "demo.py"), "--port", str(port)]
     # Where a shell started the tests with `&` Ctrl-C is ignored, and a child would inherit that.
@@ -229,8 +229,8 @@ def test_the_demo_ends_its_children_when_it_is_told_to_end(end: signal.Signals) 
         httpx2.get(f"http://127.0.0.1:{port}/metrics")
 
 
-def test_the_demo_says_that_a_port_is_taken() -> None:
-    """A word on what to do, and no traceback."""
+def test_the_demo_explains_that_a_port_is_taken() -> None:
+    """It prints the way out and no traceback."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         command = [sys.executable, str(SHOP / "demo.py"), "--seconds", "5", "--port", port]

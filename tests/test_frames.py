@@ -1,4 +1,4 @@
-"""How much of our code runs for one task: what a reader has to follow, and what each request pays for."""
+"""How much of our code runs for one task: a reader has to follow it, and each request pays for it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def endpoint(tasks: BackgroundTasks) -> str:
 
 @pytest.mark.usefixtures("no_log_handlers")
 def test_one_task_runs_few_frames_in_few_modules(registry: CollectorRegistry) -> None:
-    """A request with one task and the default signals; a frame that is resumed counts again."""
+    """With the default signals a request with one task runs at most 75 frames; a resumed frame counts again."""
     app = FastAPI()
     app.add_api_route("/", endpoint)
     app.add_middleware(AftertaskMiddleware, settings=Settings(registry=registry))

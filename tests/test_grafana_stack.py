@@ -1,4 +1,4 @@
-"""The Grafana stack as files: what can be told of it without Docker."""
+"""The Grafana stack as files: what can be checked without Docker."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ SERVICES = COMPOSE["services"]
 
 
 def mounted(service: str) -> dict[str, str]:
-    """Where a service sees which file, folder or volume."""
+    """The files, folders and volumes that each service mounts, by the path in its container."""
     pairs = [volume.split(":") for volume in SERVICES[service].get("volumes", [])]
     return {inside: outside for outside, inside, *_ in pairs}
 
 
 def run(name: str, *arguments: str | Path) -> None:
-    """A check by Prometheus's or Alertmanager's own tool; its absence is a failure where servers are required."""
+    """Run a check of Prometheus or Alertmanager; a missing tool is a failure where servers are required."""
     if shutil.which(name) is None:
         word = f"no {name} here; it comes with Debian's packages prometheus and prometheus-alertmanager"
         if os.environ.get("AFTERTASK_TEST_REQUIRE_SERVERS"):
@@ -47,7 +47,7 @@ def run(name: str, *arguments: str | Path) -> None:
 
 
 def test_the_compose_file_follows_the_specification() -> None:
-    """Every key and type; services, volumes and networks that are named exist."""
+    """Its keys and types are valid, and the services, volumes and networks that it names exist."""
     text = (STACK / "compose.yaml").read_text()
     PyCompose.from_yaml(text).validate()
     with pytest.raises(ValueError, match="depend_on"):
@@ -57,7 +57,7 @@ def test_the_compose_file_follows_the_specification() -> None:
 
 
 def test_every_image_has_a_version_and_only_this_machine_can_reach_it() -> None:
-    """No `latest`; ports on loopback."""
+    """No image is `latest`, and ports are bound to loopback."""
     for name, service in SERVICES.items():
         if "image" in service:
             assert re.fullmatch(r"[\w./-]+:v?\d+\.\d+\.\d+", service["image"]), name
@@ -65,7 +65,7 @@ def test_every_image_has_a_version_and_only_this_machine_can_reach_it() -> None:
 
 
 def test_everything_that_is_mounted_or_copied_exists() -> None:
-    """Files, folders, named volumes; the Dockerfile and what it copies; what the commands name."""
+    """So do the files of the Dockerfile, and the paths in the commands."""
     for name in SERVICES:
         for inside, outside in mounted(name).items():
             assert outside in COMPOSE["volumes"] or (STACK / outside).exists(), f"{name}: {outside}"
@@ -90,7 +90,7 @@ def test_everything_that_is_mounted_or_copied_exists() -> None:
     ],
 )
 def test_each_server_is_given_the_file_that_is_mounted(service: str, flag: str) -> None:
-    """A name that differs is a server with its defaults, or none."""
+    """With another path a server would start with its defaults, or not at all."""
     command = SERVICES[service]["command"]
     words = command if isinstance(command, list) else command.split()
     (path,) = [word.removeprefix(flag) for word in words if word.startswith(flag)]
@@ -98,7 +98,7 @@ def test_each_server_is_given_the_file_that_is_mounted(service: str, flag: str) 
 
 
 def test_grafana_finds_the_dashboards_and_the_data_sources() -> None:
-    """The provider's path is where the JSON is mounted; every link between data sources leads to one."""
+    """The provider's path has the JSON, and every link between data sources leads to one."""
     (provider,) = read("provisioning/dashboards/aftertask.yaml")["providers"]
     inside = mounted("grafana")
     path = provider["options"]["path"]
@@ -132,7 +132,7 @@ def test_a_log_line_leads_to_its_trace() -> None:
 
 
 def test_prometheus_scrapes_the_shop_keeps_exemplars_and_loads_the_rules() -> None:
-    """And sends its alerts to Alertmanager; the job is the service's name in spans and logs."""
+    """It sends its alerts to Alertmanager, and the job is the service's name in spans and logs."""
     run("promtool", "check", "config", STACK / "prometheus" / "prometheus.yml")
     config = read("prometheus/prometheus.yml")
     (job,) = config["scrape_configs"]
@@ -148,16 +148,16 @@ def test_prometheus_scrapes_the_shop_keeps_exemplars_and_loads_the_rules() -> No
     assert config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] == ["alertmanager:9093"]
 
 
-def test_alertmanager_takes_its_configuration_and_knows_our_alerts() -> None:
-    """amtool says so; every alert that an inhibition names is one of ours."""
+def test_alertmanagers_configuration_names_our_alerts() -> None:
+    """amtool accepts it, and every alert in an inhibition is one of ours."""
     run("amtool", "check-config", STACK / "alertmanager" / "alertmanager.yml")
     ours = {f"Aftertask{alert.name}" for alert in (*_rules._burns(), *_rules._default(), *_rules._more())}
     named = set(re.findall(r"Aftertask\w+", (STACK / "alertmanager" / "alertmanager.yml").read_text()))
     assert named <= ours and len(named) == 2
 
 
-def test_the_collector_hands_everything_on() -> None:
-    """Each pipeline's parts are configured, each part is used, each address is a service of ours."""
+def test_the_collector_passes_everything_on() -> None:
+    """Each part of its pipelines is configured and used, and each address is a service of ours."""
     config = read("collector/collector.yaml")
     used: set[tuple[str, str]] = set()
     for pipeline in config["service"]["pipelines"].values():
@@ -176,8 +176,8 @@ def test_the_collector_hands_everything_on() -> None:
     )
 
 
-def test_tempo_has_only_keys_that_its_version_knows() -> None:
-    """Tempo 3 stops at an unknown key, and took several away."""
+def test_tempo_has_only_keys_of_its_version() -> None:
+    """Tempo 3 refuses unknown keys and has removed several."""
     config = read("tempo/tempo.yaml")
     assert not set(config) & {"ingester", "compactor", "ingester_client", "metrics_generator_client"}
     assert set(config) <= {"server", "distributor", "storage", "usage_report", "query_frontend", "overrides"}

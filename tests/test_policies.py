@@ -1,4 +1,4 @@
-"""What a task is called, and what its owner says of it."""
+"""Names and policies of tasks: @task, options() and the policies of Settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def coroutine() -> None: ...
 
 
 class Mailer:
-    """Every way in which a class gives something to call."""
+    """Every kind of callable that a class has."""
 
     def method(self) -> None: ...
 
@@ -41,7 +41,7 @@ class Mailer:
 
 
 class Hostile:
-    """Hides everything, and says so loudly."""
+    """An object that has no attribute and raises when asked for one."""
 
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError(f"no {name} for you")
@@ -79,7 +79,7 @@ NAMED: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("func", "name"), NAMED, ids=[name for _, name in NAMED])
 def test_a_task_is_named_by_module_and_qualname(func: Any, name: str) -> None:
-    """Never by a repr, and whatever the callable is."""
+    """The name is never a `repr`, whatever the callable is."""
     assert code_name(func) == name
 
 
@@ -92,7 +92,7 @@ def test_main_is_named_as_python_was_started(tmp_path: Path) -> None:
 
 
 def test_a_registered_function_stays_itself() -> None:
-    """The same object, callable and picklable as before."""
+    """@task returns the same function, which can be called and pickled as before."""
     assert task(name="mail.send", owner="growth")(plain) is plain
     assert pickle.loads(pickle.dumps(plain)) is plain
     assert plain() is None  # type: ignore[func-returns-value]  # that it can be called is the point
@@ -106,13 +106,13 @@ def test_a_name_clash_is_an_error() -> None:
 
 
 def test_a_reload_is_no_clash() -> None:
-    """The same module and qualname again takes the name over."""
+    """The same module and qualname may register the name again."""
     task(name="mail.again")(local())
     task(name="mail.again")(local())
 
 
 @pytest.mark.parametrize(
-    ("policy", "error", "says"),
+    ("policy", "error", "message"),
     [
         ({"nam": "x"}, TypeError, "unknown policy option 'nam'; did you mean 'name'?"),
         ({"qqq": 3}, TypeError, "unknown policy option 'qqq'; known options are alert, "),
@@ -140,15 +140,15 @@ def test_a_reload_is_no_clash() -> None:
         ({"trace": "yes"}, ValueError, "Policy.trace must be one of 'child', 'link', 'none', got 'yes'"),
     ],
 )
-def test_a_bad_policy_is_refused(policy: dict[str, Any], error: type[Exception], says: str) -> None:
-    """By name, where the decorator stands."""
+def test_a_bad_policy_is_refused(policy: dict[str, Any], error: type[Exception], message: str) -> None:
+    """The error names the option when the decorator is applied."""
     with pytest.raises(error) as caught:
         task(**policy)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda: Retry(attempts=0), "Retry.attempts must be at least 1, got 0; 1 means no retry"),
         (lambda: Retry(wait_initial=-1), "Retry.wait_initial must be at least 0 seconds"),
@@ -165,15 +165,15 @@ def test_a_bad_policy_is_refused(policy: dict[str, Any], error: type[Exception],
         (lambda: Settings(drain_timeout=0), "Settings.drain_timeout"),
     ],
 )
-def test_a_bad_value_is_refused_by_name(make: Callable[[], Any], says: str) -> None:
-    """Where it is written, not when the task runs."""
+def test_a_bad_value_is_refused_by_name(make: Callable[[], Any], message: str) -> None:
+    """A Retry or Limit checks its values when it is made, not when a task runs."""
     with pytest.raises((TypeError, ValueError)) as caught:
         make()
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_the_waits_of_a_retry_grow_with_full_jitter() -> None:
-    """Each is between 0 and an upper end that doubles, up to the longest; none overflows."""
+    """Each wait is between 0 and a bound that doubles up to `wait_max`; no attempt overflows."""
     retry = Retry(attempts=9, wait_initial=1, wait_max=5)
     for attempt, most in [(1, 1), (2, 2), (3, 4), (4, 5), (5000, 5)]:
         drawn = [retry.delay_s(attempt) for _ in range(300)]
@@ -181,15 +181,15 @@ def test_the_waits_of_a_retry_grow_with_full_jitter() -> None:
         assert 0.8 * most < max(drawn) <= most
 
 
-def test_a_retry_wants_what_it_names() -> None:
+def test_a_retry_applies_to_the_errors_it_names() -> None:
     """`give_up_on` wins over `on`."""
     retry = Retry(on=(OSError, KeyError), give_up_on=FileNotFoundError)
     wanted = [retry.applies_to(error) for error in (OSError(), KeyError(), FileNotFoundError(), ValueError())]
     assert wanted == [True, True, False, False]
 
 
-def test_what_takes_no_attribute_cannot_be_decorated() -> None:
-    """A builtin is named in Settings.policies instead, and the error says so."""
+def test_a_function_without_attributes_cannot_be_decorated() -> None:
+    """The error points to Settings.policies, which can name a builtin."""
     with pytest.raises(TypeError, match=r"name it in Settings\.policies instead"):
         task(print)
     with pytest.raises(TypeError, match="registers a function, got 3"):
@@ -197,13 +197,13 @@ def test_what_takes_no_attribute_cannot_be_decorated() -> None:
 
 
 def test_options_leave_name_and_owner_to_the_task() -> None:
-    """One call cannot be another task."""
+    """The policy of one call cannot rename the task."""
     with pytest.raises(TypeError, match="name belongs to the task"):
         options(plain, name="other")
 
 
-def test_policies_are_put_together_field_by_field() -> None:
-    """options() over an exact name over patterns in their order over @task."""
+def test_a_policy_book_resolves_field_by_field() -> None:
+    """options() wins over an exact name, that over patterns in their order, those over @task."""
     declared = Policy(name="mail.send", owner="declared", expected=(ValueError,), trace="none")
     book = PolicyBook(
         {
@@ -223,10 +223,8 @@ def test_policies_are_put_together_field_by_field() -> None:
     )
 
 
-def test_a_task_that_is_not_observed_is_as_if_it_were_not_there(
-    client_for: ClientFor, registry: CollectorRegistry
-) -> None:
-    """It runs, and nobody hears of it: no event, no series."""
+def test_a_task_that_is_not_observed_runs_without_events(client_for: ClientFor, registry: CollectorRegistry) -> None:
+    """With `observe=False` it has neither an event nor a series."""
     ran: list[str] = []
 
     @task(name="quiet", observe=False)
@@ -243,8 +241,8 @@ def test_a_task_that_is_not_observed_is_as_if_it_were_not_there(
     assert {event.run.task.rpartition(".")[2] for event in seen} == {"loud"}
 
 
-def test_an_operator_overrules_the_decorator(client_for: ClientFor) -> None:
-    """Settings.policies by name wins over @task."""
+def test_settings_win_over_the_decorator(client_for: ClientFor) -> None:
+    """Settings.policies by name overrides @task."""
 
     @task(name="job", observe=False)
     async def job() -> None: ...
@@ -256,7 +254,7 @@ def test_an_operator_overrules_the_decorator(client_for: ClientFor) -> None:
 
 
 def test_expected_exceptions_are_failed_and_not_bad(client_for: ClientFor, registry: CollectorRegistry) -> None:
-    """A declined card is part of the task's life; any other error is not."""
+    """A declined card is part of the task's work; any other error is bad."""
 
     @task(name="charge", expected=LookupError)
     async def charge() -> None:
@@ -271,7 +269,7 @@ def test_expected_exceptions_are_failed_and_not_bad(client_for: ClientFor, regis
 
 
 def test_options_work_with_sync_and_async_functions(client_for: ClientFor) -> None:
-    """What options() returns runs as the function does, where the function would."""
+    """The result of options() runs where the function itself would."""
     ran: list[str] = []
 
     def sync(word: str) -> None:
@@ -288,8 +286,8 @@ def test_options_work_with_sync_and_async_functions(client_for: ClientFor) -> No
     assert [event.run.info.executor for event in seen if isinstance(event, Scheduled)] == ["thread", "inline"]
 
 
-def test_task_stands_above_the_decorators_of_a_class() -> None:
-    """As well as below them: the function is marked, and is found through the class and through an object."""
+def test_task_may_stand_above_the_decorators_of_a_class() -> None:
+    """Above or below @staticmethod and @classmethod it marks the function, for the class and for its objects."""
 
     class Shop:
         @task(priority=3)

@@ -71,14 +71,14 @@ def name_of(path: Path) -> str:
 
 
 def place(module: str) -> int:
-    """Where a module stands in the order."""
+    """The index of a module in the order."""
     found = [at for at, name in enumerate(ORDER) if module == name or module.startswith(f"{name}.")]
     assert found, f"{module} has no place in the order"
     return found[0]
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Every module of ours that a module imports: lazily and for types only, too."""
+    """Every module of ours that a module imports, lazily or for types only, too."""
     package = name_of(path).split(".") if path.stem == "__init__" else name_of(path).split(".")[:-1]
     package = [] if path == PACKAGE / "__init__.py" else package
     for node in ast.walk(ast.parse(path.read_text())):
@@ -98,7 +98,7 @@ def test_imports_point_down(path: Path) -> None:
 
 
 def test_there_is_no_import_circle() -> None:
-    """Not within one part of the order either."""
+    """Modules in one part of the order do not import each other in a circle either."""
     graph = {name_of(path): set(imported(path)) for path in MODULES}
     done: set[str] = set()
 
@@ -116,7 +116,7 @@ def test_there_is_no_import_circle() -> None:
 def test_a_vendor_is_imported_where_it_belongs() -> None:
     """OpenTelemetry in tracing, structlog in logging, prometheus-client in metrics; Settings names their types."""
     allowed = {
-        # The calls of alert channels make no spans; only OpenTelemetry's own context can say so.
+        # The calls of alert channels make no spans; only OpenTelemetry's own context can switch them off.
         "opentelemetry": {"signals.tracing", "signals", "settings", "alerts.calls"},
         "structlog": {"signals.logs", "_log"},
         "prometheus_client": {"signals", "settings"},
@@ -150,8 +150,8 @@ def test_the_package_stays_small() -> None:
     assert {name_of(path): lines(path) for path in MODULES if lines(path) > 400} == {}
 
 
-def test_any_is_for_what_truly_is_anything() -> None:
-    """At most 150 uses."""
+def test_any_is_rare() -> None:
+    """The package uses it at most 150 times."""
     nodes = (node for path in MODULES for node in ast.walk(ast.parse(path.read_text())))
     assert sum(isinstance(node, ast.Name) and node.id == "Any" for node in nodes) <= 150
 
@@ -170,7 +170,7 @@ REFUSED_NAMES = {"__closure__", "cell_contents", "f_locals", "co_freevars", "co_
 
 
 def refused(path: Path) -> Iterator[tuple[str, str, str]]:
-    """What STYLE refuses in a module, as module, function and name."""
+    """The constructs in a module that STYLE refuses, as module, function and name."""
     tree = ast.parse(path.read_text())
     ours = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_own(node)}
     for function in [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]:
@@ -234,7 +234,7 @@ assert not [file for file in opened if file.endswith(".py")], opened
 
 
 def test_every_setting_and_policy_is_documented() -> None:
-    """On the settings page, by name."""
+    """The settings page lists each by name."""
     page = (ROOT / "docs" / "settings.md").read_text()
     for name in [field.name for field in fields(Settings)] + list(PolicyOptions.__annotations__):
         assert f"| `{name}` |" in page, name
@@ -250,7 +250,7 @@ def public(body: list[ast.stmt]) -> Iterator[ast.ClassDef | ast.FunctionDef | as
 
 
 def test_every_public_name_has_a_docstring() -> None:
-    """What a user can import says what it is for; members of protocols and overloads may go without."""
+    """Members of protocols and overloads may go without."""
     for path in MODULES:
         for node in public(ast.parse(path.read_text()).body):
             bare = ast.unparse(node.body[-1]) == "..."
@@ -262,8 +262,8 @@ def test_the_public_names_are_few() -> None:
     assert len(aftertask.__all__) <= 22
 
 
-def test_the_code_speaks_the_english_of_the_field() -> None:
-    """None of the words that STYLE replaces."""
+def test_the_code_uses_the_words_of_the_field() -> None:
+    """It has none of the words that STYLE replaces."""
     words = ("told", "so many", "nobody", "somebody", "whoever")
     found = [(name_of(path), word) for path in MODULES for word in words if word in path.read_text()]
     assert found == []

@@ -98,7 +98,7 @@ def test_tasks_see_the_rows_of_their_request(engine: Engine, what: str, layers: 
 
 
 def test_by_default_tasks_run_before_the_commit(engine: Engine) -> None:
-    """As without the middleware: observing changes nothing."""
+    """That is FastAPI's order, and observing changes nothing."""
     shop = Shop(engine, "response")
     shop.client.post("/mails")
     assert (shop.rows_seen, shop.rows()) == ([0, 0], 1)
@@ -107,7 +107,7 @@ def test_by_default_tasks_run_before_the_commit(engine: Engine) -> None:
 
 @pytest.mark.parametrize(("run_after", "rows"), [("response", 0), ("request", 1)])
 def test_a_failing_task_cannot_undo_the_request(engine: Engine, run_after: str, rows: int) -> None:
-    """By default its exception reaches the dependency, which rolls back what the client was told is done."""
+    """By default its exception reaches the dependency, which rolls back although the client got 200."""
     shop = Shop(engine, run_after)
     assert shop.client.post("/fails").status_code == 200
     assert shop.rows() == rows

@@ -1,4 +1,4 @@
-"""Settings: every mistake is told when the app is built, by name, with the way out."""
+"""Settings: every mistake is an error by name when the app is built, with the way out."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from aftertask.signals import Metrics
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
-    raise AssertionError("nobody calls this app")
+    raise AssertionError("this app is never called")
 
 
 @pytest.mark.parametrize(
-    ("values", "error", "says"),
+    ("values", "error", "message"),
     [
         ({"metric_path": "/m"}, TypeError, "did you mean 'metrics_path'"),
         ({"journal": "tasks.db"}, TypeError, "unknown setting 'journal'"),
@@ -42,15 +42,15 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
         ({"policies": [Policy()]}, TypeError, "must map task names"),
     ],
 )
-def test_a_bad_setting_is_refused_by_name(values: dict[str, Any], error: type[Exception], says: str) -> None:
+def test_a_bad_setting_is_refused_by_name(values: dict[str, Any], error: type[Exception], message: str) -> None:
     """The message names the setting, the value it got and what is allowed."""
     with pytest.raises(error) as caught:
         Settings(**values)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("signals", "says"),
+    ("signals", "message"),
     [
         ([3], "a signal must be a Signal or a function that takes an event, got 3"),
         ([Metrics], "write Metrics()"),
@@ -58,21 +58,21 @@ def test_a_bad_setting_is_refused_by_name(values: dict[str, Any], error: type[Ex
         (3, "signals must be a list"),
     ],
 )
-def test_a_bad_signal_is_refused(signals: Any, says: str) -> None:
-    """What is no signal is told when the app is built."""
+def test_a_bad_signal_is_refused(signals: Any, message: str) -> None:
+    """Something that is no signal is an error when the app is built."""
     with pytest.raises(TypeError) as caught:
         AftertaskMiddleware(app, settings=Settings(registry=CollectorRegistry()), signals=signals)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_settings_must_be_settings() -> None:
-    """A dict is not taken for settings."""
+    """A dict is refused."""
     with pytest.raises(TypeError, match=r"must be an aftertask.Settings"):
         AftertaskMiddleware(app, settings={"trace": "none"})  # type: ignore[arg-type]  # the mistake
 
 
-def test_an_argument_that_the_middleware_does_not_take_is_told_with_the_way_out() -> None:
-    """Settings are not given one by one, as other middlewares take theirs."""
+def test_an_unknown_argument_of_the_middleware_is_refused_with_a_hint() -> None:
+    """Settings are not passed one by one, as other middlewares take them."""
     with pytest.raises(
         TypeError, match=r"'metrics_path' is a setting, not an argument of AftertaskMiddleware; write settings=Settings"
     ):
@@ -82,7 +82,7 @@ def test_an_argument_that_the_middleware_does_not_take_is_told_with_the_way_out(
 
 
 def test_a_registry_that_has_one_of_our_names_is_refused() -> None:
-    """Somebody else's family under our name is a clear error, not a half-registered one."""
+    """Another library's family under one of our names is an error, and nothing is half registered."""
     registry = CollectorRegistry()
     Counter("aftertask_tasks_scheduled", "theirs", ["route"], registry=registry)
 
@@ -93,16 +93,16 @@ def test_a_registry_that_has_one_of_our_names_is_refused() -> None:
     assert "Settings(registry=" in str(caught.value)
 
 
-def test_the_middleware_added_twice_is_told() -> None:
-    """Two on one app work, but only one observes: a warning says so."""
+def test_a_middleware_added_twice_warns() -> None:
+    """The app works, but only one of the two observes."""
     settings = Settings(registry=CollectorRegistry())
     inner = AftertaskMiddleware(app, settings=settings)
     with pytest.warns(UserWarning, match="added twice"):
         AftertaskMiddleware(inner, settings=settings)
 
 
-def test_a_mistake_comes_out_of_the_first_request_at_the_latest() -> None:
-    """Starlette builds its stack late; the error is not swallowed there."""
+def test_a_mistake_comes_out_of_the_first_request() -> None:
+    """Starlette builds its middlewares late; the error is not swallowed there."""
     app = Starlette(middleware=[Middleware(AftertaskMiddleware, settings=Settings(), signals=[3])])
     with pytest.raises(TypeError, match="must be a Signal"):
         TestClient(app).get("/")
@@ -126,7 +126,7 @@ def test_the_environment_is_read_by_from_env_alone(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "says"),
+    ("name", "value", "message"),
     [
         ("AFTERTASK_TRACE", "both", "AFTERTASK_TRACE"),
         ("AFTERTASK_SUCCESS_LOG_RATE", "many", "AFTERTASK_SUCCESS_LOG_RATE='many'"),
@@ -134,16 +134,16 @@ def test_the_environment_is_read_by_from_env_alone(monkeypatch: pytest.MonkeyPat
         ("AFTERTASK_THREAD_LIMIT", "none", "AFTERTASK_THREAD_LIMIT='none': must be a whole number"),
     ],
 )
-def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str) -> None:
-    """The operator reads which variable is wrong."""
+def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str) -> None:
+    """The error names the environment variable, not the setting alone."""
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError) as caught:
         Settings.from_env()
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_an_empty_variable_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a compose file gives it where nobody has set it; to switch something off is to write `none`."""
+def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compose file passes one on for a variable that is not set; `none` switches a setting off."""
     for name in ("METRICS_PATH", "TRACE", "THREAD_LIMIT", "SUCCESS_LOG_RATE", "ALERTS", "EXCLUDE"):
         monkeypatch.setenv(f"AFTERTASK_{name}", "")
     assert Settings.from_env() == Settings()
@@ -151,15 +151,15 @@ def test_an_empty_variable_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert Settings.from_env().metrics_path is None
 
 
-def test_an_unknown_variable_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A misspelt variable does not pass in silence."""
+def test_an_unknown_variable_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A misspelt variable must not be ignored."""
     monkeypatch.setenv("AFTERTASK_TRACES", "link")
     with pytest.warns(UserWarning, match="unknown environment variable AFTERTASK_TRACES; did you mean AFTERTASK_TRACE"):
         Settings.from_env()
 
 
-def test_what_kubernetes_puts_into_the_environment_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Service called aftertask gives every container variables of our prefix."""
+def test_the_variables_of_kubernetes_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Service called aftertask gives every container variables with our prefix."""
     for name in ("AFTERTASK_SERVICE_HOST", "AFTERTASK_SERVICE_PORT_HTTP", "AFTERTASK_PORT", "AFTERTASK_PORT_80_TCP"):
         monkeypatch.setenv(name, "tcp://10.0.0.1:80")
     assert Settings.from_env().trace == "child"
@@ -178,15 +178,15 @@ def test_disabled_installs_nothing(monkeypatch: pytest.MonkeyPatch, registry: Co
     assert not seen
 
 
-def test_disabled_understands_only_yes_and_no(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A typo there must not leave somebody believing."""
+def test_disabled_takes_only_a_boolean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A typo there must not leave the middleware in place unnoticed."""
     monkeypatch.setenv("AFTERTASK_DISABLED", "maybe")
     with pytest.raises(ValueError, match="AFTERTASK_DISABLED must be 1 or 0, got 'maybe'"):
         AftertaskMiddleware(app)
 
 
-def test_thousands_of_instances_are_fine(registry: CollectorRegistry) -> None:
-    """The families are registered once per registry, however many apps there are."""
+def test_apps_on_one_registry_register_its_metrics_once(registry: CollectorRegistry) -> None:
+    """Thousands of apps may share the registry."""
     settings = Settings(registry=registry)
     for _ in range(3000):
         AftertaskMiddleware(app, settings=settings)
@@ -194,7 +194,7 @@ def test_thousands_of_instances_are_fine(registry: CollectorRegistry) -> None:
 
 
 def test_importing_the_package_logs_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """Registering a task is silent."""
+    """Nor does the registration of a task."""
     with caplog.at_level(logging.DEBUG):
 
         @task(name="quiet")

@@ -1,4 +1,4 @@
-"""What tests of users' apps get: recorded events, waiting without sleeping, a clock that they turn, fixtures."""
+"""Tools for the tests of users' apps: recorded events, waiting without sleeping, a virtual clock, fixtures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def ok() -> None: ...
 
 
 def test_a_recorder_keeps_events_by_kind_and_task(client_for: ClientFor) -> None:
-    """By class, and by the last part of a task's name."""
+    """`of` selects by class and by the last part of a task's name."""
     recorder = Recorder()
     client_for(ok, ok, signals=[recorder]).get("/")
     assert len(recorder.of(Scheduled)) == 2
@@ -37,7 +37,7 @@ def test_a_recorder_keeps_events_by_kind_and_task(client_for: ClientFor) -> None
 
 
 def test_waiting_ends_when_no_run_is_in_flight(client_for: ClientFor) -> None:
-    """From another thread, without a sleep."""
+    """A test in another thread waits without sleeping."""
     recorder, go, started = Recorder(), threading.Event(), threading.Event()
 
     def held() -> None:
@@ -57,13 +57,13 @@ def test_waiting_ends_when_no_run_is_in_flight(client_for: ClientFor) -> None:
 
 
 @pytest.mark.anyio
-async def test_waiting_on_the_event_loop(anyio_backend: str) -> None:
-    """The same for an async test."""
+async def test_an_async_test_waits_on_the_event_loop(anyio_backend: str) -> None:
+    """`until` and `idle` are awaited there."""
     await Recorder().idle(1)
 
 
-def test_a_virtual_clock_stands_still_until_it_is_turned(client_for: ClientFor) -> None:
-    """And goes forward only."""
+def test_a_virtual_clock_stands_still_until_it_is_advanced(client_for: ClientFor) -> None:
+    """It never goes back."""
     recorder = Recorder()
     with VirtualClock(1_800_000_000) as clock:
         client_for(lambda: clock.advance(90), signals=[recorder]).get("/")
@@ -75,8 +75,8 @@ def test_a_virtual_clock_stands_still_until_it_is_turned(client_for: ClientFor) 
     assert recorder.runs()[0].at.isoformat() == "2027-01-15T08:00:00+00:00"
 
 
-def test_an_app_as_it_is_can_be_recorded_again_and_again() -> None:
-    """One that was made at import, and has served already; afterwards it tells its own signals again."""
+def test_an_existing_app_can_be_recorded_repeatedly() -> None:
+    """It may have been made at import and have served requests; afterwards its own signals get the events again."""
     seen: list[TaskEvent] = []
     answer = Route("/", lambda request: PlainTextResponse("x", background=BackgroundTask(ok)))
     settings = Settings(registry=CollectorRegistry(), run_ids_header="x-runs")
@@ -94,13 +94,13 @@ def test_an_app_as_it_is_can_be_recorded_again_and_again() -> None:
 
 
 def test_an_app_without_the_middleware_cannot_be_recorded() -> None:
-    """Nothing would be."""
+    """The error names the missing middleware."""
     with pytest.raises(ValueError, match="has no AftertaskMiddleware"), recorded(Starlette()):
         pass
 
 
 def test_the_fixtures_come_with_the_package(pytester: pytest.Pytester) -> None:
-    """Installed as a pytest plugin: nothing has to be imported."""
+    """The package is a pytest plugin: tests import nothing."""
     pytester.makepyfile(
         """
         from starlette.applications import Starlette

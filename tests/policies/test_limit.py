@@ -159,9 +159,7 @@ async def test_add_task_raises_if_the_queue_is_full(where: str) -> None:
     assert accepted.body == b'{"tasks":1}'
 
 
-async def test_a_task_of_a_response_is_rejected_if_the_queue_is_full(
-    env: Env, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_a_task_of_a_response_is_rejected_if_the_queue_is_full(env: Env) -> None:
     """No caller could get the error: the run is rejected, the client gets its response, and the siblings run."""
     crowd = Crowd()
 

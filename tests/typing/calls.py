@@ -53,7 +53,7 @@ assert_type(plain(3), str)
 smtp = Limit("smtp", 5, max_waiting=10)
 
 
-async def tell(run: TaskRun, error: Exception) -> None:
+async def note(run: TaskRun, error: Exception) -> None:
     assert_type(run.state, str)
 
 
@@ -67,7 +67,7 @@ async def tell(run: TaskRun, error: Exception) -> None:
     run_on_error=True,
     idempotent=True,
     executor="thread",
-    on_error=tell,
+    on_error=note,
 )
 def governed() -> None:
     progress(1, 2, "half way")
@@ -120,7 +120,7 @@ class Pager:
 
 
 channel: Channel = Pager()
-told = Settings(
+settings = Settings(
     alerts=[
         page,
         post,
@@ -131,5 +131,5 @@ told = Settings(
     ],
     trace_url="https://tempo/{trace_id}",
 )
-assert_type(send_test(told.alerts), list[Tested])
-AftertaskMiddleware(app, settings=told, signals=[*usual(told), Alerts([page], burst=100, repeat_after=60)])
+assert_type(send_test(settings.alerts), list[Tested])
+AftertaskMiddleware(app, settings=settings, signals=[*usual(settings), Alerts([page], burst=100, repeat_after=60)])
