@@ -8,6 +8,9 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 from fastapi import FastAPI
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -54,6 +57,24 @@ class Layer(BaseHTTPMiddleware):
     async def dispatch(self, request: Any, call_next: Any) -> Any:
         """Pass the request on."""
         return await call_next(request)
+
+
+class Traced:
+    """
+    A tracer provider whose spans are kept.
+
+    Args:
+        kwargs: Arguments of `TracerProvider`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.exporter = InMemorySpanExporter()
+        self.provider = TracerProvider(**kwargs)
+        self.provider.add_span_processor(SimpleSpanProcessor(self.exporter))
+
+    def spans(self, prefix: str = "background_task") -> list[ReadableSpan]:
+        """The ended spans whose name starts with the prefix, in the order of their ends."""
+        return [span for span in self.exporter.get_finished_spans() if span.name.startswith(prefix)]
 
 
 async def until(condition: Callable[[], object]) -> None:

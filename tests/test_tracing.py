@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from opentelemetry import baggage, trace
 from opentelemetry.context import attach, detach
 from opentelemetry.sdk.trace import ReadableSpan, SpanLimits, SpanProcessor, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased, Sampler, SamplingResult
 from opentelemetry.trace import SpanKind, StatusCode
@@ -31,7 +31,7 @@ from starlette.testclient import TestClient
 from aftertask import AftertaskMiddleware, Retry, Settings, current_run, task
 from aftertask.events import HazardFound, TaskRun
 from aftertask.signals import Tracing
-from kit import ClientFor
+from kit import ClientFor, Traced
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,19 +43,6 @@ async def ok() -> None: ...
 @task(name="trace.broken")
 async def broken() -> None:
     raise LookupError("password=hunter2")
-
-
-class Traced:
-    """A provider whose spans are kept."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        self.exporter = InMemorySpanExporter()
-        self.provider = TracerProvider(**kwargs)
-        self.provider.add_span_processor(SimpleSpanProcessor(self.exporter))
-
-    def spans(self, prefix: str = "background_task") -> list[ReadableSpan]:
-        """The ended spans whose name starts with the prefix, in the order of their ends."""
-        return [span for span in self.exporter.get_finished_spans() if span.name.startswith(prefix)]
 
 
 @pytest.fixture

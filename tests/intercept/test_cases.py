@@ -14,13 +14,11 @@ import pickle
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 import pytest
 import starlette
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi import BackgroundTasks as FBT
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from starlette._utils import is_async_callable
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask, BackgroundTasks
@@ -45,7 +43,7 @@ from starlette.routing import Mount, Route, Router, WebSocketRoute
 from aftertask import observe_functions
 from aftertask.events import Started
 from aftertask.testing import Recorder
-from kit import LOG, Env, Layer, af, answering, boom, drive, sf
+from kit import LOG, Env, Layer, Traced, af, answering, boom, drive, sf
 
 pytestmark = pytest.mark.anyio
 
@@ -235,7 +233,7 @@ async def test_a_client_that_leaves_an_endless_stream_does_not_stop_the_task(env
     async def gen():
         while True:
             yield "a"
-            await anyio.sleep(0.001)
+            await anyio.lowlevel.checkpoint()
 
     async def e(request):
         return StreamingResponse(gen(), background=BackgroundTask(af))
@@ -1035,10 +1033,8 @@ async def test_a_container_class_of_the_users_in_fastapi_is_observed(env: Env) -
 async def test_fastapis_own_spans_of_tasks_stay(env: Env) -> None:
     """With FastAPI's own telemetry and none of ours, its spans of tasks are those of the app alone."""
     pytest.importorskip("fastapi.telemetry", reason="FastAPI traces its tasks since 0.142")
-    ex = InMemorySpanExporter()
-    tp = TracerProvider()
-    tp.add_span_processor(SimpleSpanProcessor(ex))
-    app = env.fastapi(telemetry={"tracer_provider": tp})
+    traced = Traced()
+    app = env.fastapi(telemetry={"tracer_provider": traced.provider})
 
     @app.get("/")
     async def e(t: FBT):
@@ -1050,8 +1046,7 @@ async def test_fastapis_own_spans_of_tasks_stay(env: Env) -> None:
     await drive(app)
     spans = [
         (s.name, s.attributes.get("code.function.name", "").split(".")[-1], s.status.status_code.name)
-        for s in ex.get_finished_spans()
-        if "background" in s.name
+        for s in traced.spans("fastapi.background")
     ]
     assert spans == [("fastapi.background_task", "af", "UNSET"), ("fastapi.background_task", "boom", "ERROR")], spans
     env.expect("af", "boom", log=["af", "boom"])

@@ -9,9 +9,6 @@ from typing import Any
 
 import anyio
 import pytest
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
 from starlette.background import BackgroundTask, BackgroundTasks
 
@@ -19,7 +16,7 @@ from aftertask import Retry, TaskRun, current_run, options, task
 from aftertask.events import Cancelled, Failed, Retrying, Scheduled, Skipped, Started, Succeeded, TimedOut
 from aftertask.signals import Logs, Metrics, Tracing
 from aftertask.testing import VirtualClock
-from kit import LOG, Env, answering, drive, sf
+from kit import LOG, Env, Traced, answering, drive, sf
 
 pytestmark = pytest.mark.anyio
 
@@ -209,17 +206,15 @@ async def test_a_task_class_of_the_users_is_not_retried(env: Env) -> None:
 @pytest.mark.usefixtures("longest")
 async def test_each_attempt_has_a_span_linked_to_the_first(env: Env, clock: VirtualClock) -> None:
     """The spans are siblings; failed ones have status ERROR, and only the last has an outcome."""
-    provider, exporter = TracerProvider(), InMemorySpanExporter()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    registry = CollectorRegistry()
+    traced, registry = Traced(), CollectorRegistry()
     lines: list[TaskRun] = []
-    signals = [Tracing(provider), Metrics(registry), Logs(), lambda event: lines.append(event.run), env.seen]
+    signals = [Tracing(traced.provider), Metrics(registry), Logs(), lambda event: lines.append(event.run), env.seen]
     func = options(flaky(2), retry=Retry(attempts=3, wait_initial=1), on_failure="contain")
-    with provider.get_tracer("test").start_as_current_span("request"):
+    with traced.provider.get_tracer("test").start_as_current_span("request"):
         async with anyio.create_task_group() as group:
             group.start_soon(drive, env.app_with_signals(signals, answering(BackgroundTask(func))))
             await turn(clock, 1, 2)
-    spans = [span for span in exporter.get_finished_spans() if span.name != "request"]
+    spans = traced.spans()
     attributes = [dict(span.attributes or {}) for span in spans]
     assert [each["aftertask.attempt"] for each in attributes] == [1, 2, 3]
     assert [each.get("aftertask.outcome") for each in attributes] == [None, None, "succeeded"]

@@ -11,9 +11,6 @@ import pytest
 from fastapi import BackgroundTasks as Injected
 from fastapi import Depends, FastAPI, HTTPException, Query
 from fastapi.responses import JSONResponse
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from starlette.background import BackgroundTask
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
@@ -22,7 +19,7 @@ from aftertask import Policy, Retry, task
 from aftertask.events import Failed, Started, Succeeded
 from aftertask.signals import Tracing
 from aftertask.testing import VirtualClock
-from kit import LOG, Env, boom, drive, sf
+from kit import LOG, Env, Traced, boom, drive, sf
 
 pytestmark = pytest.mark.anyio
 
@@ -244,14 +241,13 @@ async def test_a_compensating_task_runs_once(env: Env, refund: Any) -> None:
 
 async def test_the_span_of_a_compensating_task_is_a_child_of_the_request(env: Env, refund: Any) -> None:
     """`aftertask.origin` shows why it ran."""
-    provider, exporter = TracerProvider(), InMemorySpanExporter()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    env.signals = [Tracing(provider), env.seen]
+    traced = Traced()
+    env.signals = [Tracing(traced.provider), env.seen]
     for error in (HTTPException(409), ValueError("x")):
-        with provider.get_tracer("test").start_as_current_span("request") as request:
+        with traced.provider.get_tracer("test").start_as_current_span("request") as request:
             await drive(env.fastapi(raising(error, refund)))
-        span = next(span for span in exporter.get_finished_spans() if span.name != "request")
+        (span,) = traced.spans()
         assert span.parent is not None
         assert span.parent.span_id == request.get_span_context().span_id
         assert (span.attributes or {})["aftertask.origin"] == "run_on_error"
-        exporter.clear()
+        traced.exporter.clear()
