@@ -36,7 +36,7 @@ def log(
     timestamp: float | None = None,
     exc_info: BaseException | None = None,
     contained: bool = False,
-    **keys: Any,
+    **keys: object,
 ) -> Exception | None:
     """
     Log one event; keys that are None are left out, seconds have at most six decimals. Never raises.
@@ -146,7 +146,7 @@ _records = structlog.wrap_logger(
 )
 
 
-def _report(level: Level, event: str, line: Mapping[str, Any]) -> None:
+def _report(level: Level, event: str, line: Mapping[str, object]) -> None:
     """
     Make a record that no handler prints, for error reporters that hook into `logging.Logger` itself, as Sentry's SDK
     does: where lines do not pass through stdlib logging, a contained failure would escape them. Where they do, the
@@ -179,7 +179,7 @@ _TO_JSON: list[structlog.typing.Processor] = [
 _FROM_INFO = structlog.make_filtering_bound_logger(logging.INFO)
 
 
-def _write(level: Level, event: str, keys: Mapping[str, Any]) -> None:
+def _write(level: Level, event: str, keys: Mapping[str, object]) -> None:
     """One JSON line to stderr, at info and above; without a working stderr there is none."""
     if sys.stderr is None:
         return

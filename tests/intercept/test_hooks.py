@@ -166,3 +166,20 @@ assert changed(bare) == first
 def test_the_hooks_can_be_removed_and_installed_again() -> None:
     """`uninstall()` restores Starlette's and FastAPI's own functions, `install()` sets the hooks again."""
     subprocess.run([sys.executable, "-c", INSTALL], check=True)
+
+
+async def test_a_container_class_without_a_hash_keeps_its_tasks() -> None:
+    """Defining `__eq__` alone makes the containers of a class unhashable; their tasks are observed all the same."""
+
+    class Comparable(BackgroundTasks):
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Comparable) and self.tasks == other.tasks
+
+    async def endpoint(request: Any) -> PlainTextResponse:
+        tasks = Comparable()
+        tasks.add_task(af)
+        return PlainTextResponse("ok", background=tasks)
+
+    env = Env()
+    await drive(env.app(Route("/", endpoint)))
+    env.expect("af", log=["af"])

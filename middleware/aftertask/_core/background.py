@@ -36,7 +36,7 @@ class Work:
     target: object
     func: Any
     args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    kwargs: Mapping[str, object]
     whole: bool
     call: Callable[[], Awaitable[object]]
 

@@ -210,7 +210,7 @@ def _request_injected_into() -> tuple[Request | None, object]:
 def _hook_add_task(owner: type, original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def add_task(self: BackgroundTasks, *args: Any, **kwargs: Any) -> None:
-        request = None if self in _adding else _injected.get(self)
+        request = _request_of(self)
         if request is None:
             return original(self, *args, **kwargs)
         _adding.add(self)
@@ -228,6 +228,14 @@ def _hook_add_task(owner: type, original: Callable[..., None]) -> Callable[..., 
             request.broken("add_task", error)
 
     return add_task
+
+
+def _request_of(container: BackgroundTasks) -> Request | None:
+    """The request that an injected container belongs to, if its task is not being added already."""
+    try:
+        return None if container in _adding else _injected.get(container)
+    except TypeError:  # a subclass without a hash: none of FastAPI's
+        return None
 
 
 def _work_added(task: BackgroundTask, func: object) -> Work:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 #: Calls a function soon on one event loop, from any thread; raises RuntimeError once that loop is closed.
 CallSoon: TypeAlias = Callable[[Callable[[], object]], object]
@@ -18,6 +18,11 @@ def on_trio() -> bool:
     return in_trio_task is not None and bool(in_trio_task())
 
 
+def this_loop() -> Any:
+    """What identifies the event loop that runs here: asyncio's loop, or the token of trio's run."""
+    return sys.modules["trio.lowlevel"].current_trio_token() if on_trio() else asyncio.get_running_loop()
+
+
 def call_soon_from_any_thread() -> CallSoon:
     """
     A function that calls another one soon on the event loop of this task, from any thread.
@@ -27,7 +32,6 @@ def call_soon_from_any_thread() -> CallSoon:
     Raises:
         RuntimeError: No event loop runs in this thread.
     """
-    if on_trio():
-        run_sync_soon: CallSoon = sys.modules["trio.lowlevel"].current_trio_token().run_sync_soon
-        return run_sync_soon
-    return asyncio.get_running_loop().call_soon_threadsafe
+    loop = this_loop()
+    call_soon: CallSoon = loop.run_sync_soon if on_trio() else loop.call_soon_threadsafe
+    return call_soon

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import dropwhile
 from types import CoroutineType, FrameType, GeneratorType
 
-from .._taskrun import TaskRun, in_flight
-from .._text import CARRIERS, Redact, frames_text, package_of
+from .._taskrun import TaskRun, in_flight, running
+from .._text import CARRIERS, Redact, frames_text, is_library, package_of
 
 #: Deeper stacks, and longer chains of awaited coroutines, are cut.
 _DEEPEST = 3000
@@ -45,10 +46,34 @@ def run_on(frames: Sequence[FrameType]) -> TaskRun | None:
     return max(found, key=lambda one: one[0])[1] if found else None
 
 
-def own_frames(run: TaskRun, frames: Sequence[FrameType]) -> list[FrameType]:
-    """The part of these frames that begins with the task's own first frame; all of them if the run is not in them."""
-    at = _first_frame(run, frames)
-    return list(frames) if at is None else without_carriers(frames[at:]) or [frames[-1]]
+def run_of_current_task(loop: object) -> TaskRun | None:
+    """
+    The run that started asyncio's current task, by `asyncio.gather` or a task group; None on trio, and before 3.12.
+
+    A context may have leaked (CPython #140947), so a run that does not execute is not meant.
+    """
+    if sys.version_info < (3, 12) or not isinstance(loop, asyncio.AbstractEventLoop):
+        return None
+    task = asyncio.current_task(loop)
+    run = task.get_context().get(running) if isinstance(task, asyncio.Task) else None
+    return run if run is not None and run.state == "running" else None
+
+
+def sight_of(run: TaskRun | None, frames: Sequence[FrameType], redact: Redact) -> tuple[str, str]:
+    """
+    The app's innermost line in the frames of a thread, and the stack as text.
+
+    The stack begins with the task's own first frame, or else with the app's.
+    """
+    at = None if run is None else _first_frame(run, frames)
+    of_app = [at for at, frame in enumerate(frames) if not is_library(frame.f_code)]
+    if at is not None:
+        own = without_carriers(frames[at:]) or [frames[-1]]
+    else:
+        own = list(frames[of_app[0] :] if run is None and of_app else frames)
+    frame = next((frame for frame in reversed(own) if not is_library(frame.f_code)), own[-1])
+    where = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}"
+    return where, frames_text(own, redact)
 
 
 def frames_of_thread(thread: int) -> list[FrameType]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from string import Template
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
@@ -417,7 +417,7 @@ def _write(query: str, options: Options) -> str:
     return select(Template(scaled).substitute(_numbers(options)), options.selector)
 
 
-def _alert(alert: Alert, options: Options) -> dict[str, Any]:
+def _alert(alert: Alert, options: Options) -> dict[str, object]:
     name = f"Aftertask{alert.name}"
     shown = "&".join(f"var-{label}={{{{ $labels.{label} | urlquery }}}}" for label in alert.keeps)
     return {
@@ -434,7 +434,7 @@ def _alert(alert: Alert, options: Options) -> dict[str, Any]:
     }
 
 
-def groups(options: Options, *, default: bool) -> dict[str, Any]:
+def groups(options: Options, *, default: bool) -> dict[str, object]:
     """One file of rules: those that are on by default with what they record, or those behind the switch."""
     written = [_alert(alert, options) for alert in alerts() if alert.default == default]
     if not default:
@@ -461,7 +461,7 @@ def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 
 
-def to_yaml(document: dict[str, Any]) -> str:
+def to_yaml(document: dict[str, object]) -> str:
     """A file of rules as text."""
     head = "# Written by `aftertask rules export`, which sets selector, service level, limits and addresses.\n"
     return head + yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=1000, allow_unicode=True)

@@ -102,12 +102,12 @@ def _build(**given: Any) -> object:
 # --- what is printed
 
 
-def _test_alerts(settings: Settings | None) -> Iterator[dict[str, Any]]:
+def _test_alerts(settings: Settings | None) -> Iterator[dict[str, object]]:
     for tested in send_test(settings.alerts) if settings is not None else ():
         yield dataclasses.asdict(tested)
 
 
-def _as_json(app: str, subject: Subject, found: list[Finding], sent: list[dict[str, Any]]) -> dict[str, Any]:
+def _as_json(app: str, subject: Subject, found: list[Finding], sent: list[dict[str, object]]) -> dict[str, object]:
     return {
         "app": app,
         "settings": None if subject.settings is None else dict(_settings(subject.settings)),
@@ -117,7 +117,7 @@ def _as_json(app: str, subject: Subject, found: list[Finding], sent: list[dict[s
     }
 
 
-def _print(app: str, subject: Subject, found: list[Finding], sent: list[dict[str, Any]]) -> None:
+def _print(app: str, subject: Subject, found: list[Finding], sent: list[dict[str, object]]) -> None:
     if subject.settings is not None:
         typer.echo(f"{app}\n\nSettings")
         for name, value in _settings(subject.settings):

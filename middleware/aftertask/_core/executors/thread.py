@@ -28,14 +28,14 @@ class ThreadCall:
         function: What to call.
     """
 
-    def __init__(self, run: TaskRun, function: Callable[[], Any]) -> None:
+    def __init__(self, run: TaskRun, function: Callable[[], object]) -> None:
         self._run, self._function = run, function
         self._lock = threading.Lock()
         self._state = "new"
         self._call_soon = call_soon_from_any_thread()
         self._on_end: Callable[[], object] | None = None
 
-    def __call__(self) -> Any:
+    def __call__(self) -> object:
         """Call the function; in the thread."""
         with self._lock:
             if self._state == "abandoned":  # before it began
@@ -70,14 +70,14 @@ class ThreadCall:
 class OwnLoop:
     """An async function, called in a thread with an event loop of its own."""
 
-    def __init__(self, function: Callable[[], Awaitable[Any]]) -> None:
+    def __init__(self, function: Callable[[], Awaitable[object]]) -> None:
         self._function = function
         self._backend = "trio" if on_trio() else "asyncio"
         self._scope = anyio.CancelScope()
         self._call_soon: Callable[[Callable[[], object]], object] | None = None
         self._cancelled = False
 
-    def __call__(self) -> Any:
+    def __call__(self) -> object:
         """Run it to its end; in the thread."""
         return anyio.run(self._main, backend=self._backend)
 
@@ -104,7 +104,7 @@ async def call_in_thread(
     *,
     may_abandon: bool,
     on_abandoned: Callable[[ThreadCall], object],
-) -> Any:
+) -> object:
     """
     Call a function in a worker thread; the caller holds a slot for the thread.
 
