@@ -422,14 +422,16 @@ class Scrapes:
         self.drift: list[float] = []
         self.abandoned = 0
         self.thread_ended = threading.Semaphore(0)
+        self._lock = threading.Lock()
 
     def __call__(self, event: TaskEvent) -> None:
-        """Scrape."""
-        metrics = list(self._registry.collect())
-        now = counters(metrics)
-        self.fallen += [key for key, before in self._before.items() if now.get(key, -1) < before]
-        self.drift.append(unaccounted(metrics))
-        self._before = now
+        """Scrape; an event of a thread waits, so that scrapes are compared in their order."""
+        with self._lock:
+            metrics = list(self._registry.collect())
+            now = counters(metrics)
+            self.fallen += [key for key, before in self._before.items() if now.get(key, -1) < before]
+            self.drift.append(unaccounted(metrics))
+            self._before = now
         self.abandoned += isinstance(event, Abandoned)
         if isinstance(event, AbandonedEnded):
             self.thread_ended.release()

@@ -133,7 +133,7 @@ async def test_tasks_behind_a_failed_one_are_skipped(env: Env) -> None:
     ("error", "reason"),
     [
         (HTTPException(404), "http_exception"),
-        (HTTPException(499), "http_exception"),
+        (HTTPException(499, "gone"), "http_exception"),
         (HTTPException(500), "handler_error"),
         (KeyError("x"), "handler_error"),
     ],
