@@ -52,11 +52,11 @@ def run_of_current_task(loop: object) -> TaskRun | None:
 
     A context may have leaked (CPython #140947), so a run that does not execute is not meant.
     """
-    if sys.version_info < (3, 12) or not isinstance(loop, asyncio.AbstractEventLoop):
-        return None
-    task = asyncio.current_task(loop)
-    run = task.get_context().get(running) if isinstance(task, asyncio.Task) else None
-    return run if run is not None and run.state == "running" else None
+    if sys.version_info >= (3, 12) and isinstance(loop, asyncio.AbstractEventLoop):
+        task = asyncio.current_task(loop)
+        run = task.get_context().get(running) if isinstance(task, asyncio.Task) else None
+        return run if run is not None and run.state == "running" else None
+    return None
 
 
 def sight_of(run: TaskRun | None, frames: Sequence[FrameType], redact: Redact) -> tuple[str, str]:
@@ -66,11 +66,8 @@ def sight_of(run: TaskRun | None, frames: Sequence[FrameType], redact: Redact) -
     The stack begins with the task's own first frame, or else with the app's.
     """
     at = None if run is None else _first_frame(run, frames)
-    of_app = [at for at, frame in enumerate(frames) if not is_library(frame.f_code)]
-    if at is not None:
-        own = without_carriers(frames[at:]) or [frames[-1]]
-    else:
-        own = list(frames[of_app[0] :] if run is None and of_app else frames)
+    outer = dropwhile(lambda frame: is_library(frame.f_code), frames)
+    own = (list(outer) if at is None else without_carriers(frames[at:])) or list(frames)
     frame = next((frame for frame in reversed(own) if not is_library(frame.f_code)), own[-1])
     where = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}"
     return where, frames_text(own, redact)

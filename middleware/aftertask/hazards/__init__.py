@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
 
+from anyio import CapacityLimiter
 from starlette.responses import Response
 
 from .. import _clock
@@ -22,9 +23,9 @@ from ..events import (
 )
 from . import _failures
 from ._arguments import Arguments
-from ._reports import LoopReports
+from ._block import LoopReports
 from ._threads import KIND, Threads
-from .loop import WATCHER, this_loop
+from .loop import WATCHER
 from .stuck import StuckWatch
 
 __all__ = ["Hazards", "Hints"]
@@ -81,25 +82,20 @@ class Hazards(Signal):
         self._emit = emit
         self._stuck = StuckWatch(emit)
         self._reports = LoopReports(self._threshold, emit, self._loop_blocked_by, self._look_at_threads)
-        self._loop: object = None
 
     def open(self) -> None:
         """The app starts: watch its event loop and its runs."""
-        self._stuck.is_open = True
         self.batch_started()
 
     def close(self) -> None:
         """The app has stopped."""
-        self._stuck.is_open = False
+        self._stuck.stop()
         WATCHER.unwatch(self._reports)
-        self._loop = None
 
     def batch_started(self) -> None:
         """A batch starts, maybe on an event loop that is not watched yet."""
-        here = this_loop()
-        if self._loop is not here or WATCHER.find() is None:
-            WATCHER.watch(self._reports)
-            self._loop = here
+        WATCHER.watch(self._reports)
+        self._stuck.start()
 
     def task_known(self, info: TaskInfo) -> None:
         """A task with limits of its own exists."""
@@ -114,29 +110,28 @@ class Hazards(Signal):
         if event.result is None:
             return
         for kind, hazard, advice in _TRAPS:
-            if isinstance(event.result, kind) and not isinstance(event.run.target, Response):
+            # By its type: a mock says that it is of any class.
+            if issubclass(type(event.result), kind) and not isinstance(event.run.target, Response):
                 self._found(event.run, hazard, None, advice)
 
     def hint(self, run: TaskRun, error: BaseException) -> str | None:
         """The likely cause of a failure, if it is an argument that was dead; emitted as a hazard, too."""
-        if not _failures.says_closed(error):
+        kinds = _failures.closed_kinds(error)
+        found = self._arguments.suspect(run, kinds) if kinds else None
+        if found is None and _failures.is_detached(error):
+            found = (None, *_failures.DETACHED)
+        if found is None:
             return None
-        found = list(self._arguments.suspects(run))
-        if not found and _failures.is_detached(error):
-            found = [(None, *_failures.DETACHED)]
-        if not found:
-            return None
-        argument, kind, advice = found[0]
+        argument, kind, advice = found
         self._found(run, kind, argument, advice)
         return advice if argument is None else f"argument {argument!r}: {advice}"
 
     def _loop_blocked_by(self, run: TaskRun, where: str, stack: str) -> None:
         self._emit(HazardFound(run, _clock.timestamp(), "blocked_loop", None, _BLOCKED.format(where=where), stack))
 
-    def _look_at_threads(self) -> None:
-        watch = WATCHER.find_for(self._reports)
-        found = None if watch is None else self._threads.look(watch.threads)
-        if found is not None:
+    def _look_at_threads(self, threads: CapacityLimiter) -> None:
+        found = self._threads.look(threads)
+        if found is not None and found[0].request.app is self._emit:
             self._found(found[0], KIND, None, found[1])
 
     def _found(self, run: TaskRun, kind: str, argument: str | None, advice: str) -> None:

@@ -10,12 +10,20 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import chain, islice
-from types import AsyncGeneratorType, FunctionType, GeneratorType, MethodType
+from types import (
+    AsyncGeneratorType,
+    FunctionType,
+    GeneratorType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    MethodType,
+)
 from typing import Any
 
 from starlette.background import BackgroundTask
+from starlette.requests import Request
 
 from ..events import Scheduled, TaskRun
 from ..tasks import attribute, without_options
@@ -112,7 +120,7 @@ def kind_of(kind: type) -> str:
 
 
 #: How classes declare `nbytes`: in Python, or in C.
-_DESCRIPTORS = (property, type(FunctionType.__code__), type(memoryview.nbytes))
+_DESCRIPTORS = (property, GetSetDescriptorType, MemberDescriptorType)
 
 
 class Arguments:
@@ -139,18 +147,18 @@ class Arguments:
                 kind, advice = verdict
                 self._found(event.run, kind, given.name(place), advice)
 
-    def suspects(self, run: TaskRun) -> Iterator[tuple[str, str, str]]:
-        """For a run that failed with something closed: name, kind and advice of the arguments that may be it."""
+    def suspect(self, run: TaskRun, kinds: Collection[str]) -> tuple[str | None, str, str] | None:
+        """For a run that failed with something closed: name, kind and advice of the first argument of these kinds."""
         target = run.target
         if not isinstance(target, BackgroundTask) or "func" not in vars(target):
-            return
+            return None
         given = _Given(target)
         for place, value in given.items():
             for each in (value, *_parts(value)):
-                verdict = _SUSPECTS.get(self._kind(each))
-                if verdict is not None:
-                    yield given.name(place), verdict[0], verdict[1].format(why="it failed with that")
-                    break
+                if self._kind(each) in kinds:
+                    kind, advice = _SUSPECTS[self._kind(each)]
+                    return given.name(place), kind, advice.format(why="it failed with that")
+        return None
 
     def _kind(self, value: object) -> str:
         kind = self._kinds.get(type(value))
@@ -179,7 +187,8 @@ class Arguments:
             case "response":
                 return RESPONSE if "body_iterator" in vars(value) else None
             case "generator":
-                return STREAM if getattr(value, "__qualname__", "") == "Request.stream" else None
+                is_stream = isinstance(value, AsyncGeneratorType) and value.ag_code is Request.stream.__code__
+                return STREAM if is_stream else None
             case "upload":
                 return _upload(value, run)
             case "database":
@@ -203,7 +212,7 @@ class _Given:
         if isinstance(func, MethodType):
             self._held["self"] = func.__self__
         elif type(func) is FunctionType and "<locals>" in func.__qualname__:
-            self._held = dict(islice(inspect.getclosurevars(func).nonlocals.items(), ELEMENTS))
+            self._held = _closure(func)
 
     def items(self) -> Iterable[tuple[int | str, object]]:
         """Each value with its place: a number or a name."""
@@ -224,6 +233,14 @@ class _Given:
             return positional[place]
         rest = next((each.name for each in parameters if each.kind is each.VAR_POSITIONAL), None)
         return f"argument {place + 1}" if rest is None else f"*{rest}"
+
+
+def _closure(func: FunctionType) -> dict[str, object]:
+    """The variables of the functions around a nested function that it uses."""
+    try:
+        return dict(islice(inspect.getclosurevars(func).nonlocals.items(), ELEMENTS))
+    except ValueError:  # one of them is not assigned yet
+        return {}
 
 
 def _upload(value: object, run: TaskRun) -> Verdict:

@@ -1,91 +1,137 @@
-"""One time that an event loop does not respond: which run is to blame, for how many seconds, and who gets a report."""
+"""One time that an event loop does not respond: which run is to blame, for how many seconds, and what is reported."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from time import monotonic, time
 from types import FrameType
 
-from .._core.stacks import own_frames
+from anyio import CapacityLimiter
+
+from .._core.emit import Emitter
+from .._core.stacks import sight_of
 from .._taskrun import TaskRun
-from .._text import frames_text, is_library
-from ._reports import LoopReports
+from ..events import LoopBlocked
 
 #: Seconds after which a block is reported while it lasts: a deadlock would never be reported otherwise.
 STILL_BLOCKED = 5.0
 
+#: Seconds after which a block by the same task is reported again.
+REPORT_EVERY = 60.0
+
+
+class LoopReports:
+    """
+    One app on an event loop; its methods are called in the watching thread.
+
+    Args:
+        threshold: Seconds without a response after which the loop counts as blocked; None means never.
+        emit: The app's signals; identifies the app.
+        found: Called once per block with a run of the app that is to blame, the app's line, and the stack.
+        responded: Called with the limiter of the loop's worker threads, a few times per second.
+    """
+
+    def __init__(
+        self,
+        threshold: float | None,
+        emit: Emitter,
+        found: Callable[[TaskRun, str, str], object],
+        responded: Callable[[CapacityLimiter], object],
+    ) -> None:
+        self.threshold = math.inf if threshold is None else threshold
+        self.redact = emit.redact
+        self._emit, self._found, self._responded = emit, found, responded
+        self._reported: dict[str | None, tuple[float, int]] = {}
+
+    def lag(self, seconds: float, threads: CapacityLimiter) -> None:
+        """The loop responded, this late."""
+        self._emit.each("loop_lag", lambda signal: signal.loop_lag(seconds))
+        try:
+            self._responded(threads)
+        except Exception as error:
+            self.broken(error)
+
+    def found(self, run: TaskRun, where: str, stack: str) -> None:
+        """A run blocks the loop."""
+        if run.request.app is self._emit:
+            self._found(run, where, stack)
+
+    def blocked_for(self, run: TaskRun | None, seconds: float) -> None:
+        """The loop was blocked for this many more seconds."""
+        if run is not None and run.request.app is self._emit:
+            run.blocked_s += seconds
+        self._emit.each("loop_blocked_for", lambda signal: signal.loop_blocked_for(run, seconds))
+
+    def blocked(self, run: TaskRun | None, seconds: float, where: str, stack: str, *, over: bool, first: bool) -> None:
+        """
+        The loop was blocked, or still is.
+
+        Args:
+            first: Whether this block has not been reported yet: then at most once per task and minute.
+        """
+        task, now = None if run is None else run.task, monotonic()
+        at, suppressed = self._reported.get(task, (-math.inf, 0))
+        if first and now - at < REPORT_EVERY:
+            self._reported[task] = at, suppressed + 1
+            return
+        self._reported[task] = now, 0
+        report = LoopBlocked(run, time(), seconds, where, stack, suppressed, over)
+        self._emit.each("loop_blocked", lambda signal: signal.loop_blocked(report))
+
+    def broken(self, error: BaseException) -> None:
+        """An error of ours; the loop is no longer watched if it came from the watching itself."""
+        contained = error if isinstance(error, Exception) else RuntimeError(f"raised {error!r}")
+        self._emit.broken("aftertask.hazards", "event loop", contained)
+
 
 class Block:
     """
-    One time that the loop does not respond.
+    One time that the loop does not respond, for one app.
 
     A run is to blame once it has been seen at two looks in a row; other seconds count for no task.
 
     Args:
+        app: Gets the reports, from its threshold on.
         since: When the loop was asked to respond, in monotonic seconds.
     """
 
-    def __init__(self, since: float) -> None:
+    def __init__(self, app: LoopReports, since: float) -> None:
+        self._app = app
         self._since = self._counted = since
         self._last: TaskRun | None = None
         self._looks = 0
         self._sights: dict[TaskRun | None, tuple[str, str]] = {}
         self._seconds: dict[TaskRun | None, float] = {}
-        self._reported = False
+        self._is_reported = False
 
-    def look(self, run: TaskRun | None, frames: Sequence[FrameType], now: float, apps: Sequence[LoopReports]) -> None:
+    def look(self, run: TaskRun | None, frames: Sequence[FrameType], now: float) -> None:
         """The loop has still not responded, and this is on its thread."""
         self._looks = self._looks + 1 if run is self._last else 1
         self._last = run
         if run not in self._sights:
-            self._sights[run] = _sight(run, frames, apps)
-        blocked_apps = self._blocked(now, apps)
-        culprit = run if self._looks > 1 else None
-        if culprit is not None and culprit not in self._seconds:
-            for app in blocked_apps:
-                app.found(culprit, *self._sights[culprit])
-        if self._looks > 1:
-            self._count(culprit, now, blocked_apps)
-        if not self._reported and now - self._since >= STILL_BLOCKED:
-            self._report(now, blocked_apps, over=False)
+            self._sights[run] = sight_of(run, frames, self._app.redact)
+        if self._looks > 1 and now - self._since >= self._app.threshold:
+            if run is not None and run not in self._seconds:
+                self._app.found(run, *self._sights[run])
+            self._count(run, now)
+            if not self._is_reported and now - self._since >= STILL_BLOCKED:
+                self._report(now, over=False)
 
-    def end(self, responded: float, apps: Sequence[LoopReports]) -> None:
+    def end(self, responded: float) -> None:
         """The loop responds again, since this moment in monotonic seconds."""
-        blocked_apps = self._blocked(responded, apps)
-        self._count(self._last if self._looks > 1 else None, responded, blocked_apps)
-        self._report(responded, blocked_apps, over=True)
+        if responded - self._since >= self._app.threshold:
+            self._count(self._last if self._looks > 1 else None, responded)
+            self._report(responded, over=True)
 
-    def _blocked(self, now: float, apps: Sequence[LoopReports]) -> list[LoopReports]:
-        """The apps whose threshold has passed."""
-        return [app for app in apps if now - self._since >= app.threshold]
-
-    def _count(self, run: TaskRun | None, until: float, apps: Sequence[LoopReports]) -> None:
-        seconds = until - self._counted
-        if not apps or seconds <= 0:
-            return
-        self._counted = until
+    def _count(self, run: TaskRun | None, until: float) -> None:
+        seconds, self._counted = until - self._counted, until
         self._seconds[run] = self._seconds.get(run, 0.0) + seconds
-        if run is not None:
-            run.blocked_s += seconds
-        for app in apps:
-            app.blocked_for(run, seconds)
+        self._app.blocked_for(run, seconds)
 
-    def _report(self, now: float, apps: Sequence[LoopReports], *, over: bool) -> None:
-        if not self._sights or not apps:
-            return
+    def _report(self, now: float, *, over: bool) -> None:
         named = {run: seconds for run, seconds in self._seconds.items() if run is not None}
         run = max(named, key=named.__getitem__) if named else None
         where, stack = self._sights.get(run) or next(iter(self._sights.values()))
-        for app in apps:
-            app.blocked(run, now - self._since, where, stack, over=over, first=not self._reported)
-        self._reported = True
-
-
-def _sight(run: TaskRun | None, frames: Sequence[FrameType], apps: Sequence[LoopReports]) -> tuple[str, str]:
-    """The app's innermost line, and the stack from the task's or else the app's first frame on."""
-    own = list(frames) if run is None else own_frames(run, frames)
-    of_app = [at for at, frame in enumerate(own) if not is_library(frame.f_code)]
-    if run is None and of_app:
-        own = own[of_app[0] :]
-    frame = next((frame for frame in reversed(own) if not is_library(frame.f_code)), own[-1])
-    where = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}"
-    return where, frames_text(own, apps[0].redact if apps else str)
+        self._app.blocked(run, now - self._since, where, stack, over=over, first=not self._is_reported)
+        self._is_reported = True

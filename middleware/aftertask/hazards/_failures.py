@@ -7,20 +7,25 @@ from collections.abc import Iterator
 
 from .._text import error_type
 
-#: How libraries report that something is closed: the name of the exception's class, and its message.
-_CLOSED: tuple[tuple[str, str], ...] = (
-    (r"ValueError", r"closed file|file is closed|uninitialized stream"),
-    (r"sqlalchemy\.exc\.(ResourceClosedError|InvalidRequestError|InterfaceError|OperationalError)", r"clos"),
-    (r"sqlalchemy\.orm\.exc\.DetachedInstanceError", r""),
-    (r"asyncpg\..*InterfaceError", r"clos|released back"),
-    (r"psycopg2?\.(OperationalError|InterfaceError)", r"clos"),
-    (r"sqlite3\.ProgrammingError", r"closed"),
-    (r"RuntimeError", r"Stream consumed|once a close message|after sending 'websocket\.close'|the handler is closed"),
-    (r"RuntimeError", r"response already completed|No response returned|client has been closed|Session is closed"),
-    (r"starlette\.requests\.ClientDisconnect", r""),
-    (r"starlette\.websockets\.WebSocketDisconnect", r""),
+#: How libraries report that something is closed: the name of the exception's class, its message, and the kinds of
+#: arguments (`kind_of`) that it can come from.
+_CLOSED: tuple[tuple[str, str, frozenset[str]], ...] = (
+    (r"ValueError", r"closed file|file is closed|uninitialized stream", frozenset({"upload"})),
+    (r"sqlalchemy\.exc\.(ResourceClosed|InvalidRequest|Interface|Operational)Error", r"clos", frozenset({"database"})),
+    (r"sqlalchemy\.orm\.exc\.DetachedInstanceError", r"", frozenset({"database"})),
+    (r"asyncpg\..*InterfaceError", r"clos|released back", frozenset({"database"})),
+    (r"psycopg2?\.(OperationalError|InterfaceError)", r"clos", frozenset({"database"})),
+    (r"sqlite3\.ProgrammingError", r"closed", frozenset({"database"})),
+    (r"ValueError", r"no active connection", frozenset({"database"})),
+    (r"RuntimeError", r"the handler is closed", frozenset({"database"})),
+    (r"RuntimeError", r"Stream consumed", frozenset({"request", "generator"})),
+    (r"starlette\.requests\.ClientDisconnect", r"", frozenset({"request", "generator"})),
+    (r"RuntimeError", r"once a close message|after sending 'websocket\.close'", frozenset({"websocket"})),
+    (r"RuntimeError", r"WebSocket is not connected", frozenset({"websocket"})),
+    (r"starlette\.websockets\.WebSocketDisconnect", r"", frozenset({"websocket"})),
+    (r"RuntimeError", r"response already completed|No response returned", frozenset({"response", "request"})),
 )
-_KNOWN = tuple((re.compile(name), re.compile(text, re.IGNORECASE)) for name, text in _CLOSED)
+_KNOWN = tuple((re.compile(name), re.compile(text, re.IGNORECASE), kinds) for name, text, kinds in _CLOSED)
 
 _DETACHED = "sqlalchemy.orm.exc.DetachedInstanceError"
 DETACHED = (
@@ -29,10 +34,15 @@ DETACHED = (
 )
 
 
-def says_closed(error: BaseException) -> bool:
-    """Whether this, or what it comes from, says that something was closed."""
-    return any(
-        name.fullmatch(error_type(one)) and text.search(_message(one)) for one in _chain(error) for name, text in _KNOWN
+def closed_kinds(error: BaseException) -> frozenset[str]:
+    """The kinds of arguments one of which is closed, by this error and what it comes from; empty if none is."""
+    return frozenset().union(
+        *(
+            kinds
+            for one in _chain(error)
+            for name, text, kinds in _KNOWN
+            if name.fullmatch(error_type(one)) and text.search(_message(one))
+        )
     )
 
 

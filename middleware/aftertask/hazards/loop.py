@@ -8,23 +8,17 @@ loop's thread shows what is on it. Real time throughout: a clock that tests adva
 from __future__ import annotations
 
 import asyncio
-import functools
 import math
-import sys
 import threading
-from collections.abc import Callable
 from time import monotonic, sleep
-from typing import Any
 
 import anyio.to_thread
 
-from .._core.loops import on_trio
+from .._core.loops import call_soon_from_any_thread, this_loop
 from .._core.process import on_fork, start_thread
-from .._core.stacks import frames_of_thread, run_on
-from .._taskrun import TaskRun, running
+from .._core.stacks import frames_of_thread, run_of_current_task, run_on
 from .._text import package_of
-from ._block import Block
-from ._reports import LoopReports
+from ._block import Block, LoopReports
 
 #: Seconds between two questions as a share of the threshold: what blocks for 1.4 times the threshold is always found.
 SHARE = 0.4
@@ -33,19 +27,11 @@ SHORTEST, LONGEST = 0.01, 0.2
 #: Seconds between two looks at a loop that does not respond: no step of a busy loop takes as long.
 NEXT_LOOK = 0.08
 
-#: A loop that has not been running for this many seconds is forgotten; its next batch has it watched again.
-FORGET_AFTER = 60.0
-
 #: If the watching thread wakes this many seconds late, the process or all its other threads were stopped.
 _LATE = 0.02
 
 #: Packages in the stack of a program that a developer has stopped.
 _DEBUGGERS = frozenset({"bdb", "pdb", "ipdb", "pudb", "pydevd", "_pydevd_bundle", "_pydevd_frame_eval", "debugpy"})
-
-
-def this_loop() -> Any:
-    """What identifies the event loop that runs here: asyncio's loop, or the token of trio's run."""
-    return sys.modules["trio.lowlevel"].current_trio_token() if on_trio() else asyncio.get_running_loop()
 
 
 class Watch:
@@ -54,22 +40,22 @@ class Watch:
 
     Attributes:
         key: What identifies the loop; None once it is no longer watched.
-        apps: The apps that run on it; the first has been there longest.
-        threads: The limiter of its worker threads.
+        apps: The apps that run on it.
     """
 
     def __init__(self) -> None:
         self.key = this_loop()
         self.apps: tuple[LoopReports, ...] = ()
-        self.threads = anyio.to_thread.current_default_thread_limiter()
+        self._threads = anyio.to_thread.current_default_thread_limiter()
+        self._call_soon = call_soon_from_any_thread()
         self._thread = threading.get_ident()
-        self._block: Block | None = None
-        self._stopped_at: float | None = None
+        self._blocks: list[Block] = []
+        self._since, self._is_debugged = 0.0, False
         self._ask_now(monotonic())
 
     def end(self) -> None:
-        """Release the loop and the apps."""
-        self.key, self.apps, self._block = None, (), None
+        """Watch this loop no longer."""
+        self.key, self.apps, self._blocks = None, (), []
 
     def look(self, now: float, late: float) -> float:
         """
@@ -84,7 +70,10 @@ class Watch:
         if self._responded is not None:
             self._settle(self._responded)
             self._ask_now(now)
-        elif self._is_running(now) and not self._excused:
+        elif not self._is_running():
+            self._end_blocks(now)
+            self.end()  # the next batch has it watched again
+        elif not self._is_debugged:
             return self._look_closer(now)
         return now + min(LONGEST, max(SHORTEST, self._threshold * SHARE))
 
@@ -95,15 +84,12 @@ class Watch:
     def _ask_now(self, now: float) -> None:
         self._asked = self._since = now
         self._responded: float | None = None
-        self._excused = False
+        self._is_debugged = False
         self._ask()
 
     def _ask(self) -> None:
         try:
-            if isinstance(self.key, asyncio.AbstractEventLoop):
-                self.key.call_soon_threadsafe(self._respond)
-            else:
-                self.key.run_sync_soon(self._respond, idempotent=True)
+            self._call_soon(self._respond)
         except RuntimeError:  # the loop is closed, or trio's run is over
             self.end()
 
@@ -112,28 +98,22 @@ class Watch:
         self._thread, self._responded = threading.get_ident(), monotonic()
 
     def _settle(self, responded: float) -> None:
-        if self._block is not None:
-            self._block.end(responded, self.apps)
-        if not self._excused:
+        self._end_blocks(responded)
+        if not self._is_debugged:
             for app in self.apps:
-                app.lag(max(0.0, responded - self._asked))
-        self._block = self._stopped_at = None
+                app.lag(responded - self._asked, self._threads)
 
-    def _is_running(self, now: float) -> bool:
+    def _end_blocks(self, at: float) -> None:
+        for block in self._blocks:
+            block.end(at)
+        self._blocks = []
+
+    def _is_running(self) -> bool:
         """Whether the loop runs, so that a response can be expected."""
-        if not isinstance(self.key, asyncio.AbstractEventLoop):
-            self._ask()  # notices that trio's run is over
-            return self.key is not None
-        if self.key.is_running():
-            return True
-        if self._block is not None:
-            self._block.end(now, self.apps)
-        # The response comes as soon as the loop runs again, and how late that is means nothing.
-        self._excused, self._block = True, None
-        self._stopped_at = self._stopped_at or now
-        if self.key.is_closed() or now - self._stopped_at > FORGET_AFTER:
-            self.end()
-        return False
+        if isinstance(self.key, asyncio.AbstractEventLoop):
+            return self.key.is_running()
+        self._ask()  # notices that trio's run is over
+        return self.key is not None
 
     def _look_closer(self, now: float) -> float:
         """The loop is late: see what is on its thread. Returns when to look again."""
@@ -141,26 +121,14 @@ class Watch:
         if now < first_look:
             return min(now + LONGEST, first_look)
         frames = frames_of_thread(self._thread)
-        run = run_on(frames) or _run_of_current_task(self.key)
+        run = run_on(frames) or run_of_current_task(self.key)
         if any(package_of(frame) in _DEBUGGERS for frame in frames):
-            self._excused, self._block = True, None
+            self._is_debugged, self._blocks = True, []
         elif frames and self._responded is None:
-            self._block = self._block or Block(self._since)
-            self._block.look(run, frames, now, self.apps)
+            self._blocks = self._blocks or [Block(app, self._since) for app in self.apps]
+            for block in self._blocks:
+                block.look(run, frames, now)
         return monotonic() + NEXT_LOOK  # the look itself takes a moment
-
-
-def _run_of_current_task(loop: object) -> TaskRun | None:
-    """
-    The run that started asyncio's current task, by `asyncio.gather` or a task group; None on trio, and before 3.12.
-
-    A context may have leaked (CPython #140947), so a run that does not execute is not meant.
-    """
-    if sys.version_info < (3, 12) or not isinstance(loop, asyncio.AbstractEventLoop):
-        return None
-    task = asyncio.current_task(loop)
-    run = task.get_context().get(running) if isinstance(task, asyncio.Task) else None
-    return run if run is not None and run.state == "running" else None
 
 
 class Watcher:
@@ -171,41 +139,37 @@ class Watcher:
         self._watches: tuple[Watch, ...] = ()
         self._thread: threading.Thread | None = None
 
-    def watch(self, app: LoopReports) -> Watch:
+    def watch(self, app: LoopReports) -> None:
         """Watch the event loop that runs here, for this app; its methods are called in the watching thread."""
+        watch = self._find()
+        if watch is not None and app in watch.apps:
+            return
         on_fork(self)
         with self._lock:
-            watch = self.find() or Watch()
-            if app not in watch.apps:
-                watch.apps = (*watch.apps, app)
+            watch = self._find() or Watch()
+            watch.apps = (*watch.apps, app)
             if self._thread is None:
                 self._thread = start_thread("loops", self._run)  # may be refused; the next batch tries again
             if watch not in self._watches:
                 self._watches = (*self._watches, watch)
-        return watch
 
     def unwatch(self, app: LoopReports) -> None:
-        """Watch the event loop that runs here no longer for this app."""
-        watch = self.find()
-        if watch is not None:
+        """Watch no event loop for this app."""
+        for watch in self._watches:
             watch.apps = tuple(each for each in watch.apps if each is not app)
             if not watch.apps:
                 watch.end()
-
-    def find(self) -> Watch | None:
-        """The watch of the event loop that runs here."""
-        key = this_loop()
-        return next((watch for watch in self._watches if watch.key is key), None)
-
-    def find_for(self, app: LoopReports) -> Watch | None:
-        """A watch of this app, from any thread."""
-        return next((watch for watch in self._watches if app in watch.apps), None)
 
     def after_fork(self) -> None:
         """The thread and the loops are the parent's."""
         for watch in self._watches:
             watch.end()
         self._lock, self._watches, self._thread = threading.Lock(), (), None
+
+    def _find(self) -> Watch | None:
+        """The watch of the event loop that runs here."""
+        key = this_loop()
+        return next((watch for watch in self._watches if watch.key is key), None)
 
     def _run(self) -> None:
         due = monotonic()

@@ -30,20 +30,32 @@ class StuckWatch:
         self._lock = threading.Lock()
         self._shortest_limit = math.inf
         self._reported: dict[tuple[TaskRun, int], set[type]] = {}
-        self.is_open = True
+        self._is_open = True
 
     @property
     def is_needed(self) -> bool:
         """Whether a signal wants these events and a task has a limit."""
-        return self.is_open and self._shortest_limit < math.inf
+        return self._is_open and self._shortest_limit < math.inf
 
     def add(self, info: TaskInfo) -> None:
         """There is a task with these limits."""
         limits = [info.slow_after if self._emit.wants(Slow) else None]
         limits += [info.stuck_after if self._emit.wants(Stuck) else None]
-        self._shortest_limit = min([self._shortest_limit, *(limit for limit in limits if limit is not None)])
-        if self.is_needed:
-            _thread.watch(self)
+        shortest = min((limit for limit in limits if limit is not None), default=math.inf)
+        if shortest < self._shortest_limit:
+            self._shortest_limit = shortest
+            _THREAD.watch(self)
+
+    def start(self) -> None:
+        """The app serves: look from now on, also after `stop` and after a fork."""
+        self._is_open = True
+        if self._shortest_limit < math.inf and not _THREAD.watches(self):
+            _THREAD.watch(self)
+
+    def stop(self) -> None:
+        """The app has stopped."""
+        self._is_open = False
+        _THREAD.unwatch(self)
 
     def clock_advanced(self) -> None:
         """A test advanced the clock: what is due is emitted before this returns."""
@@ -95,13 +107,17 @@ class _WatchThread:
     """The one thread that looks, while an app needs it."""
 
     def __init__(self) -> None:
-        self._watches: weakref.WeakSet[StuckWatch] = weakref.WeakSet()
         self.after_fork()
 
     def after_fork(self) -> None:
         self._changed = threading.Condition()
+        self._watches: weakref.WeakSet[StuckWatch] = weakref.WeakSet()
         self._thread: threading.Thread | None = None
         self._has_news = False
+
+    def watches(self, watch: StuckWatch) -> bool:
+        """Whether this app's runs are looked at."""
+        return watch in self._watches
 
     def watch(self, watch: StuckWatch) -> None:
         """Look at this app's runs from now on, or sooner than before."""
@@ -109,22 +125,36 @@ class _WatchThread:
         on_fork(watch)
         _clock.watchers.add(watch)
         with self._changed:
-            self._watches.add(watch)
             if self._thread is None:
-                self._thread = start_thread("stuck", self._run)
-            self._has_news = True
-            self._changed.notify_all()
+                self._thread = start_thread("stuck", self._run)  # may be refused; the next batch tries again
+            self._watches.add(watch)
+            self._wake()
+
+    def unwatch(self, watch: StuckWatch) -> None:
+        """Look at this app's runs no longer."""
+        with self._changed:
+            self._watches.discard(watch)
+            self._wake()
+
+    def _wake(self) -> None:
+        self._has_news = True
+        self._changed.notify_all()
 
     def _run(self) -> None:
-        while True:
-            due = [watch.look_safely() for watch in list(self._watches) if watch.is_needed]
+        while watches := self._remaining():
+            due = min(watch.look_safely() for watch in watches)
+            del watches  # an app that is no longer used must not be kept
             with self._changed:
-                if not due and not self._has_news:
-                    self._thread = None
-                    return
                 if not self._has_news:
-                    self._changed.wait(max(SHORTEST, min([*due, LONGEST])))
+                    self._changed.wait(min(LONGEST, max(SHORTEST, due)))
                 self._has_news = False
 
+    def _remaining(self) -> list[StuckWatch]:
+        with self._changed:
+            watches = list(self._watches)
+            if not watches:
+                self._thread = None
+            return watches
 
-_thread = _WatchThread()
+
+_THREAD = _WatchThread()
