@@ -709,6 +709,7 @@ async def test_another_app_may_respond_after_ours_has_failed(env: Env) -> None:
 @pytest.mark.parametrize("late", [False, True])
 async def test_a_client_that_goes_drops_a_task_that_was_added_while_streaming(env: Env, late: bool) -> None:
     """It has the same reason as a task that was added before the response started."""
+    streams: list[Any] = []
 
     async def endpoint(tasks: Injected) -> StreamingResponse:
         async def chunks() -> Any:
@@ -719,9 +720,11 @@ async def test_a_client_that_goes_drops_a_task_that_was_added_while_streaming(en
 
         if not late:
             tasks.add_task(af)
-        return StreamingResponse(chunks(), background=tasks)
+        streams.append(chunks())
+        return StreamingResponse(streams[0], background=tasks)
 
     r = await drive(env.fastapi(endpoint), send_fails_after=2)
+    await streams[0].aclose()  # Starlette does not
     assert isinstance(r.exc, OSError)
     assert env.outcomes() == [("af", "dropped client_gone")]
 
