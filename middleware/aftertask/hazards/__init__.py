@@ -127,7 +127,8 @@ class Hazards(Signal):
         return advice if argument is None else f"argument {argument!r}: {advice}"
 
     def _loop_blocked_by(self, run: TaskRun, where: str, stack: str) -> None:
-        self._emit(HazardFound(run, _clock.timestamp(), "blocked_loop", None, _BLOCKED.format(where=where), stack))
+        if run.request.app is self._emit:
+            self._emit(HazardFound(run, _clock.timestamp(), "blocked_loop", None, _BLOCKED.format(where=where), stack))
 
     def _look_at_threads(self, threads: CapacityLimiter) -> None:
         found = self._threads.look(threads)

@@ -28,7 +28,7 @@ class LoopReports:
     Args:
         threshold: Seconds without a response after which the loop counts as blocked; None means never.
         emit: The app's signals; identifies the app.
-        found: Called once per block with a run of the app that is to blame, the app's line, and the stack.
+        found: Called once per block with each run to blame, maybe of another app, the app's line, and the stack.
         responded: Called with the limiter of the loop's worker threads, a few times per second.
     """
 
@@ -40,22 +40,14 @@ class LoopReports:
         responded: Callable[[CapacityLimiter], object],
     ) -> None:
         self.threshold = math.inf if threshold is None else threshold
-        self.redact = emit.redact
-        self._emit, self._found, self._responded = emit, found, responded
+        self.redact, self.found, self.responded = emit.redact, found, responded
+        self._emit = emit
         self._reported: dict[str | None, tuple[float, int]] = {}
 
     def lag(self, seconds: float, threads: CapacityLimiter) -> None:
         """The loop responded, this late."""
         self._emit.each("loop_lag", lambda signal: signal.loop_lag(seconds))
-        try:
-            self._responded(threads)
-        except Exception as error:
-            self.broken(error)
-
-    def found(self, run: TaskRun, where: str, stack: str) -> None:
-        """A run blocks the loop."""
-        if run.request.app is self._emit:
-            self._found(run, where, stack)
+        self.responded(threads)
 
     def blocked_for(self, run: TaskRun | None, seconds: float) -> None:
         """The loop was blocked for this many more seconds."""

@@ -11,6 +11,7 @@ import asyncio
 import math
 import threading
 from time import monotonic, sleep
+from typing import Any
 
 import anyio.to_thread
 
@@ -41,14 +42,15 @@ class Watch:
     Attributes:
         key: What identifies the loop; None once it is no longer watched.
         apps: The apps that run on it.
+        thread: Identity of the thread that it runs in, which may change.
     """
 
-    def __init__(self) -> None:
-        self.key = this_loop()
+    def __init__(self, key: Any) -> None:
+        self.key = key
         self.apps: tuple[LoopReports, ...] = ()
         self._threads = anyio.to_thread.current_default_thread_limiter()
         self._call_soon = call_soon_from_any_thread()
-        self._thread = threading.get_ident()
+        self.thread = threading.get_ident()
         self._blocks: list[Block] = []
         self._since, self._is_debugged = 0.0, False
         self._ask_now(monotonic())
@@ -68,7 +70,10 @@ class Watch:
         if late > _LATE:
             self._since = min(now, self._since + late)
         if self._responded is not None:
-            self._settle(self._responded)
+            self._end_blocks(self._responded)
+            if not self._is_debugged:
+                for app in self.apps:
+                    app.lag(self._responded - self._asked, self._threads)
             self._ask_now(now)
         elif not self._is_running():
             self._end_blocks(now)
@@ -94,14 +99,8 @@ class Watch:
             self.end()
 
     def _respond(self) -> None:
-        """On the loop, which may have moved to another thread."""
-        self._thread, self._responded = threading.get_ident(), monotonic()
-
-    def _settle(self, responded: float) -> None:
-        self._end_blocks(responded)
-        if not self._is_debugged:
-            for app in self.apps:
-                app.lag(responded - self._asked, self._threads)
+        """On the loop."""
+        self.thread, self._responded = threading.get_ident(), monotonic()
 
     def _end_blocks(self, at: float) -> None:
         for block in self._blocks:
@@ -120,7 +119,7 @@ class Watch:
         first_look = self._since + max(0.0, self._threshold - NEXT_LOOK)
         if now < first_look:
             return min(now + LONGEST, first_look)
-        frames = frames_of_thread(self._thread)
+        frames = frames_of_thread(self.thread)
         run = run_on(frames) or run_of_current_task(self.key)
         if any(package_of(frame) in _DEBUGGERS for frame in frames):
             self._is_debugged, self._blocks = True, []
@@ -141,35 +140,30 @@ class Watcher:
 
     def watch(self, app: LoopReports) -> None:
         """Watch the event loop that runs here, for this app; its methods are called in the watching thread."""
-        watch = self._find()
-        if watch is not None and app in watch.apps:
-            return
-        on_fork(self)
+        key = this_loop()
         with self._lock:
-            watch = self._find() or Watch()
-            watch.apps = (*watch.apps, app)
             if self._thread is None:
+                on_fork(self)
                 self._thread = start_thread("loops", self._run)  # may be refused; the next batch tries again
-            if watch not in self._watches:
+            watch = next((each for each in self._watches if each.key is key), None)
+            if watch is None:
+                watch = Watch(key)
                 self._watches = (*self._watches, watch)
+            watch.thread = threading.get_ident()
+            if app not in watch.apps:
+                watch.apps = (*watch.apps, app)
 
     def unwatch(self, app: LoopReports) -> None:
         """Watch no event loop for this app."""
-        for watch in self._watches:
-            watch.apps = tuple(each for each in watch.apps if each is not app)
-            if not watch.apps:
-                watch.end()
+        with self._lock:
+            for watch in self._watches:
+                watch.apps = tuple(each for each in watch.apps if each is not app)
+                if not watch.apps:
+                    watch.end()
 
     def after_fork(self) -> None:
         """The thread and the loops are the parent's."""
-        for watch in self._watches:
-            watch.end()
         self._lock, self._watches, self._thread = threading.Lock(), (), None
-
-    def _find(self) -> Watch | None:
-        """The watch of the event loop that runs here."""
-        key = this_loop()
-        return next((watch for watch in self._watches if watch.key is key), None)
 
     def _run(self) -> None:
         due = monotonic()
