@@ -1,4 +1,4 @@
-"""The dashboards as files: current, complete, of the right shape, and about what aftertask really tells."""
+"""The dashboards as files: current, complete, of the right shape, and about what aftertask really emits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FOLDER = ROOT / "dashboards"
 BOARDS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
 KNOWN_UNITS = {value for name, value in vars(units).items() if isinstance(value, str) and not name.startswith("_")}
 
-#: Told by others: prometheus-client of the process, Prometheus of its alerts.
+#: Emitted by others: prometheus-client of the process, Prometheus of its alerts.
 FOREIGN = {"process_resident_memory_bytes", "process_cpu_seconds_total", "ALERTS"}
 TARGET_LABELS = {"job", "instance"}
 
@@ -74,7 +74,7 @@ def selectors(query: str) -> Iterator[tuple[str, dict[str, str]]]:
     """The metrics that a query asks for, with their matchers."""
     for node in nodes(parsed(query)):
         if isinstance(node, promql.VectorSelector):
-            yield node.name, {matcher.name: matcher.value for matcher in node.matchers.matchers}
+            yield str(node.name), {matcher.name: matcher.value for matcher in node.matchers.matchers}
 
 
 def labels_of(metric: str) -> set[str]:
@@ -101,7 +101,7 @@ def test_there_are_the_four() -> None:
 
 @each_board
 def test_the_models_of_grafana_know_every_key(name: str) -> None:
-    """Through Grafana's own models and back, nothing is lost: a key that they do not know would be."""
+    """Nothing is lost through Grafana's own models and back; a key that they do not have would be."""
     register_default_plugins()
     again = json.loads(JSONEncoder().encode(Dashboard.from_json(BOARDS[name])))
 
@@ -195,7 +195,7 @@ def test_the_boards_lead_to_each_other_with_what_is_selected(name: str) -> None:
 
 
 @each_board
-def test_every_query_asks_for_what_we_tell(name: str) -> None:
+def test_every_query_asks_for_what_we_emit(name: str) -> None:
     """Metrics, matchers and grouping labels exist; the variables restrict each metric that has labels for them."""
     queries = [(title, query) for title, query, _ in of_prometheus(BOARDS[name])]
     queries += [(mark["name"], mark["expr"]) for mark in BOARDS[name]["annotations"]["list"]]
@@ -203,12 +203,12 @@ def test_every_query_asks_for_what_we_tell(name: str) -> None:
     for title, query in queries:
         available = set()
         for metric, matchers in selectors(query):
-            assert metric in EMITTED or metric in FOREIGN, f"{title}: nobody tells {metric}"
-            known = labels_of(metric)
-            assert set(matchers) <= known, f"{title}: {metric} has no label {set(matchers) - known}"
-            shown = {"job"} if metric == "ALERTS" else {"job", "instance", "engine", "task"} & known
+            assert metric in EMITTED or metric in FOREIGN, f"{title}: no metric is called {metric}"
+            labels = labels_of(metric)
+            assert set(matchers) <= labels, f"{title}: {metric} has no label {set(matchers) - labels}"
+            shown = {"job"} if metric == "ALERTS" else {"job", "instance", "engine", "task"} & labels
             assert {label: f"${label}" for label in shown}.items() <= matchers.items(), f"{title}: {metric}"
-            available |= known
+            available |= labels
         for node in nodes(parsed(query)):
             if isinstance(node, promql.AggregateExpr) and node.modifier is not None:
                 assert set(node.modifier.labels) <= available, f"{title}: {node.modifier.labels}"

@@ -1,4 +1,4 @@
-"""The alert rules: valid, silent for a healthy and an idle app, told for each fault, and over when it is."""
+"""The alert rules: valid, silent for a healthy and an idle app, firing for each fault, and over when it is."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def aftertask(*arguments: str | Path) -> Result:
 
 def life(minutes: int, **over: str) -> dict[str, str]:
     """
-    A task's series for so many minutes: ten good runs a minute, none in flight for longer.
+    A task's series for a number of minutes: ten good runs a minute, none in flight for longer.
 
     Args:
         over: Other values for the series whose key is the given word.
@@ -83,8 +83,8 @@ def life(minutes: int, **over: str) -> dict[str, str]:
         f'aftertask_alerts_total{{{I},channel="hook",status="failed"}}': ("alerts_failed", flat),
         f'aftertask_alerts_total{{{I},channel="hook",status="sent"}}': ("alerts_sent", flat),
     }
-    known = {key for key, _ in series.values()}
-    assert set(over) <= known, f"no series is called {set(over) - known}"
+    keys = {key for key, _ in series.values()}
+    assert set(over) <= keys, f"no series is called {set(over) - keys}"
     return {name: over.get(key, values) for name, (key, values) in series.items()}
 
 
@@ -97,7 +97,7 @@ class Case:
 
 
 def outage(before: int, during: int, after: int, bad: int) -> dict[str, str]:
-    """So many of ten runs a minute fail, for a while."""
+    """A number of ten runs a minute fail, for a while."""
     good, end = 10 * before, 10 * before + (10 - bad) * during
     return life(
         before + during + after + 2,
@@ -121,7 +121,7 @@ CASES: dict[str, Case] = {
         {60: set(), 119: set()},
     ),
     "one failure of two runs": Case(life(120, succeeded="0x30 1x90", failed="0x40 1x80", bad="0x40 1x80"), {60: set()}),
-    "a loss that nobody had counted from 0 on": Case(life(60, lost="_x30 1x30"), {45: set()}),
+    "a loss in a series that does not begin at 0": Case(life(60, lost="_x30 1x30"), {45: set()}),
     "ErrorBudgetBurn": Case(
         outage(60, 120, 600, bad=3),
         {59: set(), 100: {"ErrorBudgetBurn", "TaskFailing"}, 250: {"ErrorBudgetBurn"}, 779: set()},
@@ -230,7 +230,7 @@ def test_promtool_takes_them(exported: list[Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if is_emitted_today(case)])
-def test_each_fault_is_told_and_no_other(name: str, exported: list[Path], tmp_path: Path) -> None:
+def test_each_fault_fires_its_alert_and_no_other(name: str, exported: list[Path], tmp_path: Path) -> None:
     """An alert fires under its fault, none else does, and it ends when the fault does."""
     done = promtool(tmp_path, exported, {name: CASES[name]})
     assert done.returncode == 0, done.stdout + done.stderr
@@ -248,12 +248,12 @@ def test_each_alert_has_a_case_in_which_it_fires_and_ends() -> None:
 
 @pytest.mark.parametrize(("window", "minutes"), [("1h", 60), ("6h", 360), ("1d", 1440), ("3d", 4320)])
 def test_each_window_of_the_error_budget_has_its_factor(window: str, minutes: int, tmp_path: Path) -> None:
-    """A burn just above a window's factor is told by that window, and one just below it is not."""
+    """A burn just above a window's factor fires that window's alert, and one just below it does not."""
     factor = next(factor for long, _, factor, _, _ in _rules.BURNS if long == window)
     options = _rules.Options()
     rules = tmp_path / "rules.yml"
     rules.write_text(_rules.to_yaml(_rules.groups(options, default=True)))
-    step = 1 if minutes <= 360 else 10  # the slow windows are as well told from fewer samples, and sooner
+    step = 1 if minutes <= 360 else 10  # fewer samples are enough for the slow windows, and faster
     total = minutes + minutes // 6
     for above, bad in ((True, factor * 1.1), (False, factor * 0.9)):
         good, fails = f"0+{100 - bad:.2f}x{total // step}", f"0+{bad:.2f}x{total // step}"
@@ -282,7 +282,7 @@ def test_each_window_of_the_error_budget_has_its_factor(window: str, minutes: in
 
 
 def test_the_number_of_bad_runs_is_that_of_the_words(exported: list[Path], tmp_path: Path) -> None:
-    """Three bad runs are told as three, though `increase()` guesses a fraction more."""
+    """Three bad runs are reported as three, though `increase()` estimates a fraction more."""
     rule = next(rule for rule in written(exported[0]) if rule.get("alert") == "AftertaskTaskFailing")
     expected = {
         "exp_labels": {"job": "api", "task": "mail", "severity": "warning"},
@@ -317,7 +317,7 @@ def written(path: Path) -> list[dict[str, Any]]:
     return [rule for group in yaml.safe_load(path.read_text())["groups"] for rule in group["rules"]]
 
 
-def test_each_alert_says_what_whose_and_where(exported: list[Path]) -> None:
+def test_each_alert_has_its_summary_numbers_and_links(exported: list[Path]) -> None:
     """`for`, severity, summary, numbers, runbook, dashboard; nothing left to be filled in."""
     for rule in [rule for path in exported for rule in written(path) if "alert" in rule]:
         notes = rule["annotations"]
@@ -330,7 +330,7 @@ def test_each_alert_says_what_whose_and_where(exported: list[Path]) -> None:
 
 
 def test_alerts_that_are_about_a_task_carry_it(exported: list[Path]) -> None:
-    """So that the message says which."""
+    """The message then names the task."""
     for rule in [rule for path in exported for rule in written(path) if "alert" in rule]:
         about = {"TaskFailing", "TasksLost", "TasksDropped", "TaskStuck", "RetryStorm", "EventLoopBlockedByTask"}
         if rule["alert"].removeprefix("Aftertask") in about:
@@ -339,8 +339,7 @@ def test_alerts_that_are_about_a_task_carry_it(exported: list[Path]) -> None:
 
 def test_each_alert_has_a_runbook_and_each_runbook_an_alert() -> None:
     """With what it means, where to look, and what to do; links between them lead somewhere."""
-    every = {alert.name for alert in (*_rules._burns(), *_rules._default(), *_rules._more())}
-    assert {page.stem for page in RUNBOOKS.glob("*.md")} == every
+    assert {page.stem for page in RUNBOOKS.glob("*.md")} == ALERTS
     for page in RUNBOOKS.glob("*.md"):
         text = page.read_text()
         assert text.startswith(f"# {page.stem}\n")
@@ -355,11 +354,11 @@ def test_each_alert_and_option_is_documented(exported: list[Path]) -> None:
     rows = {
         row[0]: row[1:] for row in re.findall(r"^\| `(Aftertask\w+)` \| (.*?) \| .* \| (.*?) \|$", page, re.MULTILINE)
     }
-    told: dict[str, tuple[set[str], str]] = {}
+    alerts: dict[str, tuple[set[str], str]] = {}
     for path, word in zip(exported, ("default", "`--all`"), strict=True):
         for rule in [rule for rule in written(path) if "alert" in rule]:
-            told.setdefault(rule["alert"], (set(), word))[0].add(rule["labels"]["severity"])
-    assert {name: (set(severities.split(", ")), word) for name, (severities, word) in rows.items()} == told
+            alerts.setdefault(rule["alert"], (set(), word))[0].add(rule["labels"]["severity"])
+    assert {name: (set(severities.split(", ")), word) for name, (severities, word) in rows.items()} == alerts
     help_ = re.sub(r"\x1b\[[0-9;]*m", "", CliRunner().invoke(app, ["rules", "export", "--help"]).output)
     options = set(re.findall(r"--[a-z-]+", help_)) - {"--help", "--no-all"}
     assert options and all(f"`{option}" in page for option in options)
@@ -412,7 +411,7 @@ def test_options_reach_the_rules(tmp_path: Path) -> None:
     [
         (["--slo", "99"], "--slo must be between 0 and 1, got 99"),
         (["--slo", "0.9"], "--slo must be above 0.9306, got 0.9: below that even an app whose every run is bad"),
-        (["--limit", "speed=1"], "--limit knows no 'speed'; it knows min_bad,"),
+        (["--limit", "speed=1"], "unknown --limit 'speed'; one of: min_bad,"),
         (["--limit", "min_bad=many"], "--limit min_bad must be a number, got 'many'"),
         (["--limit", "min_bad=0"], "min_bad must be above 0, got 0"),
         (["--limit", "wait_seconds=7"], "wait_seconds must be an edge of the histogram (0.005, "),
@@ -427,7 +426,7 @@ def test_a_wrong_option_is_refused_with_the_way_out(options: list[str], word: st
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     """With its name."""
     (tmp_path / "file").write_text("")
     done = aftertask("rules", "export", tmp_path / "file")
@@ -443,7 +442,7 @@ def test_a_name_that_is_not_emitted_is_an_error() -> None:
 def test_limits_are_scaled_for_tests() -> None:
     """Windows, waits and ages; not numbers of runs."""
     options = _rules.Options(scale=1 / 60, limits=replace(_rules.Limits(), failing_runs=4))
-    rules = _rules.groups(options, default=True)["groups"][1]["rules"]
+    rules = yaml.safe_load(_rules.to_yaml(_rules.groups(options, default=True)))["groups"][1]["rules"]
     failing = next(rule for rule in rules if rule["alert"] == "AftertaskTaskFailing")
     assert "[30s]" in failing["expr"] and "> 4 - 0.5" in failing["expr"]
     oldest = next(rule for rule in rules if rule["alert"] == "AftertaskOldestQueuedTooOld")

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 
 def main() -> None:
-    """Run the command; without its extra, say how to install it and end with code 1."""
+    """Run the command; without its extra, print how to install it and exit with code 1."""
     for package, module in (("Typer", "typer"), ("PyYAML", "yaml")):
         if find_spec(module) is None:
             sys.exit(f"the aftertask command needs {package}; install it with: pip install 'aftertask[cli]'")

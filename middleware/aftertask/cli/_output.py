@@ -1,4 +1,4 @@
-"""How a command writes its files, and says no."""
+"""How a command writes its files, and reports why it cannot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 
 
 def write(folder: Path, files: dict[str, str]) -> None:
-    """Write these files under a folder, made where it is missing, over older ones of the same names; tell each."""
+    """Write these files under a folder, created if it is missing; overwrite older ones, and print each path."""
     for name, text in files.items():
         path = folder / name
         try:
@@ -19,7 +19,7 @@ def write(folder: Path, files: dict[str, str]) -> None:
         typer.echo(path)
 
 
-def refusal(word: str) -> typer.Exit:
-    """What ends a command with code 2, after it has said why."""
-    typer.echo(f"aftertask: {word}", err=True)
+def refusal(reason: str) -> typer.Exit:
+    """Print why a command cannot run; returns what ends it with code 2."""
+    typer.echo(f"aftertask: {reason}", err=True)
     return typer.Exit(2)

@@ -6,8 +6,8 @@ import re
 
 from ..signals import families
 
-#: What parts that are still to come will tell. A rule or panel on one of these is left out until
-#: its family stands in `families`; any other unknown name is an error.
+#: Metrics of parts that are still to come. A rule or panel on one of these is left out until its family is in
+#: `families`; any other unknown name is an error.
 PLANNED = frozenset({f"{families.PREFIX}events_dropped_total"})
 
 # Not the middle of a recorded name such as job:aftertask_tasks_bad:ratio_rate5m.
@@ -35,7 +35,7 @@ def names(query: str) -> set[str]:
 
 def is_emitted(query: str) -> bool:
     """
-    Whether aftertask tells all that a query asks for.
+    Whether aftertask emits every metric of a query.
 
     Raises:
         ValueError: A name is neither emitted nor planned.

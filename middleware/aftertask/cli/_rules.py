@@ -1,12 +1,13 @@
-"""The alert and recording rules: what they say, their limits in one place, and how they become Prometheus's YAML."""
+"""The alert and recording rules: their limits in one place, and how they become Prometheus's YAML."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from string import Template
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -30,20 +31,20 @@ BURNS: tuple[tuple[str, str, float, float, Literal["critical", "warning"]], ...]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """
-    The service level, and from where on something is worth a word.
+    The service level, and the thresholds of the alerts.
 
     Args:
         objective: Share of runs that must not end badly, over 30 days; between 0 and 1.
-        min_bad: Bad runs below which the error budget does not alert; one failure of two runs is no emergency.
+        min_bad: Bad runs below which the error budget does not alert: one failure of two runs is no emergency.
         failing_runs: Bad runs of one task in 30 minutes.
-        failing_share: And the share of its runs that they are.
+        failing_share: Share of the task's runs that ended badly in 30 minutes.
         stuck_timeouts: Multiple of its task's timeout after which a run is stuck.
         stuck_seconds: Seconds after which a run is stuck if its task has no timeout.
         queued_seconds: How long a run may wait to start.
         wait_seconds: A longer wait than this is a slow start; an edge of the histogram's buckets.
         wait_share: Share of starts that may be slow.
         threads_share: Share of a pool's threads that may be busy.
-        lag_seconds: 99 % of the event loop's turns have to be this punctual.
+        lag_seconds: Delay that at most 1 % of the event loop's turns may exceed.
         blocked_share: Share of its time for which a task may block the event loop.
         retry_share: Share of attempts that may be followed by another.
         retries: Retries in 15 minutes below which there is no alert.
@@ -113,9 +114,9 @@ class Alert:
         wait: The `for` of the rule, in seconds.
         description: With the numbers; `${name}` as in the query, `${count}` and `${share}` for its value.
         board: The dashboard that explains it, without `aftertask-`.
-        keeps: The labels that it hands on to that dashboard.
+        keeps: The labels that select what that dashboard shows.
         labels: More labels of its own.
-        default: Whether it is on without being asked for.
+        default: Whether it is exported without `--all`.
     """
 
     name: str
@@ -125,7 +126,7 @@ class Alert:
     summary: str
     description: str
     board: Literal["overview", "task", "capacity", "engine"]
-    keeps: tuple[str, ...]
+    keeps: Sequence[str]
     labels: tuple[tuple[str, str], ...] = ()
     default: bool = True
 
@@ -170,220 +171,16 @@ def _burns() -> Iterator[Alert]:
         )
 
 
-# A run that outlives its task's time limit by far; one whose task has none; and a thread that its run has given up.
-_STUCK = """\
-(
-  max by (job, instance, task) (aftertask_oldest_running_age_seconds)
-    > on (job, instance, task)
-  ${stuck_timeouts} * max by (job, instance, task) (aftertask_task_timeout_seconds > 0)
-)
-or
-(
-  max by (job, instance, task) (aftertask_oldest_running_age_seconds) > ${stuck_seconds}
-    unless on (job, instance, task)
-  max by (job, instance, task) (aftertask_task_timeout_seconds > 0)
-)
-or
-max by (job, instance, task) (aftertask_abandoned_threads) > 0"""
-
-
 def alerts() -> tuple[Alert, ...]:
-    """Every alert whose metrics are emitted."""
-    return tuple(alert for alert in (*_burns(), *_default(), *_more()) if is_emitted(alert.expr))
+    """
+    Every alert.
 
-
-def _default() -> tuple[Alert, ...]:
-    failing = (
-        f"{_bad('job, task', 'increase', '30m')} > ${{failing_runs}} - 0.5\n"
-        "and on (job, task)\n"
-        f"{_bad('job, task', 'increase', '30m')}\n"
-        f"  / ({counted('job, task', 'increase', '30m')} > 0) > ${{failing_share}}"
-    )
-    return (
-        Alert(
-            name="TaskFailing",
-            expr=failing,
-            wait=0,
-            severity="warning",
-            summary="A background task keeps failing",
-            description="{{ $labels.task }} of {{ $labels.job }}: about ${count} bad runs in 30m, "
-            "more than ${failing_share_percent} % of its runs.",
-            board="task",
-            keeps=("job", "task"),
-        ),
-        Alert(
-            name="TasksLost",
-            expr='sum by (job, task) (increase(aftertask_tasks_finished_total{outcome="lost"}[15m])) > 0',
-            wait=0,
-            severity="critical",
-            summary="Background tasks were lost",
-            description="{{ $labels.task }} of {{ $labels.job }}: about ${count} runs were accepted "
-            "in the last 15m and will never finish.",
-            board="task",
-            keeps=("job", "task"),
-        ),
-        Alert(
-            name="TasksDropped",
-            expr='sum by (job, task, reason) (increase(aftertask_tasks_not_run_total{outcome="dropped",'
-            'reason!~"http_exception|validation"}[15m])) > 0',
-            wait=0,
-            severity="warning",
-            summary="Background tasks were dropped without having run",
-            description="{{ $labels.task }} of {{ $labels.job }}: about ${count} runs of the last "
-            "15m never ran: {{ $labels.reason }}.",
-            board="task",
-            keeps=("job", "task"),
-        ),
-        Alert(
-            name="TaskStuck",
-            expr=_STUCK,
-            wait=300,
-            severity="warning",
-            summary="A background task does not end",
-            description="{{ $labels.task }} on {{ $labels.instance }} does not end: {{ $value | humanize }} seconds "
-            "of its oldest run, or threads that outlived their runs.",
-            board="task",
-            keeps=("job", "instance", "task"),
-        ),
-        Alert(
-            name="QueueNotDraining",
-            expr='sum by (job, instance) (min_over_time(aftertask_tasks_inflight{state="queued"}[10m])) > 0\n'
-            "and on (job, instance)\n"
-            "sum by (job, instance) (increase(aftertask_queue_wait_seconds_count[10m])) == 0",
-            wait=300,
-            severity="critical",
-            summary="Background tasks wait and none starts",
-            description="{{ $labels.instance }}: {{ $value }} runs have been queued for 10m, and none has started.",
-            board="capacity",
-            keeps=("job", "instance"),
-        ),
-        Alert(
-            name="OldestQueuedTooOld",
-            expr="max by (job, instance, engine) (aftertask_oldest_queued_age_seconds) > ${queued_seconds}",
-            wait=300,
-            severity="critical",
-            summary="A background task has waited too long to start",
-            description="{{ $labels.instance }}: the oldest queued run has waited {{ $value | humanizeDuration }}.",
-            board="capacity",
-            keeps=("job", "instance"),
-        ),
-    )
-
-
-def _more() -> tuple[Alert, ...]:
-    slow = (
-        '1 - sum by (job) (rate(aftertask_queue_wait_seconds_bucket{le=~"${wait_edge}"}[10m]))\n'
-        "  / (sum by (job) (rate(aftertask_queue_wait_seconds_count[10m])) > 0)"
-    )
-    retries = (
-        "sum by (job, task) (rate(aftertask_retries_total[15m]))\n"
-        "  / (sum by (job, task) (rate(aftertask_attempt_duration_seconds_count[15m])) > 0) > ${retry_share}\n"
-        "and on (job, task)\n"
-        "sum by (job, task) (increase(aftertask_retries_total[15m])) > ${retries} - 0.5"
-    )
-    return (
-        Alert(
-            name="QueueWaitHigh",
-            expr=f"({slow}) > ${{wait_share}}\n"
-            "and on (job)\nsum by (job) (increase(aftertask_queue_wait_seconds_count[10m])) > 20",
-            wait=600,
-            severity="warning",
-            summary="Background tasks start late",
-            description="{{ $labels.job }}: ${share} of the runs of the last 10m waited more than "
-            "${wait_seconds} s to start.",
-            board="capacity",
-            keeps=("job",),
-            default=False,
-        ),
-        Alert(
-            name="ThreadPoolSaturated",
-            expr="avg_over_time(aftertask_threadpool_busy[5m]) / (aftertask_threadpool_limit > 0) > ${threads_share}\n"
-            "and\nmax_over_time(aftertask_threadpool_waiting[5m]) > 0",
-            wait=300,
-            severity="critical",
-            summary="The worker threads are used up",
-            description="{{ $labels.instance }}, pool {{ $labels.pool }}: ${share} busy over 5m, and callers wait.",
-            board="capacity",
-            keeps=("job", "instance"),
-            default=False,
-        ),
-        Alert(
-            name="EventLoopLag",
-            expr="histogram_quantile(0.99,\n"
-            "  sum by (job, instance, le) (rate(aftertask_event_loop_lag_seconds_bucket[5m]))) > ${lag_seconds}",
-            wait=300,
-            severity="warning",
-            summary="The event loop is late",
-            description="{{ $labels.instance }}: one turn of the event loop in a hundred was "
-            "{{ $value | humanizeDuration }} late or more, over 5m.",
-            board="capacity",
-            keeps=("job", "instance"),
-            default=False,
-        ),
-        Alert(
-            name="EventLoopBlockedByTask",
-            expr="sum by (job, instance, task) "
-            '(rate(aftertask_event_loop_blocked_seconds_total{task!="__none__"}[5m])) > ${blocked_share}',
-            wait=300,
-            severity="warning",
-            summary="A background task blocks the event loop",
-            description="{{ $labels.task }} on {{ $labels.instance }} blocked the event loop for "
-            "${share} of the last 5m; every request waited.",
-            board="capacity",
-            keeps=("job", "instance", "task"),
-            default=False,
-        ),
-        Alert(
-            name="RetryStorm",
-            expr=retries,
-            wait=600,
-            severity="warning",
-            summary="Most attempts of a background task are retries",
-            description="{{ $labels.task }} of {{ $labels.job }}: ${share} of the attempts of the "
-            "last 15m failed and will be made again.",
-            board="task",
-            keeps=("job", "task"),
-            default=False,
-        ),
-        Alert(
-            name="AlertDeliveryFailing",
-            expr='sum by (job, channel) (increase(aftertask_alerts_total{status="failed"}[15m])) > 0\n'
-            "unless on (job, channel)\n"
-            'sum by (job, channel) (increase(aftertask_alerts_total{status="sent"}[15m])) > 0',
-            wait=300,
-            severity="critical",
-            summary="aftertask cannot deliver its own alerts",
-            description="{{ $labels.job }}, channel {{ $labels.channel }}: about ${count} alerts of the "
-            "last 15m failed, and none was delivered.",
-            board="engine",
-            keeps=("job",),
-            default=False,
-        ),
-        Alert(
-            name="SelfDegraded",
-            expr="sum by (job, component) (increase(aftertask_self_errors_total[15m])) > 0",
-            wait=600,
-            severity="info",
-            summary="aftertask itself hit errors",
-            description="{{ $labels.job }}: about ${count} errors in {{ $labels.component }} in 15m; "
-            "signals may be missing.",
-            board="engine",
-            keeps=("job",),
-            default=False,
-        ),
-        Alert(
-            name="LabelOverflow",
-            expr="sum by (job, label) (increase(aftertask_label_overflow_total[1h])) > 0",
-            wait=0,
-            severity="info",
-            summary="Label values were folded into __other__",
-            description="{{ $labels.job }}: about ${count} values of {{ $labels.label }} in the last 1h "
-            "had no room of their own.",
-            board="engine",
-            keeps=("job",),
-            default=False,
-        ),
-    )
+    Raises:
+        ValueError: A query has a metric that aftertask does not emit.
+    """
+    read: dict[str, list[dict[str, Any]]] = yaml.safe_load(Path(__file__).with_name("alerts.yml").read_text("utf-8"))
+    written = [Alert(**each, default=kind == "default") for kind, found in read.items() for each in found]
+    return tuple(alert for alert in (*_burns(), *written) if is_emitted(alert.expr))
 
 
 def duration(seconds: float) -> str:

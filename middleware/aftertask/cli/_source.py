@@ -1,69 +1,33 @@
-"""What is wrong or risky in an app's source: tasks that block the event loop, and arguments that will be dead."""
+"""What the source of an app shows: the tasks that it adds, calls that block the event loop, containers never used."""
 
 from __future__ import annotations
 
 import ast
+import builtins
 import inspect
 import sys
-import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
+
+from starlette.background import BackgroundTasks
 
 from .._text import is_library_file
 from ..hazards._arguments import kind_of
 from ..tasks import is_async, unwrap
-
-#: Calls that wait, as they are written once imports are resolved, and what to use instead.
-_HTTP = "use httpx.AsyncClient"
-_DATABASE = "use the driver's async side"
-_PROCESS = "use anyio.run_process"
-BLOCKING = {
-    "time.sleep": "use anyio.sleep or asyncio.sleep",
-    **{f"requests.{name}": _HTTP for name in ("get", "post", "put", "patch", "delete", "head", "options", "request")},
-    "urllib.request.urlopen": _HTTP,
-    "urllib.request.urlretrieve": _HTTP,
-    "urllib3.request": _HTTP,
-    **{
-        f"httpx.{name}": _HTTP
-        for name in ("get", "post", "put", "patch", "delete", "head", "request", "stream", "Client")
-    },
-    **{f"subprocess.{name}": _PROCESS for name in ("run", "call", "check_call", "check_output", "getoutput", "Popen")},
-    "os.system": _PROCESS,
-    "os.popen": _PROCESS,
-    "os.wait": _PROCESS,
-    "os.waitpid": _PROCESS,
-    **{f"{name}.connect": _DATABASE for name in ("sqlite3", "psycopg", "psycopg2", "pymysql", "MySQLdb", "cx_Oracle")},
-    "mysql.connector.connect": _DATABASE,
-    "psycopg.Connection.connect": _DATABASE,
-    "pymongo.MongoClient": _DATABASE,
-    **{f"redis.{name}": "use redis.asyncio" for name in ("Redis", "StrictRedis", "from_url")},
-    **{f"boto3.{name}": "use aioboto3" for name in ("client", "resource")},
-    **{f"smtplib.{name}": "use aiosmtplib" for name in ("SMTP", "SMTP_SSL", "LMTP")},
-    **{f"ftplib.{name}": "run it in a thread" for name in ("FTP", "FTP_TLS")},
-    "paramiko.Transport": "run it in a thread",
-    "socket.create_connection": "use anyio.connect_tcp",
-    "socket.getaddrinfo": "use anyio.getaddrinfo",
-    "socket.gethostbyname": "use anyio.getaddrinfo",
-    "shutil.copytree": "run it in a thread",
-    "shutil.make_archive": "run it in a thread",
-    "builtins.input": "run it in a thread",
-}
-
-#: The same for methods of an argument, by the kind of class that it is annotated with.
-_SYNC_SESSIONS = {"sqlalchemy.orm.session.Session", "sqlalchemy.engine.base.Connection", "sqlite3.Connection"}
-_SYNC_SESSIONS |= {"psycopg.Connection", "psycopg2.extensions.connection"}
-_QUERIES = {"execute", "scalars", "scalar", "get", "query", "commit", "flush", "refresh", "rollback", "exec"}
+from ._blocking import FUNCTIONS, METHODS
 
 #: Functions that a task calls are read as well, up to this many calls deep.
-_DEEP = 3
+_DEEPEST = 3
+
+_FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Something found at a line of the source."""
+    """A call that blocks, and what to use instead."""
 
     file: str
     line: int
@@ -74,19 +38,19 @@ class Call:
 @dataclass(frozen=True, slots=True)
 class Added:
     """
-    A task that is scheduled somewhere in the source.
+    A task that is added somewhere in the source.
 
     Attributes:
         file, line: Where.
-        func: The function; None where the source alone does not say which.
-        arguments: What it is given, as names of variables; None for anything else. By position, then by name.
-        by: The function in which that happens.
+        func: The function; None if the source does not show which.
+        arguments: The names of the variables among its arguments.
+        by: The function that adds it; None outside of functions.
     """
 
     file: str
     line: int
     func: Any
-    arguments: tuple[tuple[int | str, str | None], ...]
+    arguments: tuple[str, ...]
     by: FunctionType | None
 
 
@@ -103,79 +67,153 @@ class Module:
         self.names = vars(module)
         self.tree = ast.parse(Path(self.file).read_text("utf-8"), self.file)
         self.imports = dict(_imports(self.tree))
-
-    def dotted(self, node: ast.expr) -> str | None:
-        """A name as it is written, its import resolved: `sleep` is `time.sleep`."""
-        parts: list[str] = []
-        while isinstance(node, ast.Attribute):
-            parts.append(node.attr)
-            node = node.value
-        if not isinstance(node, ast.Name):
-            return None
-        first = self.imports.get(node.id, f"builtins.{node.id}" if node.id == "input" else node.id)
-        return ".".join([first, *reversed(parts)])
-
-    def value(self, node: ast.expr) -> Any:
-        """The object that a name of the module stands for; None if finding it out would mean running code."""
-        if isinstance(node, ast.Attribute):
-            owner = self.value(node.value)
-            return inspect.getattr_static(owner, node.attr, None) if isinstance(owner, (ModuleType, type)) else None
-        return self.names.get(node.id) if isinstance(node, ast.Name) else None
+        #: By the line of their first decorator, as Python counts.
+        self.functions = {_first_line(node): (node, owner) for node, owner, _ in _functions(self.tree)}
 
     def added(self) -> Iterator[Added]:
-        """Every task that is scheduled in this module."""
-        for scope, call in _calls(self.tree, None):
+        """Every task that is added in this module."""
+        yield from self._added(Scope(self), _own_calls(self.tree))
+        for node, owner, outermost in _functions(self.tree):
+            if outermost:
+                kind = self.owner(owner)
+                calls = (inner for inner in ast.walk(node) if isinstance(inner, ast.Call))
+                yield from self._added(Scope(self, node, self._function(node, kind), kind), calls)
+
+    def owner(self, name: str | None) -> type | None:
+        """The class of this name."""
+        found = self.names.get(name) if name else None
+        return found if isinstance(found, type) else None
+
+    def _function(self, node: _FunctionNode, owner: type | None) -> FunctionType | None:
+        func = _inner((self.names if owner is None else vars(owner)).get(node.name))
+        place = (self.file, _first_line(node))
+        # Another one may have taken its name.
+        return func if func is not None and (func.__code__.co_filename, func.__code__.co_firstlineno) == place else None
+
+    def _added(self, scope: Scope, calls: Iterable[ast.Call]) -> Iterator[Added]:
+        for call in calls:
             name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-            if not call.args or name not in ("add_task", "BackgroundTask"):
+            if name not in ("add_task", "BackgroundTask"):
                 continue
-            by = None if scope is None else self._function(scope)
-            given: list[tuple[int | str, str | None]] = [
-                (place, getattr(arg, "id", None)) for place, arg in enumerate(call.args[1:])
-            ]
-            given += [(keyword.arg, getattr(keyword.value, "id", None)) for keyword in call.keywords if keyword.arg]
-            yield Added(self.file, call.lineno, self._task(call.args[0]), tuple(given), by)
+            named = {each.arg: each.value for each in call.keywords}
+            given = [*call.args, *named.values()]
+            func = named.get("func", given[0] if call.args else None)
+            if func is not None:
+                variables = tuple(each.id for each in given if isinstance(each, ast.Name) and each is not func)
+                yield Added(self.file, call.lineno, scope.task(func), variables, scope.func)
 
-    def _task(self, node: ast.expr) -> Any:
-        if isinstance(node, ast.Call) and node.args:  # options(f, …), partial(f, …)
-            return self._task(node.args[0])
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
-            return next((vars(each)[node.attr] for each in self._classes() if node.attr in vars(each)), None)
-        return self.value(node)
-
-    def _classes(self) -> Iterator[type]:
-        """The classes that the module defines."""
-        name = self.names.get("__name__")
-        yield from (each for each in self.names.values() if isinstance(each, type) and each.__module__ == name)
-
-    def unused_containers(self) -> Iterator[tuple[int, str]]:
-        """Line and name of each `BackgroundTasks()` that a function fills and uses for nothing else."""
-        for function in ast.walk(self.tree):
-            if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                continue
-            made = {
-                target.id: node.lineno
-                for node in ast.walk(function)
-                if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
-                for target in node.targets
-                if isinstance(target, ast.Name)
-                and (self.dotted(node.value.func) or "").rpartition(".")[2] == "BackgroundTasks"
-            }
+    def unused_containers(self) -> dict[int, str]:
+        """Each `BackgroundTasks()` that a function makes and fills and uses for nothing else: its line and name."""
+        found = {}
+        for node, _ in self.functions.values():
+            scope, parts = Scope(self, node), list(ast.walk(node))
+            uses = [each.id for each in parts if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Load)]
             adds = [
-                node.value for node in ast.walk(function) if isinstance(node, ast.Attribute) and node.attr == "add_task"
+                each.value.id
+                for each in parts
+                if isinstance(each, ast.Attribute) and each.attr == "add_task" and isinstance(each.value, ast.Name)
             ]
-            uses = [
-                node for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
-            ]
-            for name, line in made.items():
-                filled = sum(isinstance(owner, ast.Name) and owner.id == name for owner in adds)
-                if filled and filled == sum(use.id == name for use in uses):
-                    yield line, name
+            for name, value in _assigned(node):
+                kind = scope.kind(value) if isinstance(value, ast.Call) else None
+                if kind and issubclass(kind, BackgroundTasks) and 0 < adds.count(name) == uses.count(name):
+                    found[value.lineno] = name
+        return found
 
-    def _function(self, scope: ast.AST) -> FunctionType | None:
-        found = self.names.get(getattr(scope, "name", ""))
-        found = unwrap(found)[0] if callable(found) else found
-        found = inspect.unwrap(found) if callable(found) else found
-        return found if isinstance(found, FunctionType) and found.__code__.co_filename == self.file else None
+
+class Scope:
+    """
+    The names in one function, or outside of functions.
+
+    Args:
+        node, func: The function, as source and as it is; None where it is not to be found.
+        owner: The class of which it is a method.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        node: _FunctionNode | None = None,
+        func: FunctionType | None = None,
+        owner: type | None = None,
+    ) -> None:
+        self.module, self.func = module, func
+        self._imports: dict[str, str] = {}
+        #: Each local variable with its class; None where that does not show.
+        self._kinds: dict[str, type | None] = {}
+        if node is None:
+            return
+        self._imports = dict(_imports(node))
+        parts = list(ast.walk(node))
+        self._kinds = dict.fromkeys(each.arg for each in parts if isinstance(each, ast.arg))
+        self._kinds |= {each.name: None for each in parts[1:] if isinstance(each, (_FunctionNode, ast.ClassDef))}
+        names = [each for each in parts if isinstance(each, ast.Name)]
+        self._kinds |= {each.id: None for each in names if isinstance(each.ctx, ast.Store)}
+        self._kinds |= annotated(func) if func is not None else {}
+        self._kinds |= {name: owner for name in ("self", "cls") if owner is not None and name in self._kinds}
+        for name, value in _assigned(node):
+            self._kinds[name] = self.kind(value)
+
+    def dotted(self, node: ast.expr) -> str | None:
+        """A name with its import resolved: `sleep` is `time.sleep`. None if it is neither imported nor built in."""
+        if isinstance(node, ast.Attribute):
+            owner = self.dotted(node.value)
+            return None if owner is None else f"{owner}.{node.attr}"
+        if not isinstance(node, ast.Name) or node.id in self._kinds:
+            return None
+        if node.id in self.module.names and node.id not in self._imports:
+            name = self.module.imports.get(node.id, "")
+            return (
+                name if _loaded(name) is self.module.names[node.id] else None
+            )  # another value may have taken its name
+        return self._imports.get(node.id, f"builtins.{node.id}")
+
+    def value(self, node: ast.expr) -> Any:
+        """The object that a name stands for; None if only running the code would show it."""
+        if isinstance(node, ast.Name) and node.id not in self._kinds:
+            found = self.module.names.get(node.id, vars(builtins).get(node.id))
+            return _loaded(self._imports[node.id]) if node.id in self._imports else found
+        if not isinstance(node, ast.Attribute):
+            return None
+        owner = self.value(node.value)
+        if isinstance(owner, ModuleType):
+            return vars(owner).get(node.attr)
+        kind = owner if isinstance(owner, type) else self.kind(node.value)
+        found = None if kind is None else inspect.getattr_static(kind, node.attr, None)
+        if isinstance(found, staticmethod):
+            return found.__func__
+        if isinstance(found, classmethod) or (isinstance(found, FunctionType) and kind is not owner):
+            return MethodType(
+                found.__func__ if isinstance(found, classmethod) else found, kind
+            )  # its name is that of the class, as when it runs
+        return found
+
+    def kind(self, node: ast.expr) -> type | None:
+        """The class of an expression's value, if an annotation, the call of a class or the module shows it."""
+        if isinstance(node, ast.Name) and node.id in self._kinds:
+            return self._kinds[node.id]
+        if isinstance(node, ast.Call):
+            made = self.value(node.func)
+            return made if isinstance(made, type) else None
+        value = self.value(node) if isinstance(node, (ast.Name, ast.Attribute)) else None
+        return None if value is None else type(value)
+
+    def task(self, node: ast.expr) -> Any:
+        """The function that is added as a task; None if the source does not show it."""
+        if isinstance(node, ast.Call):  # options(f, …), partial(f, …), a wrapper of another library
+            inner = self.task(node.args[0]) if node.args else None
+            return inner if inspect.isroutine(inner) else None
+        found = self.value(node)
+        return found if callable(found) else None
+
+    def remedy(self, call: ast.Call) -> str | None:
+        """What to use instead of a call that blocks; None if it does not."""
+        found = FUNCTIONS.get(self.dotted(call.func) or "")
+        kind = self.kind(call.func.value) if isinstance(call.func, ast.Attribute) else None
+        for base in () if found or kind is None else kind.__mro__:
+            methods, remedy = METHODS.get(f"{base.__module__}.{base.__qualname__}", ((), ""))
+            if getattr(call.func, "attr", None) in methods:
+                return remedy
+        return found
 
 
 class Source:
@@ -185,7 +223,7 @@ class Source:
         self._modules: dict[str, Module | None] = {}
 
     def module(self, name: str) -> Module | None:
-        """A module of the app; None where it is a library's, or cannot be read."""
+        """A module of the app; None if it is a library's, or cannot be read."""
         if name not in self._modules:
             self._modules[name] = self._read(name)
         return self._modules[name]
@@ -194,9 +232,7 @@ class Source:
     def _read(name: str) -> Module | None:
         module = sys.modules.get(name)
         file = getattr(module, "__file__", None)
-        if module is None or file is None or not file.endswith(".py"):
-            return None
-        if is_library_file(file):
+        if module is None or not isinstance(file, str) or not file.endswith(".py") or is_library_file(file):
             return None
         try:
             return Module(module)
@@ -204,47 +240,41 @@ class Source:
             return None
 
     def blocking(self, func: Any) -> list[Call]:
-        """The calls in an async function that block the event loop; in the plain functions that it calls, too."""
+        """The calls in an async function that block the event loop, also in the functions that it calls."""
         func = unwrap(func)[0]
-        return list(self._blocking(func, _DEEP, set())) if is_async(func) else []
+        return list(self._blocking(func, _DEEPEST, set())) if is_async(func) else []
 
-    def _blocking(self, func: Any, deep: int, seen: set[Any]) -> Iterator[Call]:
-        func = inspect.unwrap(getattr(func, "__func__", func))
-        module = self.module(getattr(func, "__module__", "") or "")
-        if module is None or not isinstance(func, FunctionType) or func in seen:
+    def _blocking(self, func: Any, deep: int, seen: set[FunctionType]) -> Iterator[Call]:
+        bound = func.__self__ if type(func) is MethodType else None
+        func = _inner(func)
+        module = None if func is None else self.module(func.__module__)
+        if func is None or module is None or func in seen or func.__code__.co_filename != module.file:
             return
         seen.add(func)
-        try:
-            lines, first = inspect.getsourcelines(func)
-            tree = ast.parse(textwrap.dedent("".join(lines)))
-        except (OSError, SyntaxError, TypeError):
+        found = module.functions.get(func.__code__.co_firstlineno)
+        if found is None:  # a lambda
             return
-        sessions = {name for name, kind in annotated(func).items() if _is_sync_session(kind)}
-        local = dict(_imports(tree))
-        for call in _own_calls(tree.body[0]):
-            line = first + call.lineno - 1
-            dotted = module.dotted(call.func) or ""
-            head, _, rest = dotted.partition(".")
-            dotted = f"{local[head]}.{rest}".rstrip(".") if head in local else dotted
-            remedy = BLOCKING.get(dotted)
-            owner = call.func.value if isinstance(call.func, ast.Attribute) else None
+        node, name = found
+        owner = module.owner(name) if bound is None else bound if isinstance(bound, type) else type(bound)
+        scope = Scope(module, node, func, owner)
+        for call in _own_calls(node):
+            remedy = scope.remedy(call)
             if remedy is not None:
-                yield Call(module.file, line, f"{dotted}()", remedy)
-            elif isinstance(owner, ast.Name) and owner.id in sessions and call.func.attr in _QUERIES:  # type: ignore[attr-defined]  # it has an owner, so it is an Attribute
-                yield Call(module.file, line, f"{ast.unparse(call.func)}()", _DATABASE)
+                yield Call(module.file, call.lineno, f"{scope.dotted(call.func) or ast.unparse(call.func)}()", remedy)
             elif deep:
-                helper = module.value(call.func)
-                if isinstance(helper, FunctionType) and not is_async(helper):
-                    for inner in self._blocking(helper, deep - 1, seen):
-                        yield Call(inner.file, inner.line, f"{inner.what} in {helper.__qualname__}()", inner.remedy)
+                for inner in self._blocking(scope.value(call.func), deep - 1, seen):
+                    yield Call(inner.file, inner.line, f"{inner.what} in {ast.unparse(call.func)}()", inner.remedy)
 
 
-def annotated(func: Any) -> dict[str, type]:
+def annotated(func: object) -> dict[str, type]:
     """The classes that a function's parameters are annotated with, as far as they can be found."""
+    inner = _inner(func)
+    if inner is None:
+        return {}
     try:
-        hints = inspect.get_annotations(func, eval_str=True)
+        hints = inspect.get_annotations(inner, eval_str=True)
     except Exception:  # a name for type checkers only
-        hints = inspect.get_annotations(func)
+        hints = inspect.get_annotations(inner)
     found = {}
     for name, hint in hints.items():
         hint = getattr(hint, "__origin__", hint) if hasattr(hint, "__metadata__") else hint
@@ -253,47 +283,81 @@ def annotated(func: Any) -> dict[str, type]:
     return found
 
 
-def argument_kinds(func: Any) -> dict[str, str]:
+def argument_kinds(func: object) -> dict[str, str]:
     """What a function's parameters are: `upload`, `request`, `database`, …"""
     return {name: kind_of(kind) for name, kind in annotated(func).items()}
 
 
-def place_of(func: Any) -> tuple[str | None, int | None]:
+def place_of(func: object) -> tuple[str | None, int | None]:
     """The file and line where a function begins."""
-    code = getattr(inspect.unwrap(unwrap(func)[0]) if callable(func) else func, "__code__", None)
-    return (None, None) if code is None else (code.co_filename, code.co_firstlineno)
+    inner = _inner(func)
+    return (None, None) if inner is None else (inner.__code__.co_filename, inner.__code__.co_firstlineno)
 
 
-def _is_sync_session(kind: type) -> bool:
-    return any(f"{base.__module__}.{base.__qualname__}" in _SYNC_SESSIONS for base in kind.__mro__)
+def _inner(func: Any) -> FunctionType | None:
+    """The plain function inside what libraries wrapped around it, or of a method."""
+    try:
+        func = inspect.unwrap(unwrap(func)[0]) if callable(func) else None
+    except ValueError:  # without end: a proxy, which makes up any attribute
+        return None
+    func = func.__func__ if type(func) is MethodType else func
+    return func if type(func) is FunctionType else None
+
+
+def _loaded(dotted: str) -> Any:
+    """What an import gives; None if its module is not loaded."""
+    if dotted in sys.modules:
+        return sys.modules[dotted]
+    module, _, name = dotted.rpartition(".")
+    return vars(sys.modules[module]).get(name) if module in sys.modules else None
 
 
 def _imports(tree: ast.AST) -> Iterator[tuple[str, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield (
-                    alias.asname or alias.name.partition(".")[0],
-                    alias.name if alias.asname else alias.name.partition(".")[0],
-                )
+                first = alias.name.partition(".")[0]
+                yield (alias.asname, alias.name) if alias.asname else (first, first)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             for alias in node.names:
                 yield alias.asname or alias.name, f"{node.module}.{alias.name}"
 
 
-def _calls(node: ast.AST, scope: ast.AST | None) -> Iterator[tuple[ast.AST | None, ast.Call]]:
-    """Every call, with the outermost function that it stands in."""
+def _assigned(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
+    """Each variable that is assigned an expression, or is the target of a `with`."""
+    for each in ast.walk(node):
+        pairs: list[tuple[ast.expr | None, ast.expr | None]] = []
+        if isinstance(each, ast.Assign):
+            pairs = [(target, each.value) for target in each.targets]
+        elif isinstance(each, (ast.AnnAssign, ast.NamedExpr)):
+            pairs = [(each.target, each.value)]
+        elif isinstance(each, (ast.With, ast.AsyncWith)):
+            pairs = [(item.optional_vars, item.context_expr) for item in each.items]
+        for target, value in pairs:
+            if isinstance(target, ast.Name) and value is not None:
+                yield target.id, value
+
+
+def _functions(
+    node: ast.AST, owner: str | None = None, outermost: bool = True
+) -> Iterator[tuple[_FunctionNode, str | None, bool]]:
+    """Every function, the class around it, and whether it is in no other function."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Call):
-            yield scope, child
-        is_function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
-        yield from _calls(child, child if is_function and scope is None else scope)
+        if isinstance(child, _FunctionNode):
+            yield child, owner, outermost
+            yield from _functions(child, None, False)
+        else:
+            yield from _functions(child, child.name if isinstance(child, ast.ClassDef) else owner, outermost)
+
+
+def _first_line(node: _FunctionNode) -> int:
+    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
 
 
 def _own_calls(node: ast.AST) -> Iterator[ast.Call]:
     """The calls that run when a function is called: not its decorators', nor those in functions that it defines."""
-    for child in node.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) else ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
+    for child in node.body if isinstance(node, _FunctionNode) else ast.iter_child_nodes(node):
+        if isinstance(child, (_FunctionNode, ast.Lambda, ast.ClassDef)):
             continue
         if isinstance(child, ast.Call):
             yield child

@@ -20,8 +20,9 @@ from ..middleware import AftertaskMiddleware
 from ..policies import Limit, Retry
 from ..settings import Settings
 from ..tasks import code_name
+from ._findings import Finding, findings
 from ._output import refusal
-from ._subject import Finding, Subject, findings
+from ._subject import Subject
 
 SEVERITIES = ("note", "warning", "error")
 
@@ -37,7 +38,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="For a program to read.")] = False,
     send_test_alert: Annotated[bool, typer.Option(help="Send a test alert to each channel, too.")] = False,
 ) -> None:
-    """Import an app and tell its settings, its tasks' policies, and what is wrong or risky; code 1 if anything is."""
+    """Import an app and print its settings, its tasks' policies, and what is wrong or risky; code 1 if anything is."""
     if fail_on not in SEVERITIES:
         raise refusal(f"--fail-on must be note, warning or error, got {fail_on!r}")
     subject = Subject(_load(app, app_dir, factory), workers or int(os.environ.get("WEB_CONCURRENCY") or 1), _build)
@@ -124,16 +125,16 @@ def _print(app: str, subject: Subject, found: list[Finding], sent: list[dict[str
             typer.echo(f"  {name} = {value}")
         typer.echo("\nTasks")
         for name in subject.tasks:
-            said = ", ".join(f"{key}={value}" for key, value in _policy(subject, name))
-            typer.echo(f"  {name}: {said or 'no policy'}")
+            policy = ", ".join(f"{key}={value}" for key, value in _policy(subject, name))
+            typer.echo(f"  {name}: {policy or 'no policy'}")
         if not subject.tasks:
             typer.echo("  none is registered by @task, and none is added in the app's own modules")
     for one in found:
         place = "" if one.file is None else f"{_short(one.file)}:{one.line}: "
         typer.echo(f"\n{place}{one.severity}: {one.message} [{one.kind}]\n  {one.remedy}")
     for tested in sent:
-        said = "taken" if tested["ok"] else f"FAILED: {tested['error']}"
-        typer.echo(f"\ntest alert to {tested['channel']}: {said} ({tested['seconds']:.2f} s)")
+        result = "accepted" if tested["ok"] else f"FAILED: {tested['error']}"
+        typer.echo(f"\ntest alert to {tested['channel']}: {result} ({tested['seconds']:.2f} s)")
     count = {severity: sum(one.severity == severity for one in found) for severity in reversed(SEVERITIES)}
     typer.echo("\n" + ", ".join(f"{number} {name}{'s' * (number != 1)}" for name, number in count.items()))
 

@@ -62,7 +62,7 @@ def _limits(slo: float, given: list[str]) -> Limits:
     for each in given:
         name, _, value = each.partition("=")
         if name not in _LIMITS:
-            raise refusal(f"--limit knows no {name!r}; it knows {', '.join(_LIMITS)}")
+            raise refusal(f"unknown --limit {name!r}; one of: {', '.join(_LIMITS)}")
         try:
             values[name] = float(value)
         except ValueError:

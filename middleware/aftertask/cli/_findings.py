@@ -1,0 +1,233 @@
+"""The rules of `aftertask check`: what is wrong or risky in an app."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, Literal
+
+import starlette
+from starlette.routing import WebSocketRoute
+
+from .._text import is_library_file
+from ..settings import disabled
+from ..tasks import code_name, is_async, unwrap
+from ._source import Added, argument_kinds, place_of
+from ._subject import Subject
+
+Severity = Literal["note", "warning", "error"]
+
+_READ = "read it in the endpoint (`data = await file.read()`) and pass the bytes; or update FastAPI to 0.118"
+_OPEN = "open a session inside the task, and pass ids in the place of rows"
+_TAKE = "take `tasks: BackgroundTasks` as the endpoint's parameter, or pass it to a response as `background=`"
+
+#: Before this FastAPI closed uploads and left dependencies with yield before the response.
+_ALIVE_SINCE = (0, 118)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """
+    Something that is wrong or risky.
+
+    Attributes:
+        kind: As in `docs/hazards.md`.
+        severity: `error`: does not work; `warning`: will fail or do harm; `note`: worth considering.
+        message, remedy: What it is and what to do, in words.
+        file, line: A place in the app's own source; None if it is about the whole app.
+        task: The task's name; None likewise.
+    """
+
+    kind: str
+    severity: Severity
+    message: str
+    remedy: str
+    file: str | None = None
+    line: int | None = None
+    task: str | None = None
+
+
+def findings(subject: Subject) -> list[Finding]:
+    """Everything that is wrong or risky, each once."""
+    if subject.mistake is not None:
+        return [Finding("settings", "error", subject.mistake, "correct it: the app does not start with it")]
+    found = [*_of_middleware(subject), *_of_app(subject), *_of_websockets(subject), *_unused_containers(subject)]
+    for name, func in sorted(subject.functions.items()):
+        found += [*_of_task(subject, name, func), *_blocking(subject, name, func)]
+    for added in subject.added:
+        found += _of_call(subject, added)
+    return list(dict.fromkeys(found))
+
+
+# --- the app
+
+
+def _of_middleware(subject: Subject) -> Iterator[Finding]:
+    kinds = [kind for kind, _ in subject.layers]
+    if "AftertaskMiddleware" not in kinds:
+        remedy = "app.add_middleware(AftertaskMiddleware); a plain ASGI app is wrapped: AftertaskMiddleware(app)"
+        yield Finding("not_added", "error", "the app has no AftertaskMiddleware", remedy)
+    elif "OpenTelemetryMiddleware" in kinds[kinds.index("AftertaskMiddleware") :]:
+        yield Finding(
+            "middleware_order",
+            "warning",
+            "OpenTelemetry's middleware is inside aftertask's, so a task's span is no child of the request's",
+            "add it after AftertaskMiddleware: what is added last is outermost",
+        )
+    if kinds.count("AftertaskMiddleware") > 1:
+        message = "AftertaskMiddleware is added twice"
+        yield Finding("added_twice", "warning", message, "remove one of the two: the inner one observes")
+    if disabled():
+        message = "AFTERTASK_DISABLED is set: nothing is observed, and no policy is in force"
+        yield Finding("disabled", "warning", message, "remove the variable")
+    stacked = kinds.count("BaseHTTPMiddleware")
+    if stacked >= 3 and _version(starlette.__version__) < (1, 7):
+        message = f"{stacked} BaseHTTPMiddleware on Starlette {starlette.__version__}: tasks start too early"
+        remedy = "update Starlette to 1.7, or write them as plain ASGI middleware"
+        yield Finding("started_early", "warning", message, remedy)
+
+
+def _of_app(subject: Subject) -> Iterator[Finding]:
+    settings = subject.settings
+    for pattern in () if settings is None else settings.policies:
+        if not fnmatch.filter(subject.names, pattern):
+            message = f"Settings.policies has {pattern!r}, which matches no task that is found here"
+            remedy = "correct it, unless the task is created only when the app runs"
+            yield Finding("unused_policy", "note", message, remedy)
+    path = None if settings is None else settings.metrics_path
+    if path is not None and any(each.rstrip("/") == path for each, _ in subject.routes):
+        message = f"the app serves {path} itself, so aftertask does not respond there"
+        remedy = "include Settings.registry in what that route serves, or choose another Settings.metrics_path"
+        yield Finding("metrics_path", "warning", message, remedy)
+    if subject.workers > 1 and not os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        message = f"{subject.workers} workers without PROMETHEUS_MULTIPROC_DIR: each scrape reads only one of them"
+        remedy = "set PROMETHEUS_MULTIPROC_DIR to an empty directory that all workers share"
+        yield Finding("several_workers", "warning", message, remedy)
+
+
+def _of_websockets(subject: Subject) -> Iterator[Finding]:
+    for _, route in subject.routes:
+        if not isinstance(getattr(route, "route", route), WebSocketRoute) or not _takes_tasks(route):
+            continue
+        file, line = place_of(route.endpoint)
+        if file is not None and not is_library_file(file):
+            message = (
+                f"{code_name(route.endpoint)} is a WebSocket endpoint with BackgroundTasks, which FastAPI never runs"
+            )
+            remedy = "await the function there, or start it in a task group of your own"
+            yield Finding("websocket", "error", message, remedy, file, line)
+
+
+def _takes_tasks(route: Any) -> bool:
+    """Whether FastAPI gives `BackgroundTasks` to the endpoint of a route or to one of its dependencies."""
+    waiting = [getattr(route, "dependant", None)]
+    while waiting:
+        dependant = waiting.pop()
+        if getattr(dependant, "background_tasks_param_name", None) is not None:
+            return True
+        waiting += getattr(dependant, "dependencies", ())
+    return False
+
+
+def _unused_containers(subject: Subject) -> Iterator[Finding]:
+    for module in subject.modules():
+        for line, name in module.unused_containers().items():
+            message = f"tasks are added to {name!r}, which is given to no response, so they never run"
+            yield Finding("unused_container", "error", message, _TAKE, module.file, line)
+
+
+# --- its tasks
+
+
+def _of_task(subject: Subject, name: str, func: object) -> Iterator[Finding]:
+    inner = unwrap(func)[0]
+    file, line = place_of(inner)
+    remedy = "@task(timeout=…)"
+    if file is None or is_library_file(file):  # a finding points to the user's own line
+        added = next((one for one in subject.added if one.func is not None and unwrap(one.func)[0] is inner), None)
+        file, line = (None, None) if added is None else (added.file, added.line)
+        remedy = f'options(…, timeout=…) here, or Settings(policies={{"{name}": Policy(timeout=…)}})'
+        if type(inner) is FunctionType and "<locals>" in inner.__qualname__:
+            message = f"{name} is a wrapper of a library; the function inside of it, its name and @task are not found"
+            advice = f"set its policy as Settings.policies[{name!r}], or wrap the function with functools.wraps"
+            yield Finding("wrapped", "note", message, advice, file, line, name)
+    place = (file, line, name)
+    if inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner):
+        message = f"{name} is a generator function: as a task it does nothing"
+        yield Finding("generator", "error", message, "loop over it in a function, and add that", *place)
+    elif any(getattr(route, "endpoint", None) is inner for _, route in subject.routes):
+        message = f"{name} is an endpoint and added as a task: its response is sent to no client"
+        yield Finding("response_returned", "warning", message, "add the function that does the work", *place)
+    for argument, kind in argument_kinds(inner).items():
+        if kind in ("request", "websocket"):
+            message = f"{name} takes {argument!r}, a {kind}, which is over when it runs"
+            yield Finding("request_scoped", "warning", message, "pass what the task needs of it", *place)
+    if subject.policy(name).timeout is None:
+        message = f"{name} has no timeout: a run that hangs is reported as stuck, and never ended"
+        if not is_async(inner):
+            remedy += "; a sync task past it is abandoned, its thread cannot be stopped"
+        yield Finding("no_timeout", "note", message, remedy, *place)
+
+
+def _blocking(subject: Subject, name: str, func: object) -> Iterator[Finding]:
+    if subject.policy(name).executor not in (None, "auto"):
+        return
+    for call in subject.source.blocking(func):
+        message = f"{name} is async and calls {call.what}, which blocks the event loop: every request waits"
+        remedy = f"{call.remedy}; or make the task a plain def, which runs in a thread"
+        yield Finding("blocked_loop", "warning", message, remedy, call.file, call.line, name)
+
+
+def _of_call(subject: Subject, added: Added) -> Iterator[Finding]:
+    """The parameters of the endpoint that a task is given where it is added."""
+    if added.by is None:
+        return
+    name = subject.name(added.func) if added.func is not None else "the task"
+    kinds, place = argument_kinds(added.by), (added.file, added.line, name)
+    for variable in added.arguments:
+        kind, early = kinds.get(variable), _exits_early(added.by, variable)
+        if kind == "upload" and not _alive():
+            message = f"{name} is given the upload {variable!r}, which {_fastapi()} closes before the response"
+            yield Finding("closed_upload", "error", message, _READ, *place)
+        elif early is not None:
+            message = f"{name} is given {variable!r}, which is closed when it runs: {early}"
+            if kind == "database":
+                yield Finding("db_session", "error", message, _OPEN, *place)
+            else:
+                yield Finding("dead_dependency", "error", message, "open what the task needs inside the task", *place)
+
+
+def _exits_early(func: FunctionType, parameter: str) -> str | None:
+    """Why what a dependency yields to this parameter is closed before the response; None if it is not."""
+    try:
+        found = inspect.signature(func, eval_str=True).parameters.get(parameter)
+    except Exception:  # a name for type checkers only
+        found = inspect.signature(func).parameters.get(parameter)
+    if found is None:
+        return None
+    for depends in (found.default, *getattr(found.annotation, "__metadata__", ())):
+        call = getattr(depends, "dependency", None)
+        if call is None or not (inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call)):
+            continue
+        if not _alive():
+            return f"{_fastapi()} leaves dependencies with yield before the response"
+        if getattr(depends, "scope", None) == "function":
+            return 'its dependency has scope="function"'
+    return None
+
+
+def _alive() -> bool:
+    return _version(getattr(sys.modules.get("fastapi"), "__version__", "1")) >= _ALIVE_SINCE
+
+
+def _fastapi() -> str:
+    return f"FastAPI {getattr(sys.modules.get('fastapi'), '__version__', '')}".rstrip()
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
