@@ -1,4 +1,4 @@
-"""Capacity: are we saturated, and which task eats it."""
+"""Capacity: is the app saturated, and which task takes the capacity."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ LOAD = Row(
             unit=COUNT,
             stacked=True,
             to_task=True,
-            description="Seconds of work a second: how many runs of it are busy on average. The largest is the one to "
-            "speed up, limit or move away.",
+            description="Seconds of work per second: the average number of busy runs. The task with the largest share "
+            "is the one to speed up, limit or move elsewhere.",
             asks=[
                 Ask(
                     query="topk(10, sum by (task) (rate(aftertask_attempt_duration_seconds_sum[$__rate_interval])))",
@@ -36,8 +36,8 @@ LOAD = Row(
         Panel(
             title="Offered and finished",
             unit=RATE,
-            description="Offered above finished for long: more comes in than goes out, and waits will grow. Add "
-            "instances, or take work away.",
+            description="If offered stays above finished, more comes in than goes out, and waits grow. Add "
+            "instances, or reduce the work.",
             asks=[
                 Ask(
                     query="sum(rate(aftertask_tasks_scheduled_total[$__rate_interval])) or vector(0)", legend="offered"
@@ -60,8 +60,8 @@ LOAD = Row(
             unit=SECONDS,
             lines=True,
             steps=[(60, ORANGE), (LIMITS.queued_seconds, RED)],
-            description="How long the oldest queued run has waited; speaks even while nothing starts. One instance "
-            "only: restart that one, after a look at its stacks.",
+            description="How long the oldest queued run has waited; has a value even while nothing starts. One "
+            "instance only: restart it, after a look at its stacks.",
             asks=[
                 Ask(query="max by (instance) (aftertask_oldest_queued_age_seconds)", legend="{{instance}}"),
                 Ask(query="max(aftertask_oldest_queued_age_seconds) or vector(0)", legend="oldest of all"),
@@ -70,8 +70,8 @@ LOAD = Row(
         Panel(
             title="Queue wait",
             unit=SECONDS,
-            description="From the end of the response to the first attempt. Silent while nothing starts: look at the "
-            "oldest waiting then. Dots are traces.",
+            description="From the end of the response to the first attempt. No values while nothing starts: then look "
+            "at the oldest waiting. Dots are traces.",
             asks=quantiles("aftertask_queue_wait_seconds"),
         ),
         Panel(
@@ -91,8 +91,8 @@ LIMITED = Row(
             title="Limits in use",
             unit=SHARE,
             high=1,
-            description="Slots of each limit that are taken. 100 % and waiters: the limit is what holds the work up; "
-            "raise it if what it protects can take more.",
+            description="Slots in use of each limit. 100 % and runs waiting: the limit holds the work up; raise it if "
+            "what it protects can take more.",
             asks=[
                 Ask(
                     query="sum by (limiter) (aftertask_concurrency_in_use) / "
@@ -105,8 +105,8 @@ LIMITED = Row(
             title="Runs that wait for a limit",
             unit=COUNT,
             stacked=True,
-            description="They are accepted and have no slot. Growing without an end: runs that hold a slot do not end, "
-            "or the limit is too low.",
+            description="Runs that are accepted and have no slot. Growing without end: runs that hold a slot do not "
+            "finish, or the limit is too low.",
             asks=[Ask(query="sum by (limiter) (aftertask_concurrency_waiting)", legend="{{limiter}}")],
         ),
         Panel(
@@ -116,7 +116,7 @@ LIMITED = Row(
             lines=True,
             steps=[(LIMITS.threads_share, RED)],
             description="Busy threads of each pool. Sync endpoints share anyio's with sync tasks: at 100 % requests "
-            'are slow too. Give sync tasks threads of their own: executor="thread".',
+            'are slow, too. Give sync tasks threads of their own: executor="thread".',
             asks=[
                 Ask(
                     query="max by (instance, pool) (aftertask_threadpool_busy / (aftertask_threadpool_limit > 0))",
@@ -128,7 +128,7 @@ LIMITED = Row(
             title="Calls that wait for a thread",
             unit=COUNT,
             stacked=True,
-            description="Above 0 for long: the pool is used up. Which task: see busy seconds.",
+            description="Above 0 for long: the pool is exhausted. For the task see busy seconds.",
             asks=[Ask(query="sum by (pool) (aftertask_threadpool_waiting)", legend="{{pool}}")],
         ),
     ],
@@ -143,7 +143,7 @@ LOOP = Row(
             lines=True,
             steps=[(LIMITS.lag_seconds, RED)],
             description="99th percentile, by instance. High: something computes or blocks on the loop, and every "
-            "request waits; the panel beside it and the log line loop.blocked say what.",
+            "request waits; the next panel and the log line loop.blocked show what.",
             asks=[
                 Ask(
                     query="histogram_quantile(0.99, "
@@ -156,8 +156,8 @@ LOOP = Row(
             title="Event loop blocked by",
             unit=SHARE,
             to_task=True,
-            description="Share of the time in which the loop could not turn, by the task to blame; __none__: it was no "
-            "task. Make that task a plain def, or use an async client.",
+            description="Share of the time in which the loop was blocked, by the task to blame; __none__: by no task. "
+            "Make that task a plain def, or use an async client.",
             asks=[
                 Ask(
                     query="topk(10, sum by (task) "
@@ -169,15 +169,15 @@ LOOP = Row(
         Panel(
             title="Memory",
             unit=BYTES,
-            description="Resident memory, by instance; told by prometheus-client where there is one process. Saws that "
-            "end at the limit: the process is killed, and its runs with it.",
+            description="Resident memory, by instance, from prometheus-client (one process only). A sawtooth that ends "
+            "at the limit: the process is killed, and its runs with it.",
             asks=[Ask(query="sum by (instance) (process_resident_memory_bytes)", legend="{{instance}}")],
         ),
         Panel(
             title="Processor",
             unit=COUNT,
-            description="Processors in use, by instance; told by prometheus-client where there is one process. At 1, a "
-            "Python process can do no more: add processes.",
+            description="Processors in use, by instance, from prometheus-client (one process only). At 1, a Python "
+            "process can do no more: add processes.",
             asks=[
                 Ask(
                     query="sum by (instance) (rate(process_cpu_seconds_total[$__rate_interval]))", legend="{{instance}}"
@@ -190,6 +190,6 @@ LOOP = Row(
 BOARD = Board(
     uid="aftertask-capacity",
     title="Background tasks: capacity",
-    description="Are we saturated, by what, and which task eats it.",
+    description="Is the app saturated, by what, and which task takes the capacity.",
     rows=[LOAD, LIMITED, LOOP],
 )

@@ -1,4 +1,4 @@
-"""Engine and safety: what never ran, what aftertask says of itself, and whether its books are right."""
+"""Engine and safety: what never ran, how aftertask itself is doing, and whether its counts add up."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SAFETY = Row(
             kind="stat",
             height=8,
             description="Findings of what makes background tasks fail, in the shown time; the log line task.hazard "
-            "says what to do about each. 0: none was found.",
+            "has the remedy for each. 0: none was found.",
             asks=[
                 Ask(
                     query="sum by (task, kind) (increase(aftertask_hazards_total[$__range])) > 0 "
@@ -46,8 +46,8 @@ OWN = Row(
             title="Own alerts by channel and status",
             unit=RATE,
             stacked=True,
-            description="What became of each word to people. failed: check the channel's address and token. "
-            "deduplicated, rate_limited: told once, as it should be. dropped: the queue was full.",
+            description="What became of each alert. failed: check the channel's address and token. deduplicated, "
+            "rate_limited: merged into another message. dropped: the app ended first.",
             asks=[
                 Ask(
                     query="sum by (channel, status) (rate(aftertask_alerts_total[$__rate_interval]))",
@@ -60,8 +60,8 @@ OWN = Row(
             kind="stat",
             height=8,
             unit=SECONDS,
-            description="95th percentile of the shown time, in the attempt that delivered it; 0 where none was "
-            "delivered. Seconds: the channel is slow, and other news wait behind it.",
+            description="95th percentile in the shown time, of the attempt that delivered it; 0 if none was delivered. "
+            "Seconds: the channel is slow, and other alerts wait for it.",
             asks=[
                 Ask(
                     query="histogram_quantile(0.95, sum by (le, channel) "
@@ -74,9 +74,9 @@ OWN = Row(
             steps=[(5, RED)],
         ),
         Panel(
-            title="Alerts that wait to be told",
+            title="Alerts waiting for delivery",
             unit=COUNT,
-            description="Growing: the channel cannot be reached. The tasks do not wait for it.",
+            description="Growing: the channel cannot be reached. Tasks do not wait for it.",
             asks=[Ask(query="sum by (channel) (aftertask_alert_queue_length)", legend="{{channel}}")],
         ),
     ],
@@ -89,8 +89,8 @@ ITSELF = Row(
             title="Accounting drift",
             unit=COUNT,
             lines=True,
-            description="Scheduled - finished - in flight, by instance: 0, always. Anything else is a bug of ours; "
-            "with several workers under one address also a worker that was killed with runs in flight.",
+            description="Scheduled - finished - in flight, by instance: always 0. Anything else is a bug in aftertask: "
+            "please report it.",
             asks=[
                 Ask(
                     query="sum by (job, instance) (aftertask_tasks_scheduled_total) - "
@@ -115,7 +115,7 @@ ITSELF = Row(
         Panel(
             title="Events left out",
             unit=RATE,
-            description="Events that a full queue had no room for: what was to be told of them is missing.",
+            description="Events that did not fit into a full queue, so that they are missing in a signal.",
             asks=[
                 Ask(query="sum by (sink) (rate(aftertask_events_dropped_total[$__rate_interval]))", legend="{{sink}}")
             ],
@@ -123,8 +123,8 @@ ITSELF = Row(
         Panel(
             title="Values folded into __other__",
             unit=RATE,
-            description="Label values that had no room of their own. Register the tasks that matter; do not make "
-            "exception classes at run time.",
+            description="Label values beyond the limits. Register the tasks that matter; do not create exception "
+            "classes at run time.",
             asks=[
                 Ask(query="sum by (label) (rate(aftertask_label_overflow_total[$__rate_interval]))", legend="{{label}}")
             ],
@@ -132,7 +132,7 @@ ITSELF = Row(
         Panel(
             title="Versions",
             kind="table",
-            description="What runs where. Two versions for long: a deploy stands still halfway.",
+            description="Which version runs where. Two versions for long: a deploy has stopped halfway.",
             asks=[
                 Ask(query="max by (job, instance, version, python, starlette) (aftertask_build_info)", now=True),
             ],
@@ -169,6 +169,6 @@ ITSELF = Row(
 BOARD = Board(
     uid="aftertask-engine",
     title="Background tasks: engine and safety",
-    description="What never ran, what aftertask says of itself, and whether its books are right.",
+    description="What never ran, how aftertask itself is doing, and whether its counts add up.",
     rows=[SAFETY, OWN, ITSELF],
 )

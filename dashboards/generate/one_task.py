@@ -64,8 +64,8 @@ FAILS = Row(
             title="Waiting and running",
             unit=SECONDS,
             stacked=True,
-            description="Mean wait and mean run time, one on the other. Mostly waiting: the task is not slow, it "
-            "starts late; see Capacity.",
+            description="Mean wait and mean run time, stacked. Mostly waiting: the task is not slow, but starts late; "
+            "see Capacity.",
             asks=[
                 Ask(
                     query=f"sum(rate(aftertask_{name}_sum[$__rate_interval])) / "
@@ -85,15 +85,15 @@ FAILS = Row(
         Panel(
             title="From scheduled to ended",
             unit=SECONDS,
-            description="What a user waits for the work, retries and back-off included. Far above the attempt's "
+            description="How long a user waits for the work, retries and back-off included. Far above the attempt's "
             "duration: waits or retries. Dots are traces.",
             asks=quantiles("aftertask_end_to_end_seconds"),
         ),
         Panel(
-            title="Attempts a run",
+            title="Attempts per run",
             unit=COUNT,
-            description="1: none is retried. Towards the limit of attempts: retries do not help, so look at the "
-            "errors.",
+            description="1: none is retried. Close to the maximum number of attempts: retries do not help, so look at "
+            "the errors.",
             asks=[
                 Ask(
                     query="sum(rate(aftertask_attempt_duration_seconds_count[$__rate_interval])) / "
@@ -103,9 +103,9 @@ FAILS = Row(
             ],
         ),
         Panel(
-            title="Oldest running, and the time limit",
+            title="Oldest running, and the timeout",
             unit=SECONDS,
-            description="Falls back to 0 at each end. Growing without an end: the run is stuck; the log line "
+            description="Falls to 0 when the run ends. Growing without end: the run is stuck; the log line "
             "task.stuck has its stack.",
             asks=[
                 Ask(query="max(aftertask_oldest_running_age_seconds) or vector(0)", legend="oldest running"),
@@ -117,8 +117,8 @@ FAILS = Row(
             title="In flight",
             unit=COUNT,
             stacked=True,
-            description="backoff: they wait for another attempt. Threads left behind went past the time limit and "
-            "cannot be stopped.",
+            description="backoff: runs that wait for their next attempt. Threads left behind continue past the timeout "
+            "and cannot be stopped.",
             asks=[
                 Ask(query="sum by (state) (aftertask_tasks_inflight)", legend="{{state}}"),
                 Ask(query="sum(aftertask_abandoned_threads)", legend="threads left behind"),
@@ -127,7 +127,7 @@ FAILS = Row(
         Panel(
             title="Never ran, and ended badly",
             unit=RATE,
-            description="Runs without a start by reason, beside all that service levels count as bad.",
+            description="Runs that never started, by reason, and all runs that count as bad for the service level.",
             asks=[
                 Ask(
                     query="sum by (outcome, reason) (rate(aftertask_tasks_not_run_total[$__rate_interval]))",
@@ -140,8 +140,8 @@ FAILS = Row(
             title="Bad share",
             unit=SHARE,
             high=1,
-            description=f"Share of the runs that ended badly ({BAD.replace('|', ', ')}), without what is expected or a "
-            "client's mistake. Its alert: over 25 % and three runs in 30 minutes.",
+            description=f"Share of the runs that ended badly ({BAD.replace('|', ', ')}), without expected failures "
+            "and a client's mistakes. Its alert: over 25 % and three runs in 30 minutes.",
             asks=[Ask(query=f"{bad_share('30m')} or vector(0)", legend="over 30m")],
         ),
     ],
@@ -157,7 +157,7 @@ ELSEWHERE = Row(
             height=12,
             title="Log lines of the task",
             description="aftertask's and the task's own, which carry the same keys. The stream's label service_name "
-            "has to be what Prometheus calls the job.",
+            "must be the name of the job in Prometheus.",
             asks=[Ask(query='{service_name=~"${job:pipe}"} | json | task=~"${task:pipe}"')],
         ),
         Panel(

@@ -1,4 +1,4 @@
-"""Overview, for whoever is on call: is it broken now, which task, since when, which trace."""
+"""Overview, for the on-call engineer: is it broken now, which task, since when, which trace."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOW = Row(
             height=4,
             title="Runs that ended well",
             unit=SHARE,
-            description="Share of the shown time's runs that did not end badly; 100 % where none ran. "
+            description="Share of the runs in the shown time that did not end badly; 100 % if none ran. "
             "Below the service level: look at the table for the task.",
             asks=[Ask(query=f"1 - {bad_share('$__range')} or vector(1)", now=True)],
             first=RED,
@@ -34,8 +34,8 @@ NOW = Row(
             height=4,
             title="Error budget left",
             unit=SHARE,
-            description="How much of what the service level allows in the shown time is left; show 30 days for the "
-            "month's. Negative: the level is missed, so mend before you build.",
+            description="How much is left of what the service level allows in the shown time; show 30 days for the "
+            "month's. Negative: the level is missed, so fix before you build.",
             asks=[Ask(query=f"1 - ({bad_share('$__range')}) / (1 - $slo) or vector(1)", now=True)],
             first=RED,
             steps=[(0, ORANGE), (0.25, GREEN)],
@@ -44,8 +44,8 @@ NOW = Row(
             kind="stat",
             height=4,
             title="Bad runs",
-            description="Runs of the shown time that ended badly, about. The users were told that all is well: "
-            "find out which work has to be done again.",
+            description="About how many runs in the shown time ended badly. Their users had a success response: find "
+            "out which work has to be done again.",
             asks=[Ask(query="sum(increase(aftertask_tasks_bad_total[$__range])) or vector(0)", now=True)],
             steps=[(0.5, ORANGE), (LIMITS.min_bad, RED)],
         ),
@@ -53,7 +53,7 @@ NOW = Row(
             kind="stat",
             height=4,
             title="In flight",
-            description="Runs that are scheduled, queued, running or waiting for a retry. Growing without an end: see "
+            description="Runs that are scheduled, queued, running or waiting for a retry. Growing without end: see "
             "Capacity.",
             asks=[Ask(query="sum(aftertask_tasks_inflight) or vector(0)", now=True)],
         ),
@@ -62,7 +62,7 @@ NOW = Row(
             height=4,
             title="Oldest waiting",
             unit=SECONDS,
-            description="How long the oldest queued run has waited to start; 0 where none waits. High: see Capacity.",
+            description="How long the oldest queued run has waited to start; 0 if none waits. High: see Capacity.",
             asks=[Ask(query="max(aftertask_oldest_queued_age_seconds) or vector(0)", now=True)],
             steps=[(60, ORANGE), (LIMITS.queued_seconds, RED)],
         ),
@@ -71,8 +71,8 @@ NOW = Row(
             height=4,
             title="Oldest running",
             unit=SECONDS,
-            description="How long the oldest running run has run; 0 where none runs. Growing by a second a second: it "
-            "may be stuck; its task is in the table.",
+            description="How long the oldest running run has been running; 0 if none runs. Growing by one second per "
+            "second: it may be stuck; its task is in the table.",
             asks=[Ask(query="max(aftertask_oldest_running_age_seconds) or vector(0)", now=True)],
             steps=[(300, ORANGE), (LIMITS.stuck_seconds, RED)],
         ),
@@ -80,8 +80,8 @@ NOW = Row(
             kind="stat",
             height=4,
             title="Threads left behind",
-            description="Threads that went past their task's time limit and go on. Nobody can stop a thread: give the "
-            "call in it a timeout of its own.",
+            description="Threads that continue past their task's timeout. A thread cannot be stopped: give the call in "
+            "it a timeout of its own.",
             asks=[Ask(query="sum(aftertask_abandoned_threads) or vector(0)", now=True)],
             steps=[(1, ORANGE), (5, RED)],
         ),
@@ -89,7 +89,7 @@ NOW = Row(
             kind="stat",
             height=4,
             title="Alerts firing",
-            description="Alerts of aftertask's rules that fire now; 0 also where Prometheus has not loaded the rules. "
+            description="Alerts of aftertask's rules that fire now; 0 also if Prometheus has not loaded the rules. "
             "Each names its runbook.",
             asks=[Ask(query='count(ALERTS{alertname=~"Aftertask.+",alertstate="firing"}) or vector(0)', now=True)],
             steps=[(1, RED)],
@@ -105,8 +105,8 @@ WHICH = Row(
             width=24,
             height=10,
             title="Tasks",
-            description="One line a task for the shown time, the worst first. Click a name for its own dashboard. "
-            "A task whose last success is long ago although it runs is broken.",
+            description="One line per task for the shown time, the worst first. Click a name for its own dashboard. A "
+            "task that runs, but whose last success was long ago, is broken.",
             asks=[
                 Ask(query="sum by (task) (increase(aftertask_tasks_bad_total[$__range]))", now=True),
                 Ask(query=bad_share("$__range", "task"), now=True),
@@ -166,8 +166,8 @@ SINCE = Row(
             unit=RATE,
             stacked=True,
             to_task=True,
-            description="The ten worst. Begins at a mark of process starts: the deploy did it, so roll it back. "
-            "Skipped runs come after a sibling that failed: look for that one.",
+            description="The ten worst. If it begins at a mark of process starts, the deploy is the cause: roll it "
+            "back. Skipped runs follow a sibling that failed: look for that one.",
             asks=[
                 Ask(
                     query="topk(10, sum by (task, outcome) "
@@ -194,8 +194,7 @@ SINCE = Row(
             title="Ended well, and the service level",
             unit=SHARE,
             high=1,
-            description="Share of runs that did not end badly, with the service level beside it. A gap is a time in "
-            "which nothing ran.",
+            description="Share of runs that did not end badly, and the service level. In a gap nothing ran.",
             asks=[
                 Ask(query=f"1 - {bad_share('$__rate_interval')}", legend="ended well"),
                 Ask(query="vector($slo)", legend="service level"),
@@ -206,8 +205,8 @@ SINCE = Row(
             unit=COUNT,
             lines=True,
             steps=[(1, ORANGE), (14.4, RED)],
-            description="1 uses up the month's budget in exactly a month; over 14.4 the first alert fires. Both high: "
-            "it is going on; only the longer one: it is over.",
+            description="1 uses up the month's budget in exactly a month; above 14.4 the first alert fires. Both high: "
+            "it continues; only the longer one: it is over.",
             asks=[
                 Ask(query=f"({bad_share('1h')}) / (1 - $slo) or vector(0)", legend="over 1h"),
                 Ask(query=f"({bad_share('6h')}) / (1 - $slo) or vector(0)", legend="over 6h"),
@@ -218,8 +217,8 @@ SINCE = Row(
             unit=RATE,
             stacked=True,
             to_task=True,
-            description="Runs that ended without having been started. own_background, handler_error and client_gone "
-            "are the app's to mend; a client causes http_exception and validation.",
+            description="Runs that ended without having started. A client causes http_exception and validation; the "
+            "others are for the app to fix.",
             asks=[
                 Ask(
                     query="topk(10, sum by (task, reason) (rate(aftertask_tasks_not_run_total[$__rate_interval])))",
@@ -231,8 +230,8 @@ SINCE = Row(
             title="Runs by outcome",
             unit=RATE,
             stacked=True,
-            description="All runs that ended. Falls to 0 while requests come in: nothing is added, or nothing ends; "
-            "see Capacity.",
+            description="All runs that ended. 0 while requests come in: nothing is added, or nothing ends; see "
+            "Capacity.",
             asks=[
                 Ask(
                     query="sum by (outcome) (rate(aftertask_tasks_finished_total[$__rate_interval]))",
@@ -250,7 +249,7 @@ TRACE = Row(
             title="Attempt duration",
             unit=SECONDS,
             description="Time in one call of a function. Each dot is an attempt with a trace: click it. No dots: "
-            "docs/dashboards.md says what exemplars need.",
+            "see docs/dashboards.md for what exemplars need.",
             asks=quantiles("aftertask_attempt_duration_seconds"),
         ),
         Panel(
@@ -272,8 +271,8 @@ ELSEWHERE = Row(
             height=10,
             title="What went wrong",
             unit=COUNT,
-            description="aftertask's own log lines of level error and warning. The stream's label service_name has to "
-            "be what Prometheus calls the job.",
+            description="aftertask's own log lines of level error and warning. The stream's label service_name must be "
+            "the name of the job in Prometheus.",
             asks=[
                 Ask(
                     query='{service_name=~"${job:pipe}"} | json | event=~"(task|loop|lifecycle|alert|signal)[.].+" '
@@ -287,7 +286,7 @@ ELSEWHERE = Row(
             height=10,
             title="Runs that did not succeed",
             unit=SECONDS,
-            description="Spans of attempts whose run ended otherwise than well. Open one to see what its request did.",
+            description="Spans of attempts that did not succeed. Open one to see what its request did.",
             asks=[
                 Ask(
                     query='{ span.aftertask.outcome != "succeeded" && span.aftertask.outcome != nil '
@@ -301,6 +300,6 @@ ELSEWHERE = Row(
 BOARD = Board(
     uid="aftertask-overview",
     title="Background tasks: overview",
-    description="For whoever is on call: is it broken now, which task, since when, which trace.",
+    description="For the on-call engineer: is it broken now, which task, since when, which trace.",
     rows=[NOW, WHICH, SINCE, TRACE, ELSEWHERE],
 )

@@ -90,10 +90,10 @@ def quantiles(histogram: str, by: str = "", matchers: str = "", word: str = "") 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
     """
-    One panel; it is left out while aftertask tells nothing that it asks for.
+    One panel; it is left out while aftertask emits nothing that it asks for.
 
     Attributes:
-        description: What it says, and what to do about it.
+        description: What it shows, and what to do about it.
         steps: From which value on which colour; the first colour is for everything below.
         lines: Whether the steps are drawn as dashed lines.
         to_task: Whether a click on a series leads to the task's own dashboard.
@@ -119,7 +119,7 @@ class Panel:
     sort_by: str = ""
 
     @property
-    def told(self) -> list[Ask]:
+    def answerable(self) -> list[Ask]:
         """The queries that can have an answer."""
         return self.asks if self.kind in ("logs", "traces") else [ask for ask in self.asks if is_emitted(ask.query)]
 
@@ -148,7 +148,7 @@ def placed(rows: list[Row]) -> Iterator[tuple[Row, int, list[tuple[Panel, models
     """Each row with its height on the page, and its panels' places."""
     top = 0
     for row in rows:
-        panels = [panel for panel in row.panels if panel.told]
+        panels = [panel for panel in row.panels if panel.answerable]
         if not panels:
             continue
         places, x, y, tallest = [], 0, top + 1, 0
@@ -266,7 +266,7 @@ def _panel(panel: Panel) -> Any:
     built = make[panel.kind](panel).title(panel.title).description(panel.description).unit(panel.unit)
     if panel.kind in ("logs", "traces"):
         return built
-    for letter, ask in zip("ABCDEFGHIJKLMNOP", panel.told, strict=False):
+    for letter, ask in zip("ABCDEFGHIJKLMNOP", panel.answerable, strict=False):
         target = prometheus.Dataquery().ref_id(letter).datasource(PROMETHEUS).expr(asked(ask.query))
         target = target.legend_format(ask.legend or "__auto").exemplar(ask.exemplars)
         target = target.instant() if ask.now else target.range()

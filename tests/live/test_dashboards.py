@@ -35,7 +35,7 @@ MAY_BE_ZERO = {
     "Event loop blocked by",
     "Waited longer than",
     "Oldest waiting",
-    "Alerts that wait to be told",
+    "Alerts waiting for delivery",
 }
 
 
