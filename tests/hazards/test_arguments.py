@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any
+from unittest.mock import AsyncMock, MagicMock, Mock
+from xmlrpc.client import ServerProxy
 
 import fastapi
 import pytest
@@ -196,8 +198,8 @@ def test_what_merely_holds_a_session_is_no_hazard(harness: Harness) -> None:
     assert harness.found() == []
 
 
-def test_a_connection_that_is_closed_says_so(harness: Harness) -> None:
-    """Of a response that brings its task along, too."""
+def test_a_closed_connection_is_a_hazard(harness: Harness) -> None:
+    """It reports itself that it is closed; here for a task that the response carries."""
 
     @harness.app.get("/")
     async def endpoint() -> JSONResponse:
@@ -210,7 +212,7 @@ def test_a_connection_that_is_closed_says_so(harness: Harness) -> None:
 
 
 def test_partials_methods_and_closures_carry_arguments_too(harness: Harness) -> None:
-    """What a task is given in another way than by add_task."""
+    """A partial, a nested function and a bound method bring values; what the method's object holds is no hazard."""
 
     class Job:
         def __init__(self, request: Request) -> None:
@@ -231,6 +233,66 @@ def test_partials_methods_and_closures_carry_arguments_too(harness: Harness) -> 
 
     harness.client.get("/")
     assert harness.found() == [("request_scoped", name) for name in ("held", "request", "self")]
+
+
+def record(request: Request, code: int, note: str = "") -> None:
+    """A task with positional arguments."""
+
+
+def record_keyword(code: int, *, request: Request) -> None:
+    """A task with a keyword argument."""
+
+
+PARTIALS: list[Callable[[Request], tuple[Callable[..., Any], tuple[Any, ...]]]] = [
+    lambda request: (record, (request, 1)),
+    lambda request: (functools.partial(record, request), (1,)),
+    lambda request: (functools.partial(record, note="x"), (request, 1)),
+    lambda request: (functools.partial(record_keyword, request=request), (1,)),
+    lambda request: (functools.partial(functools.partial(record, request), 1), ()),
+]
+
+
+@pytest.mark.parametrize("given", PARTIALS)
+def test_an_argument_has_its_name_whoever_binds_it(given: Any, harness: Harness) -> None:
+    """Positional arguments that a partial binds shift no names."""
+
+    @harness.app.get("/")
+    async def endpoint(tasks: BackgroundTasks, request: Request) -> None:
+        func, args = given(request)
+        tasks.add_task(func, *args)
+
+    harness.client.get("/")
+    assert harness.found() == [("request_scoped", "request")]
+
+
+@pytest.mark.parametrize("make", [MagicMock, AsyncMock, Mock, lambda: ServerProxy("http://127.0.0.1:9/").send])
+def test_a_task_that_makes_up_attributes_is_left_alone(
+    make: Callable[[], Any], harness: Harness, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Mocks and remote proxies are tasks like any other: no endless look, no error of aftertask's, no warning."""
+
+    @harness.app.get("/")
+    async def endpoint(tasks: BackgroundTasks) -> None:
+        tasks.add_task(make(), make(), each=[make()])
+
+    assert harness.client.get("/").status_code == (500 if "ServerProxy" in repr(make()) else 200)
+    assert harness.found() == []
+    assert [record.message for record in caplog.records if record.message == "signal.failed"] == []
+
+
+def test_a_variable_that_is_not_assigned_yet_is_left_alone(harness: Harness, caplog: pytest.LogCaptureFixture) -> None:
+    """A nested function may use a variable that gets its value later."""
+
+    @harness.app.get("/")
+    async def endpoint(tasks: BackgroundTasks) -> None:
+        def inner() -> None:
+            assert later
+
+        tasks.add_task(inner)
+        later = 1
+
+    assert harness.client.get("/").status_code == 200
+    assert [record.message for record in caplog.records if record.message == "signal.failed"] == []
 
 
 def test_large_arguments(harness: Harness) -> None:
@@ -292,6 +354,47 @@ def test_a_failure_by_a_dead_argument_points_to_it(text_of: str, harness: Harnes
     argument, kind = ("file", "closed_upload") if text_of == "file" else ("connection", "db_session")
     assert str(failed.failure.hint).startswith(f"argument {argument!r}: ")
     assert harness.found()[-1] == (kind, argument)
+
+
+class Repository:
+    """An object of the app's that holds a connection."""
+
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+
+    async def load(self, request: Request | None = None) -> None:
+        """Use the connection."""
+        self.connection.execute(text("select 1"))
+
+
+def test_a_failure_by_what_an_object_holds_points_to_the_object(harness: Harness) -> None:
+    """What an object merely holds is looked at once the run has failed with something closed."""
+
+    @harness.app.get("/")
+    async def endpoint(tasks: BackgroundTasks) -> None:
+        with engine.connect() as connection:
+            tasks.add_task(Repository(connection).load)
+
+    harness.client.get("/")
+    (failed,) = harness.events.of(Failed)
+    assert str(failed.failure.hint).startswith("argument 'self': the database session is closed")
+    assert harness.found() == [("db_session", "self")]
+
+
+def test_a_failure_points_to_an_argument_of_the_kind_that_was_closed(harness: Harness) -> None:
+    """A closed connection does not come from the request, though that was given first."""
+
+    async def loads(request: Request, connection: Any) -> None:
+        connection.close()
+        connection.execute(text("select 1"))
+
+    @harness.app.get("/")
+    async def endpoint(tasks: BackgroundTasks, request: Request) -> None:
+        tasks.add_task(loads, request, engine.connect())
+
+    harness.client.get("/")
+    (failed,) = harness.events.of(Failed)
+    assert str(failed.failure.hint).startswith("argument 'connection': ")
 
 
 class Base(DeclarativeBase):
@@ -377,6 +480,7 @@ def test_hostile_arguments_break_nothing(harness: Harness, caplog: pytest.LogCap
 
     assert harness.client.get("/").status_code == 200
     assert ran == [1, 1]
+    assert [record.message for record in caplog.records if record.message == "signal.failed"] == []
 
 
 Make = Callable[[], Any]

@@ -1,4 +1,4 @@
-"""Traps that nobody is told of without us: what was given as a task does nothing, never runs, or starts too early."""
+"""Traps without an error: what was given as a task does nothing, never runs, or starts too early."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ VERSION = tuple(int(part) for part in starlette.__version__.split(".")[:2])
 
 
 def found(events: Recorder) -> list[tuple[str, str]]:
-    """The kind of each hazard, and the task it was told of."""
+    """The kind and the task of each hazard."""
     return [(event.kind, event.run.task.rpartition(".")[2]) for event in events.of(HazardFound)]
 
 
 def watched(app: FastAPI, registry: CollectorRegistry) -> tuple[TestClient, Recorder]:
-    """A client of an app under the middleware, and what is told."""
+    """A client of an app under the middleware, and its events."""
     events = Recorder()
     app.add_middleware(AftertaskMiddleware, settings=Settings(registry=registry), signals=[events])
     return TestClient(app), events
@@ -42,6 +42,10 @@ async def numbers_async() -> AsyncIterator[int]:
 
 async def fine() -> None:
     """Does what a task should."""
+
+
+async def numbers_of_bytes() -> None:
+    """Another task."""
 
 
 forgotten: list[Any] = []
@@ -68,7 +72,7 @@ async def endpoint_as_task() -> JSONResponse:
 def test_a_function_that_does_nothing_useful_as_a_task(
     function: Callable[[], Any], kind: str, client_for: Any, registry: CollectorRegistry
 ) -> None:
-    """It succeeded, as far as Starlette knows; that nothing came of it is told."""
+    """The run succeeds, as without us; the hazard shows that it did nothing."""
     events = Recorder()
     client_for(function, signals=[events]).get("/")
     assert found(events) == [(kind, function.__name__)]
@@ -78,7 +82,7 @@ def test_a_function_that_does_nothing_useful_as_a_task(
 
 
 def test_a_websocket_endpoints_tasks_never_run(registry: CollectorRegistry) -> None:
-    """They are told when they are added, and again as dropped."""
+    """They are a hazard when they are added, and dropped in the end."""
     app = FastAPI()
 
     @app.websocket("/ws")
@@ -137,7 +141,7 @@ class Passing(BaseHTTPMiddleware):
 
 @pytest.mark.parametrize("injected", [True, False])
 def test_a_task_that_starts_before_the_response_is_complete(injected: bool, registry: CollectorRegistry) -> None:
-    """Told once for the batch, when the response's end comes after all."""
+    """One hazard for the batch, when the response's end comes after all."""
     app = FastAPI()
 
     @app.get("/")
@@ -159,7 +163,7 @@ def test_a_task_that_starts_before_the_response_is_complete(injected: bool, regi
 def test_base_http_middleware_is_a_trap_only_where_starlette_makes_it_one(
     count: int, streaming: bool, registry: CollectorRegistry
 ) -> None:
-    """Three of them start the task too early before Starlette 1.7; nothing is told where they do not."""
+    """Three of them start the task too early before Starlette 1.7; elsewhere there is no hazard."""
     app, order = FastAPI(), list[str]()
 
     async def notes() -> None:
@@ -197,3 +201,26 @@ def test_base_http_middleware_is_a_trap_only_where_starlette_makes_it_one(
         assert not early
     elif not streaming:
         assert early
+
+
+@pytest.mark.parametrize("injects", [True, False])
+def test_a_middleware_that_sets_a_background_is_no_trap(injects: bool, registry: CollectorRegistry) -> None:
+    """The usual logging middleware adds a task to the response of `call_next`: the client has its answer first."""
+    app = FastAPI()
+
+    @app.get("/")
+    async def endpoint(tasks: BackgroundTasks) -> None:
+        if injects:
+            tasks.add_task(fine)
+
+    client, events = watched(app, registry)
+
+    @app.middleware("http")
+    async def log_it(request: Any, call_next: Any) -> Any:
+        response = await call_next(request)
+        response.background = BackgroundTask(numbers_of_bytes)
+        return response
+
+    client.get("/")
+    assert found(events) == []
+    assert sorted(events.outcomes()) == [("fine", "succeeded")] * injects + [("numbers_of_bytes", "succeeded")]
