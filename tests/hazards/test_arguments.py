@@ -277,7 +277,7 @@ def test_a_task_that_makes_up_attributes_is_left_alone(
 
     assert harness.client.get("/").status_code == (500 if "ServerProxy" in repr(make()) else 200)
     assert harness.found() == []
-    assert [record.message for record in caplog.records if record.message == "signal.failed"] == []
+    assert [record.message for record in caplog.records if record.message.startswith("signal.failed")] == []
 
 
 def test_a_variable_that_is_not_assigned_yet_is_left_alone(harness: Harness, caplog: pytest.LogCaptureFixture) -> None:
@@ -292,7 +292,7 @@ def test_a_variable_that_is_not_assigned_yet_is_left_alone(harness: Harness, cap
         later = 1
 
     assert harness.client.get("/").status_code == 200
-    assert [record.message for record in caplog.records if record.message == "signal.failed"] == []
+    assert [record.message for record in caplog.records if record.message.startswith("signal.failed")] == []
 
 
 def test_large_arguments(harness: Harness) -> None:
@@ -480,7 +480,7 @@ def test_hostile_arguments_break_nothing(harness: Harness, caplog: pytest.LogCap
 
     assert harness.client.get("/").status_code == 200
     assert ran == [1, 1]
-    assert [record.message for record in caplog.records if record.message == "signal.failed"] == []
+    assert [record.message for record in caplog.records if record.message.startswith("signal.failed")] == []
 
 
 Make = Callable[[], Any]
