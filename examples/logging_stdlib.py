@@ -1,5 +1,5 @@
 """
-An app that uses stdlib logging. Run it, ask it once, and look:
+An app that uses stdlib logging. Run it, send one request, and look:
 
     uvicorn logging_stdlib:app --app-dir examples
     curl -X POST http://127.0.0.1:8000/orders
@@ -24,12 +24,12 @@ app.add_middleware(AftertaskMiddleware)
 
 
 def ship() -> None:
-    """A sync task: its line is logged from a thread, and carries the run's id all the same."""
+    """A sync task: its line is logged from a thread, and still has the run's id."""
     logging.getLogger("shop").info("shipping")
 
 
 @app.post("/orders")
 async def order(tasks: BackgroundTasks) -> dict[str, str]:
-    """Answers at once."""
+    """Respond at once."""
     tasks.add_task(ship)
     return {"status": "ok"}

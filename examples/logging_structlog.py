@@ -1,5 +1,5 @@
 """
-An app that has configured structlog. Run it, ask it once, and look:
+An app that has configured structlog. Run it, send one request, and look:
 
     uvicorn logging_structlog:app --app-dir examples
     curl -X POST http://127.0.0.1:8000/orders
@@ -26,12 +26,12 @@ app.add_middleware(AftertaskMiddleware)
 
 
 async def ship() -> None:
-    """Its line has the run's keys, though it names none."""
+    """Its line has the run's keys without naming any."""
     structlog.get_logger().info("shipping")
 
 
 @app.post("/orders")
 async def order(tasks: BackgroundTasks) -> dict[str, str]:
-    """Answers at once."""
+    """Respond at once."""
     tasks.add_task(ship)
     return {"status": "ok"}

@@ -1,11 +1,11 @@
 """
-The smallest app. Run it, ask it once, and look:
+The smallest app. Run it, send one request, and look:
 
     uvicorn minimal:app --app-dir examples
     curl -X POST 'http://127.0.0.1:8000/signup?email=ada@example.org'
 
-You will see one JSON line on stderr, `task.succeeded` for `minimal.send_welcome_email`, and at
-http://127.0.0.1:8000/metrics the numbers of that task.
+You will see one JSON line on stderr, `task.succeeded` for `minimal.send_welcome_email`, and the metrics of that task at
+http://127.0.0.1:8000/metrics.
 """
 
 from fastapi import BackgroundTasks, FastAPI
@@ -17,11 +17,11 @@ app.add_middleware(AftertaskMiddleware)
 
 
 async def send_welcome_email(email: str) -> None:
-    """Pretends to."""
+    """Pretend to send a mail."""
 
 
 @app.post("/signup")
 async def signup(email: str, tasks: BackgroundTasks) -> dict[str, str]:
-    """Answers at once."""
+    """Respond at once."""
     tasks.add_task(send_welcome_email, email)
     return {"status": "ok"}

@@ -1,11 +1,11 @@
 """
-Time limits, retries and a queue limit, declared at the task.
+Timeouts, retries and a bounded queue, declared at the task. Run it, send a request, and look:
 
     uvicorn examples.policies:app
     curl -X POST localhost:8000/signup/ada@example.org
 
-What you will see: the mail server of this example refuses every second mail; the log tells `task.retrying`, then
-`task.succeeded` with attempt 2. With more than three mails waiting the endpoint answers 503.
+You will see `task.retrying`, then `task.succeeded` with attempt 2: the mail server of this example refuses every second
+mail. If more than three mails wait, the endpoint responds with 503.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ async def send_welcome_mail(address: str) -> None:
 
 @app.post("/signup/{address}", status_code=202)
 async def signup(address: str, tasks: BackgroundTasks) -> dict[str, str]:
-    """Sign somebody up, and send the mail after the answer."""
+    """Sign a user up, and send the mail after the response."""
     try:
         tasks.add_task(send_welcome_mail, address)
     except QueueFull as full:

@@ -1,7 +1,7 @@
 """
 A small shop, for the demo and the tests: orders, mails, reports, thumbnails, some of them faulty.
 
-Every request answers at once; what happens then is what aftertask shows. Run it with `make demo`, or by hand:
+Every request is responded to at once; aftertask shows what happens then. Run it with `make demo`, or by hand:
 
     uvicorn app:app --app-dir examples/shop
 """
@@ -26,16 +26,16 @@ from aftertask import AftertaskMiddleware, task
 
 
 class CardDeclined(Exception):
-    """Part of a shop's life."""
+    """A normal event in a shop."""
 
 
 class MailServerDown(Exception):
-    """Nobody's plan."""
+    """An outage."""
 
 
 @task(name="orders.charge_card", owner="payments", expected=CardDeclined)
 async def charge_card(order: int, fault: str | None) -> None:
-    """Takes 20 ms; a declined card is expected; a payment client that gives up cancels the whole call."""
+    """Take 20 ms. A declined card is expected; a payment client that gives up cancels the whole call."""
     await asyncio.sleep(0.02)
     if fault == "cancelled" and (call := asyncio.current_task()):
         call.cancel()
@@ -46,7 +46,7 @@ async def charge_card(order: int, fault: str | None) -> None:
 
 @task(name="mail.receipt", owner="growth")
 async def send_receipt(order: int, fault: str | None) -> None:
-    """Takes 10 ms; with a broken mail server it fails, and what comes after it is skipped."""
+    """Take 10 ms. With a broken mail server it fails, and the tasks after it are skipped."""
     await asyncio.sleep(0.01)
     if fault == "mail":
         raise MailServerDown("smtp://shop:hunter2@mail.internal refused ada@example.org")
@@ -60,26 +60,26 @@ def reserve_stock(order: int) -> None:
 
 @task(name="media.thumbnail", owner="media")
 def make_thumbnail(image: int) -> None:
-    """Keeps a processor busy for a moment."""
+    """Keep a processor busy for a moment."""
     hashlib.pbkdf2_hmac("sha256", b"image %d" % image, b"salt", 20_000)
 
 
 @task(name="reports.build", owner="finance")
 async def build_report(seconds: float) -> None:
-    """Takes as long as it is told, so that something is always in flight."""
+    """Take this many seconds, so that something is always in flight."""
     await asyncio.sleep(seconds)
 
 
 async def audit(what: str) -> None:
-    """Nobody registered this one."""
+    """A task that is not registered."""
 
 
 async def notify(order: int) -> None:
-    """Nor this one."""
+    """Another one that is not registered."""
 
 
 def tracing() -> TracerProvider:
-    """Spans go where OTEL_EXPORTER_OTLP_ENDPOINT says; without it they give the logs and exemplars their ids."""
+    """Spans go to OTEL_EXPORTER_OTLP_ENDPOINT; without it they only give logs and exemplars their ids."""
     provider = TracerProvider(resource=Resource.create({"service.name": "shop"}))
     if os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -95,7 +95,7 @@ app.add_middleware(AftertaskMiddleware)
 
 @app.post("/orders/{order}")
 async def place_order(order: int, tasks: BackgroundTasks, fault: str | None = None) -> dict[str, str]:
-    """Charges, sends the receipt, reserves: one after another, and the first failure ends them."""
+    """Reserve, send the receipt, charge, notify: one after another, and the first failure skips the rest."""
     tasks.add_task(reserve_stock, order)
     tasks.add_task(send_receipt, order, fault)
     tasks.add_task(charge_card, order, fault)
@@ -108,7 +108,7 @@ async def place_order(order: int, tasks: BackgroundTasks, fault: str | None = No
 
 
 def audited(tasks: BackgroundTasks) -> None:
-    """A dependency that adds a task, before the request is found to be wrong."""
+    """A dependency that adds a task, before the request turns out to be invalid."""
     tasks.add_task(audit, "search")
 
 
@@ -134,7 +134,7 @@ async def report(seconds: float = 0.2) -> Response:
 
 @app.get("/export")
 async def export(tasks: BackgroundTasks) -> StreamingResponse:
-    """A stream; its task waits until the last byte is out, and not in the queue."""
+    """A stream; its task waits until the last byte has been sent, which is not queue wait."""
 
     async def rows() -> AsyncIterator[str]:
         for number in range(5):
@@ -167,7 +167,7 @@ admin = FastAPI(title="shop admin")
 
 @admin.post("/reindex")
 async def reindex(tasks: BackgroundTasks) -> dict[str, str]:
-    """A mounted app: observed all the same."""
+    """A mounted app is observed, too."""
     tasks.add_task(audit, "reindex")
     return {"status": "ok"}
 

@@ -33,7 +33,7 @@ LINE_EVERY = 1.0
 FOREVER = 10.0**6
 COLUMNS = ("scheduled", "succeeded", "failed", "skipped", "dropped", "cancelled", "in flight")
 LOOK = """\
-The shop answers at {url}, its metrics at {url}/metrics. In another terminal:
+The shop is at {url}, its metrics at {url}/metrics. In another terminal:
   curl -s {url}/metrics | grep ^aftertask_tasks_
   curl -s -H 'Accept: application/openmetrics-text' {url}/metrics | grep trace_id   # the traces behind the figures
   curl -i -X POST '{url}/orders/7?fault=mail'   # a 200, and a mail that never went: see task.failed below
@@ -41,7 +41,7 @@ The shop answers at {url}, its metrics at {url}/metrics. In another terminal:
 
 
 def open_port(port: int) -> int:
-    """This port, or for 0 one that nobody listens on; ends the demo where it is taken."""
+    """This port, or a free one for 0; ends the demo if the port is taken."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -53,7 +53,7 @@ def open_port(port: int) -> int:
 
 @contextlib.contextmanager
 def running(*command: str, **kwargs: object) -> Iterator[subprocess.Popen[str]]:
-    """A child process, out of Ctrl-C's reach; ended by its own pid."""
+    """A child process that Ctrl-C does not reach; it is ended by its own pid."""
     child = subprocess.Popen(command, text=True, start_new_session=True, **kwargs)  # type: ignore[call-overload]  # Popen's
     try:
         yield child
@@ -68,7 +68,7 @@ def running(*command: str, **kwargs: object) -> Iterator[subprocess.Popen[str]]:
 
 
 class Lines:
-    """The shop's log as it comes: the first line of each kind at once, of the others about one a second."""
+    """The shop's log: the first line of each kind at once, of the others about one per second."""
 
     def __init__(self, child: subprocess.Popen[str]) -> None:
         self.rest: deque[str] = deque(maxlen=20)
@@ -84,23 +84,23 @@ class Lines:
             if line.startswith('{"event"'):
                 self._show(json.loads(line))
             else:
-                self.rest.append(line)  # the server's own word, and the tracebacks that Starlette lets through
+                self.rest.append(line)  # the server's own lines, and the tracebacks of failed tasks
 
-    def _show(self, told: Mapping[str, object]) -> None:
-        kind = (told["event"], told.get("task"), told.get("reason"), told.get("error_type"))
+    def _show(self, line: Mapping[str, object]) -> None:
+        kind = (line["event"], line.get("task"), line.get("reason"), line.get("error_type"))
         if kind in self._seen and time.monotonic() < self._next:
             return
         self._seen.add(kind)
         self._next = time.monotonic() + LINE_EVERY
-        print(f"  {pretty(told)}", flush=True)
+        print(f"  {pretty(line)}", flush=True)
 
     def join(self) -> None:
-        """Until the shop has said its last; two seconds at most."""
+        """Wait for the shop's last line; two seconds at most."""
         self._thread.join(2)
 
 
 class Receiver:
-    """A web hook of the demo's own, which prints the alerts that arrive."""
+    """A webhook server of the demo's own, which prints the alerts that arrive."""
 
     def __init__(self) -> None:
         class Handler(BaseHTTPRequestHandler):
@@ -125,7 +125,7 @@ class Receiver:
 
 
 def alarm(alert: Mapping[str, object]) -> str:
-    """One alert for people, in a line; the whole one has the stack, the trace and more."""
+    """One alert as a line for people; the whole one has the stack, the trace and more."""
     parts = [f"{str(alert['last_seen'])[11:19]} ALERT  {alert['title']}"]
     parts += [f"owner {alert['owner']}"] if alert["owner"] else []
     not_run = alert["not_run"]
@@ -134,18 +134,18 @@ def alarm(alert: Mapping[str, object]) -> str:
     return "  ".join(parts)
 
 
-def pretty(told: Mapping[str, object]) -> str:
-    """One line of JSON for people."""
-    route = f"{told.get('http_method', '')} {told.get('http_route', '')}"
-    parts = [f"{told['event']:15} {told.get('task', '')!s:19} {route:23}"]
-    parts += [str(told[key]) for key in ("reason", "error_type", "error_message") if key in told]
+def pretty(line: Mapping[str, object]) -> str:
+    """One log line for people."""
+    route = f"{line.get('http_method', '')} {line.get('http_route', '')}"
+    parts = [f"{line['event']:15} {line.get('task', '')!s:19} {route:23}"]
+    parts += [str(line[key]) for key in ("reason", "error_type", "error_message") if key in line]
     for key, word in (("queue_wait_s", "waited"), ("duration_s", "took")):
-        seconds = told.get(key)
+        seconds = line.get(key)
         if isinstance(seconds, float):
             parts.append(f"{word} {milliseconds(seconds)}")
-    if "trace_id" in told:
-        parts.append(f"trace {str(told['trace_id'])[:8]}…")
-    return f"{str(told['timestamp'])[11:19]} " + "  ".join(parts)
+    if "trace_id" in line:
+        parts.append(f"trace {str(line['trace_id'])[:8]}…")
+    return f"{str(line['timestamp'])[11:19]} " + "  ".join(parts)
 
 
 def milliseconds(seconds: float) -> str:
@@ -154,7 +154,7 @@ def milliseconds(seconds: float) -> str:
 
 
 def quantile(q: float, buckets: Mapping[float, float]) -> float | None:
-    """What Prometheus's `histogram_quantile` says of cumulative buckets; None where nothing was observed."""
+    """`histogram_quantile` of Prometheus for cumulative buckets; None if nothing was observed."""
     edges = sorted(buckets.items())
     if not edges or not edges[-1][1]:
         return None
@@ -166,7 +166,7 @@ def quantile(q: float, buckets: Mapping[float, float]) -> float | None:
 
 
 def table(text: str) -> str:
-    """What /metrics says of each task."""
+    """The metrics of each task as a table."""
     rows: dict[str, Counter[str]] = {}
     waits: dict[str, dict[float, float]] = {}
     for family in text_string_to_metric_families(text):
@@ -191,7 +191,7 @@ def table(text: str) -> str:
 
 
 def wait_until_it_answers(url: str, client: httpx2.Client, shop: subprocess.Popen[str], lines: Lines) -> None:
-    """Until /metrics answers, twenty seconds at most."""
+    """Wait for /metrics, twenty seconds at most."""
     end = time.monotonic() + 20
     while time.monotonic() < end:
         if shop.poll() is not None:
@@ -201,18 +201,18 @@ def wait_until_it_answers(url: str, client: httpx2.Client, shop: subprocess.Pope
             if client.get(f"{url}/metrics").status_code == 200:
                 return
         time.sleep(0.1)
-    raise SystemExit("the shop did not answer in twenty seconds")
+    raise SystemExit("the shop did not respond within twenty seconds")
 
 
 def alerting(receiver: str) -> dict[str, str]:
-    """The variables that have the shop tell our receiver; a channel that the user named is told too."""
+    """The variables that make the shop send alerts to our receiver, besides the channels that the user named."""
     urls = [receiver, *filter(None, [os.environ.get("AFTERTASK_ALERTS")])]
     past_proxies = ",".join(["127.0.0.1", *filter(None, [os.environ.get("no_proxy")])])
     return {"AFTERTASK_ALERTS": ",".join(urls), "no_proxy": past_proxies, "NO_PROXY": past_proxies}
 
 
 def show(url: str, seconds: float, client: httpx2.Client) -> None:
-    """Start the shop and its customers, and tell what happens for so long."""
+    """Start the shop and its customers, and show what happens for this many seconds."""
     server = [sys.executable, "-m", "uvicorn", "app:app", "--app-dir", str(HERE), "--host", "127.0.0.1"]
     server += ["--port", url.rpartition(":")[2], "--log-level", "error", "--no-access-log"]
     traffic = [sys.executable, str(HERE / "traffic.py"), "--url", url, "--seconds", str(seconds)]
@@ -227,7 +227,7 @@ def show(url: str, seconds: float, client: httpx2.Client) -> None:
         wait_until_it_answers(url, client, shop, lines)
         print(LOOK.format(url=url))
         print(
-            "Its log, the first line of each kind and then about one a second; ALERT is what a person is sent:",
+            "Its log, the first line of each kind and then about one per second; ALERT is an alert that was sent:",
             flush=True,
         )
         with running(*traffic, stdout=subprocess.DEVNULL) as customers:
@@ -237,8 +237,8 @@ def show(url: str, seconds: float, client: httpx2.Client) -> None:
                     customers.wait(min(TABLE_EVERY, left))
                 if shop.poll() is not None:
                     raise SystemExit(f"the shop ended with code {shop.returncode}:\n{''.join(lines.rest)}")
-                said = table(client.get(f"{url}/metrics").text)
-                print(f"\nWhat {url}/metrics says:\n{said}\n", flush=True)
+                rows = table(client.get(f"{url}/metrics").text)
+                print(f"\nFrom {url}/metrics:\n{rows}\n", flush=True)
             if customers.poll():
                 raise SystemExit(f"the traffic ended with code {customers.returncode}")
     lines.join()
@@ -252,12 +252,12 @@ def asked_to_end(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=FOREVER, help="end after so long; default: at Ctrl-C")
+    parser.add_argument("--seconds", type=float, default=FOREVER, help="end after this many seconds; default: Ctrl-C")
     parser.add_argument("--port", type=int, default=0, help="the shop's port; default: a free one")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, asked_to_end)
     try:
-        # Nothing here leaves this machine: a proxy that the environment names is not asked.
+        # Nothing here leaves this machine: a proxy from the environment is not used.
         with httpx2.Client(trust_env=False, timeout=10) as client:
             show(f"http://127.0.0.1:{open_port(options.port)}", options.seconds, client)
     except KeyboardInterrupt:

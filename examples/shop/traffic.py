@@ -14,7 +14,7 @@ from collections import Counter
 
 import httpx2
 
-#: What customers do, and how often: weight, method, path, query.
+#: What customers do: weight, method, path, query.
 MIX: list[tuple[int, str, str, dict[str, str | int | float]]] = [
     (30, "POST", "/orders/{n}", {}),
     (6, "POST", "/orders/{n}", {"fault": "declined"}),
@@ -36,18 +36,18 @@ MIX: list[tuple[int, str, str, dict[str, str | int | float]]] = [
 
 async def shop(url: str, *, seconds: float, rate: float = 20, seed: int = 1, count: int | None = None) -> Counter[int]:
     """
-    Send requests for so long or so many, whichever ends first, about `rate` a second.
+    Send requests until `seconds` have passed or `count` are sent, about `rate` per second.
 
     Returns:
-        How many answers there were of each status; 0 counts requests without one.
+        The number of responses of each status; 0 counts requests without a response.
     """
     chance, answers = random.Random(seed), Counter[int]()
     weights = [weight for weight, *_ in MIX]
     loop = asyncio.get_running_loop()
     end = loop.time() + seconds
-    # A connection each: uvicorn closes the one on which a task has failed, and would cut the next customer off.
+    # One connection per request: uvicorn closes a connection on which a task has failed, with the next request on it.
     apart = httpx2.Limits(max_keepalive_connections=0)
-    # The shop is on this machine: a proxy that the environment names is not asked.
+    # The shop is on this machine: a proxy from the environment is not used.
     async with (
         httpx2.AsyncClient(base_url=url, timeout=10, limits=apart, trust_env=False) as client,
         asyncio.TaskGroup() as group,
@@ -64,7 +64,7 @@ async def shop(url: str, *, seconds: float, rate: float = 20, seed: int = 1, cou
 async def one(
     client: httpx2.AsyncClient, answers: Counter[int], method: str, path: str, query: dict[str, str | int | float]
 ) -> None:
-    """One request; a cut connection is counted and no reason to stop."""
+    """One request; a broken connection is counted."""
     try:
         response = await client.request(method, path, params=query)
         answers[response.status_code] += 1
@@ -76,10 +76,10 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--seconds", type=float, default=10, help="end after so long (default: 10)")
-    parser.add_argument("--count", type=int, help="end after so many requests, if that comes first")
-    parser.add_argument("--rate", type=float, default=20, help="requests a second, on average (default: 20)")
-    parser.add_argument("--seed", type=int, default=1, help="another number, another mix (default: 1)")
+    parser.add_argument("--seconds", type=float, default=10, help="end after this many seconds (default: 10)")
+    parser.add_argument("--count", type=int, help="end after this many requests, if that comes first")
+    parser.add_argument("--rate", type=float, default=20, help="requests per second, on average (default: 20)")
+    parser.add_argument("--seed", type=int, default=1, help="the same number gives the same requests (default: 1)")
     options = parser.parse_args()
     answers = asyncio.run(
         shop(options.url, seconds=options.seconds, rate=options.rate, seed=options.seed, count=options.count)
