@@ -10,6 +10,7 @@ aftertask, less that of one without, at the same time; the median of several spa
 from __future__ import annotations
 
 import argparse
+import atexit
 import socket
 import statistics
 import sys
@@ -39,10 +40,13 @@ def subject(*, observed: bool) -> subjects.Subject:
 
 
 def served(loop: str, *, observed: bool, in_flight: bool) -> overhead.Client:
-    """A client of a server that has served one request."""
+    """A client of a server that has served one request; the server lives as long as this process."""
     listener = socket.create_server(("127.0.0.1", 0))
     make = partial(subject, observed=observed)
-    get_context("fork").Process(target=overhead.serve, args=(make, listener, loop), daemon=True).start()
+    process = get_context("fork").Process(target=overhead.serve, args=(make, listener, loop), daemon=True)
+    process.start()
+    # SIGTERM, which multiprocessing sends at exit, would wait for the run that does not end.
+    atexit.register(process.kill)
     overhead.Client(listener).get("/hold" if in_flight else "/0")
     return overhead.Client(listener)
 
