@@ -39,8 +39,8 @@ def subject(*, observed: bool) -> subjects.Subject:
     return made
 
 
-def served(loop: str, *, observed: bool, in_flight: bool) -> overhead.Client:
-    """A client of a server that has served one request; the server lives as long as this process."""
+def served(loop: str, *, observed: bool, in_flight: bool) -> socket.socket:
+    """Where a server listens that has served one request; it lives as long as this process."""
     listener = socket.create_server(("127.0.0.1", 0))
     make = partial(subject, observed=observed)
     process = get_context("fork").Process(target=overhead.serve, args=(make, listener, loop), daemon=True)
@@ -48,7 +48,12 @@ def served(loop: str, *, observed: bool, in_flight: bool) -> overhead.Client:
     # SIGTERM, which multiprocessing sends at exit, would wait for the run that does not end.
     atexit.register(process.kill)
     overhead.Client(listener).get("/hold" if in_flight else "/0")
-    return overhead.Client(listener)
+    return listener
+
+
+def cpu_ns(listener: socket.socket) -> int:
+    """Nanoseconds of CPU time of a server so far, by a new connection: idle ones are closed by the server."""
+    return int(overhead.Client(listener).get("/cpu"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,15 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--times", type=int, default=5, help="number of spans (default 5)")
     options = parser.parse_args(arguments)
     cases = [(loop, in_flight) for loop in ("asyncio", "uvloop") for in_flight in (False, True)]
-    clients = [
+    servers = [
         served(loop, observed=observed, in_flight=in_flight) for loop, in_flight in cases for observed in (False, True)
     ]
-    used: list[list[float]] = [[] for _ in clients]
+    used: list[list[float]] = [[] for _ in servers]
     for _ in range(options.times):
-        before = [int(client.get("/cpu")) for client in clients]
+        before = [cpu_ns(server) for server in servers]
         time.sleep(options.seconds)
-        for client, start, measured in zip(clients, before, used, strict=True):
-            measured.append((int(client.get("/cpu")) - start) / options.seconds / 1e9)
+        for server, start, measured in zip(servers, before, used, strict=True):
+            measured.append((cpu_ns(server) - start) / options.seconds / 1e9)
     kept = True
     for number, (loop, in_flight) in enumerate(cases):
         without, with_it = used[2 * number], used[2 * number + 1]
