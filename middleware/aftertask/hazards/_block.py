@@ -117,7 +117,8 @@ class Block:
             self._report(responded, over=True)
 
     def _count(self, run: TaskRun | None, until: float) -> None:
-        seconds, self._counted = until - self._counted, until
+        # A response may be a moment older than the look that did not see it yet.
+        seconds, self._counted = max(0.0, until - self._counted), until
         self._seconds[run] = self._seconds.get(run, 0.0) + seconds
         self._app.blocked_for(run, seconds)
 
