@@ -262,7 +262,6 @@ async def test_without_a_threshold_only_the_lag_is_measured() -> None:
     assert app.reports.hazards == app.reports.blocks == app.reports.seconds == []
 
 
-@on_each_loop
 async def test_a_program_stopped_by_a_debugger_is_not_blocked() -> None:
     """A developer who looks at a stopped program expects that it stands still."""
 
@@ -299,7 +298,7 @@ async def test_many_short_steps_have_no_single_culprit() -> None:
 @on_each_loop
 async def test_one_of_fifty_runs_is_named() -> None:
     """All run at once and wait; the one that blocks is named."""
-    await _trials(3)
+    await _name_one_of_fifty(7)
 
 
 @on_each_loop
@@ -307,11 +306,7 @@ async def test_one_of_fifty_runs_is_named() -> None:
 @pytest.mark.timeout(180)
 async def test_one_of_fifty_runs_is_named_in_fifty_of_fifty_trials() -> None:
     """The same, fifty times."""
-    await _trials(50)
-
-
-async def _trials(count: int) -> None:
-    for trial in range(count):
+    for trial in range(50):
         await _name_one_of_fifty(trial * 7 % 50)
 
 

@@ -32,13 +32,13 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Server]:
 
 
 def lines(server: Server, event: str) -> list[dict[str, Any]]:
-    """What the app has logged so far under a name."""
+    """The log lines of an event so far."""
     found = []
     for line in server.log.read_text().splitlines():
         if line.startswith("{"):
-            said = json.loads(line)
-            if said["event"] == event:
-                found.append(said)
+            keys = json.loads(line)
+            if keys["event"] == event:
+                found.append(keys)
     return found
 
 
@@ -47,14 +47,14 @@ def metrics(server: Server, family: str) -> dict[tuple[str, ...], float]:
     text = httpx2.get(f"{server.url}/metrics", timeout=10).text
     return {
         tuple(sample.labels[name] for name in sorted(sample.labels)): sample.value
-        for told in text_string_to_metric_families(text)
-        for sample in told.samples
+        for metric in text_string_to_metric_families(text)
+        for sample in metric.samples
         if sample.name == family
     }
 
 
 def post(server: Server, path: str, **keys: Any) -> httpx2.Response:
-    """Ask for it, and be answered."""
+    """A request that is answered with 200."""
     response = httpx2.post(f"{server.url}{path}", timeout=15, **keys)
     assert response.status_code == 200, response.text
     return response
@@ -91,9 +91,9 @@ def test_each_hazard_is_found_by_name(server: Server) -> None:
     _websocket(server)
     eventually(lambda: {one["kind"] for one in lines(server, "task.hazard")} >= {kind for kind, _, _ in caused})
     post(server, "/let_go")
-    told = lines(server, "task.hazard")
-    assert {(one["kind"], one["task"], one.get("argument")) for one in told} == caused
-    assert all(one["advice"] for one in told)
+    found = lines(server, "task.hazard")
+    assert {(one["kind"], one["task"], one.get("argument")) for one in found} == caused
+    assert all(one["advice"] for one in found)
     counted = metrics(server, "aftertask_hazards_total")
     assert {(kind, task) for kind, task in counted} == {(kind, task) for kind, task, _ in caused}
     (failed,) = lines(server, "task.failed")
@@ -108,15 +108,15 @@ def _websocket(server: Server) -> None:
             pass
 
 
-def test_a_blocked_loop_says_where(server: Server) -> None:
-    """The task's line and stack; or that it was no task, with the endpoint's."""
+def test_a_blocked_loop_is_logged_with_its_line(server: Server) -> None:
+    """The line and stack of the task, or of the endpoint, under the name of no task."""
     post(server, "/blocked_loop")
     post(server, "/endpoint_blocks")
     eventually(lambda: len(lines(server, "loop.blocked")) == 2)
     blocked = {one["task"]: one for one in lines(server, "loop.blocked")}
     task, none = blocked["hazards.blocks"], blocked["__none__"]
     assert task["where"] == f"{line_of('time.sleep(0.5)')} in blocks"
-    assert "time.sleep(0.5)" in task["stack"] and "_runner.py" not in task["stack"]
+    assert "time.sleep(0.5)" in task["stack"] and "lifecycle.py" not in task["stack"]
     assert 0.35 < task["blocked_s"] < 1.5 and task["http_route"] == "/blocked_loop"
     assert " in endpoint_blocks" in none["where"] and "run_id" not in none
     seconds = metrics(server, "aftertask_event_loop_blocked_seconds_total")
@@ -154,7 +154,7 @@ def _name_the_culprit(server: Server, trials: int) -> None:
 
 
 def load(server: Server, seconds: float) -> int:
-    """Eight clients that ask for as much as they get; how many requests that were."""
+    """Eight clients send one request after the other; returns how many were answered."""
     end, served = time.monotonic() + seconds, 0
     lock = threading.Lock()
 
@@ -183,7 +183,7 @@ def _is_healthy(server: Server, seconds: float) -> None:
 
 
 def test_a_healthy_app_under_load_has_none(server: Server) -> None:
-    """A few seconds of it."""
+    """No false alarm in four seconds."""
     _is_healthy(server, 4)
 
 
@@ -195,19 +195,19 @@ def test_a_healthy_app_under_load_for_a_minute_has_none(server: Server) -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="no such signal here")
 def test_a_process_that_was_stopped_did_not_block(server: Server) -> None:
-    """A debugger from outside, a suspended laptop, a frozen container: nobody's fault."""
+    """A debugger from outside, a suspended laptop, a frozen container: no run is to blame."""
     for _ in range(5):
         post(server, "/healthy", files=UPLOAD)
         os.kill(server.child.pid, signal.SIGSTOP)
         time.sleep(0.6)  # it is really stopped for that long
         os.kill(server.child.pid, signal.SIGCONT)
         post(server, "/healthy", files=UPLOAD)
-    time.sleep(0.5)  # longer than the watching thread needs to tell
+    time.sleep(0.5)  # longer than the watching thread needs to report
     assert lines(server, "loop.blocked") == [] == lines(server, "task.hazard")
 
 
 def test_the_smallest_threshold_serves_all_the_same(tmp_path: Path) -> None:
-    """`block_threshold=0.01`: more is told, of what does block; every run succeeds."""
+    """`block_threshold=0.01`: more blocks are reported, and every run succeeds."""
     env = {"AFTERTASK_BLOCK_THRESHOLD": "0.01"}
     with uvicorn("hazards:app", FOLDER, tmp_path / "log", **env) as server:
         post(server, "/blocked_loop")

@@ -1,4 +1,4 @@
-"""An app that does on purpose what makes background tasks fail, one thing in each endpoint; and one that does not."""
+"""An app that does on purpose what makes background tasks fail, one thing in each endpoint; `/healthy` does not."""
 
 import asyncio
 import json
@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from starlette.responses import JSONResponse, StreamingResponse
 
 from aftertask import AftertaskMiddleware, HazardFound, Settings, task
+from aftertask.events import Signal
 from aftertask.signals import usual
 
 app = FastAPI()
@@ -47,7 +48,7 @@ async def blocks() -> None:
 
 
 def holds() -> None:
-    go.wait(20)
+    go.wait(60)
 
 
 def generates() -> Iterator[int]:
@@ -124,8 +125,10 @@ async def request_scoped(tasks: BackgroundTasks, request: Request) -> None:
 
 
 @app.post("/db_session")
-async def db_session(tasks: BackgroundTasks, session: Annotated[Session, Depends(session, scope="function")]) -> None:
-    tasks.add_task(takes, session)
+async def db_session(tasks: BackgroundTasks) -> None:
+    with engine.connect() as connection:
+        pass
+    tasks.add_task(takes, connection)
 
 
 @app.post("/response_stream")
@@ -171,19 +174,13 @@ async def healthy(
     tasks.add_task(uses, session, file)
 
 
-def tell(event: HazardFound) -> None:
-    """Each finding: the log has but one a task and kind."""
-    sys.stderr.write(json.dumps({"event": "found", "kind": event.kind, "run_id": event.run.id}) + "\n")
+class Found(Signal):
+    """Each finding: the log has only one per task and kind."""
 
-
-class Told:
-    """A signal that wants nothing else."""
-
-    handlers = {HazardFound: tell}  # noqa: RUF012  # never changed
-
-    def __call__(self, event: Any) -> None:
-        """Not called: there are handlers."""
+    def hazard_found(self, event: HazardFound) -> None:
+        """Write a line."""
+        sys.stderr.write(json.dumps({"event": "found", "kind": event.kind, "run_id": event.run.id}) + "\n")
 
 
 settings = Settings.from_env(run_ids_header="x-runs")
-app.add_middleware(AftertaskMiddleware, settings=settings, signals=[*usual(settings), Told()])
+app.add_middleware(AftertaskMiddleware, settings=settings, signals=[*usual(settings), Found()])
