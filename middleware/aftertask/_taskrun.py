@@ -125,7 +125,6 @@ class RequestInfo:
         thread: Identity of the thread that runs the request's event loop.
         scope: The ASGI scope; None after the request.
         app: Identifies the app whose middleware serves the request.
-        exits: FastAPI's exit stack of the request's dependencies, where it injected a container; else None.
     """
 
     http_method: str | None = None
@@ -136,7 +135,6 @@ class RequestInfo:
     thread: int = 0
     scope: Any = None
     app: object = None
-    exits: object = None
 
 
 class TaskRun:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import anyio
 
 from .lifecycle import Lifecycle
+from .loops import cancelled_from_outside
 from .run import Run
 
 
@@ -35,7 +36,7 @@ class Batch:
         self._started += 1
         place = self._started
         try:
-            if run.info.on_failure == "stop":
+            if run.info.on_failure == "stop" or run.observed_only:
                 await self._lifecycle.live(run)
             else:
                 delay_s = await self._lifecycle.attempt(run)
@@ -92,7 +93,10 @@ class Batch:
 
     def _contained(self, place: int, run: Run, error: BaseException) -> bool:
         """Whether the siblings go on: what a failure does is the failing run's own setting."""
-        if run.outcome not in ("failed", "timed_out"):  # cancelled from outside
+        if run.outcome not in ("failed", "timed_out") or cancelled_from_outside(error):
+            return False
+        if run.observed_only:  # user code is the caller, and gets the error
+            self.stopped_by = self.stopped_by or run
             return False
         if run.info.on_failure == "continue" and isinstance(error, Exception):
             self._failures.append((place, error))

@@ -108,7 +108,7 @@ def _hook_task(owner: type, original: TaskCall) -> TaskCall:
             await _call_in_run(owner, original, self, run)
             return
         serving = serving_here.get()
-        if serving is None or not serving.carries(self):
+        if serving is None or not serving.request.guarded("task", serving.carries, self):
             await original(self)
             return
         await serving.run(self, functools.partial(_run_container, original, self, serving.request))
@@ -180,31 +180,30 @@ def _hook_init(owner: type, original: Callable[..., None]) -> Callable[..., None
     @functools.wraps(original)
     def __init__(self: BackgroundTasks, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        request, exits = _request_injected_into()
+        request = _request_injected_into()
         if request is not None:
-            request.guarded("injection", request.inject, self, exits)
+            request.guarded("injection", request.inject, self)
             _injected[self] = request
 
     return __init__
 
 
-def _request_injected_into() -> tuple[Request | None, object]:
+def _request_injected_into() -> Request | None:
     """
-    The request for which FastAPI creates a container right now, and the exit stack of its dependencies.
+    The request for which FastAPI creates a container right now.
 
     The one look at another library's frame: FastAPI offers no other way to learn this. Its `solve_dependencies` calls
     the constructor that calls us; where that changes, the self-check at install notices.
     """
-    frame = sys._getframe(2)
-    if frame.f_code.co_name != "solve_dependencies":
-        return None, None
-    local = frame.f_locals
-    scope = getattr(local.get("request"), "scope", None)
+    caller = sys._getframe(2)
+    if caller.f_code.co_name != "solve_dependencies":
+        return None
+    scope = getattr(caller.f_locals.get("request"), "scope", None)
     request = scope.get(KEY) if isinstance(scope, MutableMapping) else None
     if not isinstance(request, Request) or request.is_closed:
-        return None, None
-    _keep_outermost()
-    return request, local.get("async_exit_stack")
+        return None
+    request.guarded("injection", _keep_outermost)
+    return request
 
 
 def _hook_add_task(owner: type, original: Callable[..., None]) -> Callable[..., None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 from collections.abc import Awaitable, Callable, Iterator
@@ -21,7 +20,7 @@ from .emit import Emitter
 from .executors.process import call_in_process
 from .executors.thread import ThreadCall, call_in_thread
 from .limits import Limiter, SharedThreadSlot, Slot
-from .loops import on_trio
+from .loops import cancelled_from_outside
 from .run import Run
 from .stacks import stack_of
 
@@ -111,7 +110,6 @@ class Lifecycle:
 
     async def back_off(self, run: Run, delay_s: float) -> None:
         """Wait for the next attempt, without a slot or a thread."""
-        run.backing_off = True
         with self._cancellation_emitted(run):
             await _clock.sleep(delay_s)
 
@@ -230,23 +228,6 @@ class Lifecycle:
                 running_s = _clock.monotonic() - started_s
                 stack = stack_of(run, self._emit.redact)
                 self._emit(Abandoned(run, _clock.timestamp(), running_s, limit_s, stack))
-
-
-def cancelled_from_outside(error: BaseException) -> bool:
-    """
-    Whether an attempt was cancelled by its surroundings, rather than ended by a `BaseException` of its own.
-
-    On asyncio a task that awaits something cancelled gets the same `CancelledError` as one that is cancelled itself;
-    only the latter's `cancelling()` counts the request.
-    """
-    if isinstance(error, (GeneratorExit, KeyboardInterrupt)):
-        return True
-    if not isinstance(error, anyio.get_cancelled_exc_class()):
-        return False
-    if on_trio():
-        return True
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def _apply(variables: Context) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""Which event loop this code runs on, asyncio's or trio's, and how another thread calls something on it."""
+"""Which event loop this code runs on, asyncio's or trio's, calls to it from other threads, and who cancels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import asyncio
 import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias
+
+import anyio
 
 #: Calls a function soon on one event loop, from any thread; raises RuntimeError once that loop is closed.
 CallSoon: TypeAlias = Callable[[Callable[[], object]], object]
@@ -35,3 +37,20 @@ def call_soon_from_any_thread() -> CallSoon:
     loop = this_loop()
     call_soon: CallSoon = loop.run_sync_soon if on_trio() else loop.call_soon_threadsafe
     return call_soon
+
+
+def cancelled_from_outside(error: BaseException) -> bool:
+    """
+    Whether an attempt was cancelled by its surroundings, rather than ended by a `BaseException` of its own.
+
+    On asyncio a task that awaits something cancelled gets the same `CancelledError` as one that is cancelled itself;
+    only the latter's `cancelling()` counts the request.
+    """
+    if isinstance(error, (GeneratorExit, KeyboardInterrupt)):
+        return True
+    if not isinstance(error, anyio.get_cancelled_exc_class()):
+        return False
+    if on_trio():
+        return True
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

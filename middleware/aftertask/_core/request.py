@@ -152,10 +152,9 @@ class Request(RequestInfo):
 
     # --- what the hooks report
 
-    def inject(self, container: BackgroundTasks, exits: object) -> None:
-        """FastAPI created this container for the request; on `exits` are the exits of its dependencies."""
+    def inject(self, container: BackgroundTasks) -> None:
+        """FastAPI created this container for the request."""
         self._containers = (*self._containers, container)
-        self.exits = exits
 
     def add(self, container: BackgroundTasks, work: Work) -> None:
         """
@@ -228,7 +227,7 @@ class Request(RequestInfo):
         """User code awaits a task inside a run."""
         waiting = self.waiting.take(work.target)
         if waiting is not None:  # an injected one, which is thereby run
-            waiting.observed_only = True
+            waiting.observe_only()
             await self.parts.lifecycle.live(waiting)
             return None
         results: list[Any] = []
@@ -311,7 +310,8 @@ class Request(RequestInfo):
     def end_batch(self, batch: Batch, background: object, error: BaseException | None) -> None:
         """Those of the batch that never started: an earlier one failed, or the request was cancelled."""
         self._batches -= 1
-        self._finished = (*self._finished, background)
+        if not self.is_closed:  # then nothing is added any more
+            self._finished = (*self._finished, background)
         unstarted = self.waiting.take_all(background) if self.waiting else []
         if unstarted and batch.stopped_by is None:
             self._end_unstarted(unstarted, self._reason(error), error)
@@ -337,7 +337,6 @@ class Request(RequestInfo):
             # The scope holds this record: what refers to the scope would be a reference cycle.
             self.scope = None
         self.phase = Phase.CLOSED
-        self.exits = None
         if owed is None:
             self.context = None
         self._containers = self._finished = self._held = ()
@@ -357,6 +356,9 @@ class Request(RequestInfo):
 
     async def compensate(self, owed: Owed) -> None:
         """Run the compensating tasks of a handler that failed, now that the error response has been sent."""
+        await self.parts.shutdown.run(lambda: self._compensate(owed))
+
+    async def _compensate(self, owed: Owed) -> None:
         now = _clock.monotonic()
         for run in owed.runs:
             run.origin, run.queued_s = "run_on_error", now

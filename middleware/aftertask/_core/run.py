@@ -62,6 +62,13 @@ class Run(TaskRun):
         self.passed_timeout = self.abandoned = False
         in_flight[self] = None
 
+    def observe_only(self) -> None:
+        """User code calls the task itself, so no policy applies; a limit might wait for itself."""
+        self.observed_only = True
+        for slot in self.slots:
+            slot.close()
+        self.slots = ()
+
     def scheduled(self) -> Scheduled:
         """The run came into being."""
         return Scheduled(self, self.timestamp)
@@ -88,6 +95,7 @@ class Run(TaskRun):
 
     def retrying(self, error: BaseException, failure: Failure, delay_s: float) -> Retrying:
         """The attempt raised, and another follows."""
+        self.backing_off = True
         return Retrying(self, _clock.timestamp(), self.attempt, self._duration_s(), error, failure, delay_s)
 
     def succeed(self, result: object) -> Succeeded:

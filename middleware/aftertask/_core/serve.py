@@ -103,9 +103,10 @@ class Serving:
         waiting = self.request.waiting.all()
         if self.response is None:  # user code is the caller: no policy applies
             for run in waiting:
-                run.observed_only = run.observed_only or run.background is background or run.target is background
-        else:
-            self.request.mark_early()
+                if run.background is background or run.target is background:
+                    run.observe_only()
+            return
+        self.request.mark_early()
         if is_container(background) and any(run.info.priority for run in waiting):
             sort_by_priority(background, self.request.priority_of)
 
@@ -128,7 +129,8 @@ class Serving:
         run = self.request.schedule_or_refuse(task, self.background)
         if run is not None:
             run.queued_s = _clock.monotonic()
-            run.observed_only = self.response is None
+            if self.response is None:
+                run.observe_only()
         return run
 
 

@@ -15,6 +15,7 @@ from .._log import log
 from .._taskrun import in_flight
 from ..events import TaskRun
 from .emit import Emitter
+from .loops import cancelled_from_outside
 from .process import off_termination, on_termination, start_thread
 from .run import Run
 
@@ -54,7 +55,7 @@ class Shutdown:
         self._reporter = _Reporter(self.runs) if report or drain_timeout is not None else None
         self._group: TaskGroup | None = None
         self._thread = 0
-        self._batches = 0
+        self._batches: set[anyio.CancelScope] = set()
         self._idle = anyio.Event()
         self._undecided: list[tuple[Run, str, str | None]] = []
 
@@ -112,7 +113,8 @@ class Shutdown:
                 inflight=len(runs),
                 runs=_described(runs),
             )
-            self._group.cancel_scope.cancel()
+            for scope in list(self._batches):  # not the group, whose scope is that of the app's own shutdown, too
+                scope.cancel()
             with anyio.CancelScope(shield=True), anyio.move_on_after(_CLEANUP):
                 await self._wait_until_idle()
 
@@ -133,26 +135,31 @@ class Shutdown:
     def _is_here(self) -> bool:
         return self._group is not None and threading.get_ident() == self._thread
 
+    async def run(self, batch: Callable[[], Awaitable[None]]) -> None:
+        """Run a batch: in the lifespan's task group if it may outlive the request, else here."""
+        await (self.supervise(batch) if self.supervises else batch())
+
     async def supervise(self, batch: Callable[[], Awaitable[None]]) -> None:
         """Run a batch in the lifespan's task group and wait for it; a cancelled wait leaves it running."""
         assert self._group is not None  # as `supervises` found
         done, raised = anyio.Event(), list[BaseException]()
 
         async def supervised() -> None:
-            try:
-                await batch()
-            except anyio.get_cancelled_exc_class() as error:
-                raised.append(error)
-                raise
-            except BaseException as error:
-                raised.append(error)
-            finally:
-                self._batches -= 1
-                done.set()
-                if not self._batches:
-                    self._idle.set()
+            with scope:
+                try:
+                    await batch()
+                except BaseException as error:
+                    raised.append(error)
+                    if cancelled_from_outside(error):
+                        raise
+                finally:
+                    self._batches.discard(scope)
+                    done.set()
+                    if not self._batches:
+                        self._idle.set()
 
-        self._batches += 1
+        scope = anyio.CancelScope()
+        self._batches.add(scope)
         self._group.start_soon(supervised)
         await done.wait()
         if raised:

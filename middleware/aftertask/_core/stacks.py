@@ -102,9 +102,10 @@ def _awaited(coroutine: object) -> Iterator[FrameType]:
     """The frames of a suspended coroutine and of what it awaits, the innermost last."""
     for _ in range(_DEEPEST):
         if isinstance(coroutine, CoroutineType):
-            frame, inner = coroutine.cr_frame, coroutine.cr_await
+            # Of a coroutine that executes, Python 3.11 crashes when it looks for what is awaited.
+            frame, inner = coroutine.cr_frame, None if coroutine.cr_running else coroutine.cr_await
         elif isinstance(coroutine, GeneratorType):  # made by types.coroutine
-            frame, inner = coroutine.gi_frame, coroutine.gi_yieldfrom
+            frame, inner = coroutine.gi_frame, None if coroutine.gi_running else coroutine.gi_yieldfrom
         else:
             return
         if frame is None:

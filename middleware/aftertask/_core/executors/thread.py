@@ -68,10 +68,10 @@ class ThreadCall:
 
 
 class OwnLoop:
-    """An async function, called in a thread with an event loop of its own."""
+    """An async function of a run, called in a thread with an event loop of its own."""
 
-    def __init__(self, function: Callable[[], Awaitable[object]]) -> None:
-        self._function = function
+    def __init__(self, run: TaskRun, function: Callable[[], Awaitable[object]]) -> None:
+        self._run, self._function = run, function
         self._backend = "trio" if on_trio() else "asyncio"
         self._scope = anyio.CancelScope()
         self._call_soon: Callable[[Callable[[], object]], object] | None = None
@@ -86,7 +86,8 @@ class OwnLoop:
             self._call_soon = call_soon_from_any_thread()
             if self._cancelled:
                 self._scope.cancel()
-            return await self._function()
+            self._run.coroutine = coroutine = self._function()  # shows where it is in a report
+            return await coroutine
 
     def cancel(self) -> None:
         """Cancel it from another thread; it ends at its next `await`."""
@@ -116,7 +117,7 @@ async def call_in_thread(
         on_abandoned: Called when a cancellation is about to leave the running thread behind; it calls
             `ThreadCall.abandon`.
     """
-    own_loop = OwnLoop(function) if is_async(function) else None
+    own_loop = OwnLoop(run, function) if is_async(function) else None
     call = ThreadCall(run, own_loop or function)
     try:
         # The slot is the limit: anyio would free an abandoned thread's token at once on asyncio.
