@@ -286,6 +286,7 @@ def test_a_wheel_carries_them_and_its_command_finds_them(tmp_path: Path) -> None
     unpacked = tmp_path / "unpacked"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(unpacked)
+    assert (unpacked / "aftertask_pytest.py").exists()  # pytest loads it in every environment with the wheel
     code = f"import sys; sys.path.insert(0, {str(unpacked)!r}); from aftertask.cli import main; main()"
     for kind in ("dashboards", "rules"):
         target = tmp_path / kind

@@ -431,3 +431,73 @@ async def test_no_cycle_keeps_an_error_alive(env: Env, on_failure: Any) -> None:
         assert Counted.alive == before
     finally:
         gc.enable()
+
+
+# --- user code is the caller
+
+
+@pytest.mark.parametrize("on_failure", ["contain", "continue"])
+async def test_no_policy_applies_where_user_code_awaits_the_container(env: Env, on_failure: str) -> None:
+    """An endpoint that awaits its tasks gets the error of the first, in the order in which they were added."""
+    error = ValueError("one")
+    raised: list[BaseException] = []
+    env.settings = {"on_failure": on_failure, "policies": {"*sf": Policy(priority=-5)}}
+
+    async def endpoint(tasks: Injected) -> None:
+        tasks.add_task(failing("one", error))
+        tasks.add_task(sf)
+        try:
+            await tasks()
+        except ValueError as seen:
+            raised.append(seen)
+        tasks.tasks.clear()
+
+    await drive(env.fastapi(endpoint))
+    assert raised == [error]
+    assert LOG == ["one"]
+    assert env.outcomes() == [("one", "failed"), ("sf", "skipped sibling_failed")]
+
+
+async def test_a_run_that_another_run_awaits_waits_for_no_limit(env: Env) -> None:
+    """Both share the limit of one: the outer one would wait for itself."""
+    limit = Limit("mail", 1)
+
+    async def inner() -> None:
+        LOG.append("inner")
+
+    async def outer(tasks: Injected) -> None:
+        await tasks.tasks[1]()
+        LOG.append("outer")
+
+    async def endpoint(tasks: Injected) -> None:
+        tasks.add_task(outer, tasks)
+        tasks.add_task(inner)
+
+    env.settings["policies"] = {"*": Policy(limit=limit)}
+    await drive(env.fastapi(endpoint))
+    assert LOG == ["inner", "outer", "inner"]
+    env.check_accounts()
+
+
+async def test_a_cancellation_during_on_error_is_not_contained(env: Env) -> None:
+    """The request is cancelled, whatever `on_failure` says of the error: the sibling is dropped."""
+    calls = anyio.Event()
+
+    async def on_error(run: TaskRun, error: Exception) -> None:
+        calls.set()
+        await anyio.sleep_forever()
+
+    env.settings = {"on_failure": "contain", "policies": {"*one": Policy(on_error=on_error)}}
+    app = env.app(answering(tasks_of(failing("one", ValueError()), sf)))
+    ended: list[str] = []
+
+    async def request() -> None:
+        await drive(app)
+        ended.append("normally")
+
+    async with anyio.create_task_group() as requests:
+        requests.start_soon(request)
+        await calls.wait()
+        requests.cancel_scope.cancel()
+    assert ended == []
+    assert env.outcomes() == [("one", "failed"), ("sf", "dropped request_cancelled")]

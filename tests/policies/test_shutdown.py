@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
+import sniffio
+from fastapi import BackgroundTasks as Injected
+from fastapi import HTTPException
 from starlette.background import BackgroundTask, BackgroundTasks
 from starlette.responses import PlainTextResponse
 
-from aftertask.events import Cancelled, Dropped, Failed, Lost, Scheduled, Skipped, Started
+from aftertask import task
+from aftertask.events import Cancelled, Dropped, Failed, Lost, Scheduled, Signal, Skipped, Started
 from aftertask.testing import Recorder
 from kit import Env, af, answering, boom, drive, sf
 
@@ -228,3 +236,104 @@ async def test_a_background_that_is_never_started_does_not_keep_its_request_open
             assert (await drive(app)).body == b"x"
         assert env.seen.outcomes() == [("af", "dropped")]
         env.seen.clear()
+
+
+async def test_a_tasks_own_cancelled_error_ends_nothing_else(env: Env) -> None:
+    """With a `drain_timeout` its batch runs beside others in the lifespan: those, and the lifespan, go on."""
+
+    async def own() -> None:
+        future = asyncio.get_running_loop().create_future()
+        future.cancel()
+        await future
+
+    if sniffio.current_async_library() == "trio":
+        pytest.skip("on trio only a scope raises Cancelled")
+    env.settings["drain_timeout"] = 5
+    release = anyio.Event()
+    app = env.app(answering(BackgroundTask(own)), answering(BackgroundTask(release.wait)))
+    async with lifespan(app), anyio.create_task_group() as requests:
+        requests.start_soon(drive, app, "/1")
+        await env.seen.until(Started)
+        with pytest.raises(asyncio.CancelledError):
+            await drive(app)
+        release.set()
+    assert env.seen.outcomes() == [("own", "failed"), ("wait", "succeeded")]
+
+
+async def test_the_drain_timeout_cancels_runs_and_not_the_apps_own_shutdown(env: Env) -> None:
+    """The code after the `yield` of the app's lifespan may await as ever."""
+    closed: list[str] = []
+
+    @contextlib.asynccontextmanager
+    async def resources(app: Any) -> AsyncIterator[None]:
+        yield
+        await anyio.sleep(0.01)
+        closed.append("database")
+
+    env.settings["drain_timeout"] = 0.01
+    app = env.app(answering(BackgroundTask(anyio.sleep_forever)), lifespan=resources)
+    async with lifespan(app), anyio.create_task_group() as requests:
+        requests.start_soon(drive, app)
+        await env.seen.until(Started)
+        requests.cancel_scope.cancel()
+    assert env.seen.outcomes() == [("sleep_forever", "cancelled")]
+    assert closed == ["database"]
+
+
+async def test_a_supervised_batch_releases_its_request(env: Env) -> None:
+    """A cancelled request whose batch went on leaves nothing behind."""
+
+    class Argument:
+        pass
+
+    release, alive = anyio.Event(), weakref.WeakSet[Argument]()
+    env.settings["drain_timeout"] = 5
+    env.signals = [Signal()]
+
+    async def waits(argument: Argument) -> None:
+        started.set()
+        await release.wait()
+
+    async def endpoint(tasks: Injected) -> None:
+        argument = Argument()
+        alive.add(argument)
+        tasks.add_task(waits, argument)
+
+    started = anyio.Event()
+    app = env.fastapi(endpoint)
+    async with lifespan(app):
+        async with anyio.create_task_group() as requests:
+            requests.start_soon(drive, app)
+            await started.wait()
+            requests.cancel_scope.cancel()
+        assert len(alive) == 1
+        release.set()
+        for _ in range(20):
+            await anyio.lowlevel.checkpoint()
+        gc.collect()
+        assert len(alive) == 0
+
+
+async def test_compensating_runs_outlive_the_servers_cancellation(env: Env) -> None:
+    """As any other run does with a `drain_timeout`."""
+    env.settings["drain_timeout"] = 5
+    release = anyio.Event()
+
+    @task(run_on_error=True)
+    async def refund() -> None:
+        await release.wait()
+
+    async def endpoint(tasks: Injected) -> None:
+        tasks.add_task(refund)
+        raise HTTPException(409)
+
+    app = env.fastapi(endpoint)
+    async with lifespan(app):
+        async with anyio.create_task_group() as requests:
+            requests.start_soon(drive, app)
+            await env.seen.until(Started)
+            requests.cancel_scope.cancel()
+        assert env.seen.outcomes() == []
+        release.set()
+        await env.seen.idle()
+    assert env.seen.outcomes() == [("refund", "succeeded")]

@@ -301,3 +301,21 @@ async def test_a_cancel_scope_around_a_thread_does_nothing() -> None:
             await anyio.to_thread.run_sync(blocks)
         LOG.append("over")
     assert LOG == ["past its timeout", "over"]
+
+
+async def test_many_abandoned_threads_are_reported_with_their_stacks(env: Env) -> None:
+    """Reading what a coroutine awaits while it executes crashed Python 3.11."""
+    release = threading.Event()
+
+    @task(timeout=0.001)
+    def blocks() -> None:
+        release.wait(0.01)
+
+    app = env.app(answering(BackgroundTask(blocks)))
+    for _ in range(300):
+        await drive(app)
+    release.set()
+    await env.seen.idle()
+    abandoned = env.seen.of(Abandoned)
+    assert len(abandoned) > 200  # all but a few whose thread had not begun
+    assert any("in blocks" in (event.stack or "") for event in abandoned)
