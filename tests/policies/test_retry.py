@@ -121,6 +121,7 @@ async def test_a_back_off_does_not_hold_the_siblings_up(env: Env, clock: Virtual
 
     async def sibling() -> None:
         LOG.append("sibling")
+        assert env.seen.runs()[0].state == "backoff"
         done.set()
 
     async with anyio.create_task_group() as group:
