@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
 
-.PHONY: test check long demo bench upstream versions grafana dashboards format clean
+.PHONY: test check long demo bench upstream realworld versions grafana dashboards format clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,9 @@ bench: $(STAMP) ## what observing a task costs, beside the same signals written 
 
 upstream: $(STAMP) ## Starlette's and FastAPI's own suites, bare and with the middleware in every app
 	$(BIN)/python tests/upstream/run.py
+
+realworld: $(STAMP) ## the suites of New Relic, Sentry, sse-starlette and an application, with an empty middleware and with ours
+	$(BIN)/python tests/upstream/run.py --realworld
 
 versions: $(STAMP) ## the tests on all declared minimums, other FastAPI and Starlette versions, newer Python
 	$(BIN)/python tests/versions.py

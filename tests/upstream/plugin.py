@@ -1,8 +1,8 @@
 """
 A pytest plugin for the suites of Starlette and FastAPI: puts a middleware into every app that is built.
 
-Load it with `-p plugin`. AFTERTASK_TEST_UPSTREAM chooses the middleware: `aftertask`, or `control`, which swallows
-exceptions, to prove that the suites notice a wrong middleware.
+Load it with `-p plugin`. AFTERTASK_TEST_UPSTREAM chooses the middleware: `aftertask`; `empty`, which does nothing, for
+suites that count the app's middleware; or `control`, which swallows exceptions, to prove that the suites notice it.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ def _instrument(app_class: Any, chosen: str) -> None:
 def _middleware(chosen: str) -> Middleware:
     if chosen == "control":
         return Middleware(_Swallowing)
+    if chosen == "empty":
+        return Middleware(_Empty)
     settings = Settings(metrics_path=None, registry=CollectorRegistry())
     return Middleware(AftertaskMiddleware, settings=settings, signals=[*usual(settings), _note])
 
@@ -88,3 +90,13 @@ class _Swallowing:
         except Exception:
             if scope["type"] != "http":
                 raise
+
+
+class _Empty:
+    """Passes everything through."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.app(scope, receive, send)

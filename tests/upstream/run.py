@@ -1,7 +1,8 @@
 """
-Run Starlette's and FastAPI's own suites bare and with the middleware in every app, and compare them test by test.
+Run the suites of other projects bare and with the middleware in every app, and compare them test by test.
 
-    python tests/upstream/run.py                         # both, at the versions below
+    python tests/upstream/run.py                         # Starlette's and FastAPI's, at the versions below
+    python tests/upstream/run.py --realworld             # those of tracers, of a library and of an application
     python tests/upstream/run.py --package starlette     # one of them; --version for another
     python tests/upstream/run.py --control               # a middleware that swallows errors: must be noticed
 
@@ -24,19 +25,87 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "upstream"
-VERSIONS = {"starlette": "1.10.0", "fastapi": "0.165.0"}
 
-#: What each suite needs beside the package. FastAPI's is a dependency group of its own project file.
-NEEDS = {
-    "starlette": [
-        *("starlette[full]", "httpx2[zstd]", "httpx", "blockbuster", "trio", "importlib-metadata", "opentelemetry-sdk"),
-        *("pytest<9.2", "pytest-xdist", "pytest-timeout", "typing-extensions"),
-    ],
-    "fastapi": ["fastapi[standard]", "pytest-xdist", "pytest-timeout"],
+
+@dataclass(frozen=True)
+class Suite:
+    """
+    A suite in the source distribution of a package.
+
+    Attributes:
+        version: The package's version.
+        needs: What it needs beside the package.
+        group: The dependency group of its own project file with more of that; None if there is none.
+        folder: Where pytest runs, below the root of the distribution.
+        tests: What pytest runs.
+        env: Environment variables; `{scratch}` is a new folder for each run.
+        baseline: What the apps of the bare run have; `empty`: some tests count the app's middleware, so both have one.
+        realworld: Whether it is one of `make realworld`.
+    """
+
+    version: str
+    needs: tuple[str, ...] = ()
+    group: str | None = None
+    folder: str = "."
+    tests: tuple[str, ...] = ("tests",)
+    env: dict[str, str] = field(default_factory=dict)
+    baseline: str | None = None
+    realworld: bool = False
+
+
+_RUNNER = ("pytest-xdist", "pytest-timeout")
+
+SUITES = {
+    "starlette": Suite(
+        "1.10.0",
+        (
+            *("starlette[full]", "httpx2[zstd]", "httpx", "blockbuster", "trio", "importlib-metadata"),
+            *("opentelemetry-sdk", "pytest<9.2", "typing-extensions", *_RUNNER),
+        ),
+    ),
+    "fastapi": Suite("0.165.0", ("fastapi[standard]", *_RUNNER), group="tests"),
+    "newrelic": Suite(
+        "14.1.0",
+        ("starlette[full]", "pytest", "WebTest", *_RUNNER),
+        folder="tests/framework_starlette",
+        tests=(".",),
+        baseline="empty",
+        realworld=True,
+    ),
+    "sentry_sdk": Suite(
+        "2.75.0",
+        (
+            *(
+                "fastapi[standard]",
+                "starlette[full]",
+                "httpx",
+                "pytest",
+                "pytest-asyncio",
+                "pytest-forked",
+                "pytest-cov",
+            ),
+            *("pytest-localserver", "jsonschema", "responses", "Brotli", "executing", "asttokens", "setuptools"),
+            *("pysocks", "PyYAML", *_RUNNER),
+        ),
+        tests=("tests/integrations/starlette", "tests/integrations/fastapi"),
+        baseline="empty",
+        realworld=True,
+    ),
+    "sse_starlette": Suite(
+        "3.7.0", _RUNNER, group="dev", tests=("tests", "-m", "not integration"), baseline="empty", realworld=True
+    ),
+    "lnbits": Suite(
+        "1.6.2",
+        (
+            *("bitstring<4.4", "asgi-lifespan", "openai", "mock", "json5"),
+            *("pytest<9.1", "pytest-cov", "pytest-md", "pytest-httpserver", "pytest-mock", *_RUNNER),
+        ),
+        tests=("tests/api",),
+        env={"LNBITS_BACKEND_WALLET_CLASS": "FakeWallet", "LNBITS_DATA_FOLDER": "{scratch}", "DEBUG": "true"},
+        baseline="empty",
+        realworld=True,
+    ),
 }
-
-#: Suites whose own project file names what they need.
-GROUPS = {"fastapi": "tests"}
 
 Outcomes = dict[str, str]
 
@@ -70,35 +139,44 @@ def source(package: str, version: str) -> Path:
     return folder
 
 
-def environment(package: str, version: str, folder: Path) -> Path:
+def environment(package: str, version: str, root: Path) -> Path:
     """A virtual environment with the suite's needs, and with aftertask from this checkout."""
     venv = CACHE / f"venv-{package}-{version}"
     python = venv / "bin" / "python"
     if not (venv / ".made").exists():
         run(sys.executable, "-m", "venv", venv)
         run(python, "-m", "pip", "install", "-q", "--upgrade", "pip>=25.1")
-        group = ["--group", f"{folder / 'pyproject.toml'}:{GROUPS[package]}"] if package in GROUPS else []
-        run(python, "-m", "pip", "install", "-q", f"{package}=={version}", *NEEDS[package], *group)
+        chosen = SUITES[package]
+        group = [] if chosen.group is None else ["--group", f"{root / 'pyproject.toml'}:{chosen.group}"]
+        run(python, "-m", "pip", "install", "-q", f"{package}=={version}", *chosen.needs, *group)
         run(python, "-m", "pip", "install", "-q", "-e", ROOT)
         (venv / ".made").touch()
     return python
 
 
-def suite(python: Path, folder: Path, middleware: str | None, workers: int) -> tuple[Outcomes, Seen]:
+def outcomes_of(package: str, python: Path, root: Path, middleware: str | None) -> tuple[Outcomes, Seen]:
     """Each test's outcome, and what the middleware saw."""
+    chosen = SUITES[package]
+    # An application's tests share its database.
+    workers = 0 if chosen.realworld else max(1, os.cpu_count() or 2)
     with tempfile.TemporaryDirectory() as scratch:
         report, counts = Path(scratch) / "report.xml", Path(scratch)
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(folder)])}
+        paths = [Path(__file__).parent, root, *([root / "tests"] if chosen.realworld else [])]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
         for name in [name for name in env if name.startswith(("AFTERTASK_", "PYTEST_", "COVERAGE_", "CI"))]:
             del env[name]
+        env |= {name: value.format(scratch=scratch) for name, value in chosen.env.items()}
         if middleware:
             env |= {"AFTERTASK_TEST_UPSTREAM": middleware, "AFTERTASK_TEST_UPSTREAM_COUNTS": str(counts)}
-        command = [python, "-m", "pytest", "tests", "-q", "-p", "plugin", "-p", "no:aftertask", "-n", str(workers)]
+        command = [python, "-m", "pytest", *chosen.tests, "-q", "-p", "plugin", "-p", "no:aftertask", "-n", workers]
         # Neither coverage nor anything random: the two runs must differ in the middleware alone.
         options = ["-p", "no:randomly", "-p", "no:cacheprovider", f"--junit-xml={report}", "--timeout=120"]
-        done = subprocess.run([*map(str, command), *options], cwd=folder, env=env, capture_output=True, text=True)
+        options.append("--continue-on-collection-errors")  # a distribution may lack some of its tests' helpers
+        done = subprocess.run(
+            [*map(str, command), *options], cwd=root / chosen.folder, env=env, capture_output=True, text=True
+        )
         if not report.exists():
-            raise SystemExit(f"the suite in {folder.name} did not run:\n{done.stdout[-5000:]}\n{done.stderr[-5000:]}")
+            raise SystemExit(f"the suite of {package} did not run:\n{done.stdout[-5000:]}\n{done.stderr[-5000:]}")
         seen = Seen()
         for file in counts.glob("*.seen"):
             one = json.loads(file.read_text())
@@ -131,11 +209,10 @@ def counted(found: Outcomes) -> str:
 
 def compare(package: str, version: str, middleware: str) -> bool:
     """Run one package's suite twice; True if each test ends as in the bare run, and no hazard was found in it."""
-    folder = source(package, version)
-    python = environment(package, version, folder)
-    workers = max(1, (os.cpu_count() or 2))
-    bare, _ = suite(python, folder, None, workers)
-    with_it, seen = suite(python, folder, middleware, workers)
+    root = source(package, version)
+    python = environment(package, version, root)
+    bare, _ = outcomes_of(package, python, root, SUITES[package].baseline)
+    with_it, seen = outcomes_of(package, python, root, middleware)
     differences = differing(bare, with_it)
     print(f"{package} {version}: bare {counted(bare)}; with {middleware} {counted(with_it)}", end="; ")
     print(f"apps with it {seen.apps}, runs {seen.runs}, hazards {len(seen.hazards)}", flush=True)
@@ -151,13 +228,16 @@ def compare(package: str, version: str, middleware: str) -> bool:
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--package", choices=sorted(VERSIONS))
+    parser.add_argument("--package", choices=sorted(SUITES))
     parser.add_argument("--version")
+    parser.add_argument("--realworld", action="store_true", help="the suites of tracers, a library and an application")
     parser.add_argument("--control", action="store_true", help="expect tests to fail, under a middleware that is wrong")
     options = parser.parse_args()
-    packages = [options.package] if options.package else list(VERSIONS)
+    packages = [name for name, each in SUITES.items() if each.realworld is options.realworld]
+    if options.package:
+        packages = [options.package]
     middleware = "control" if options.control else "aftertask"
-    fine = [compare(package, options.version or VERSIONS[package], middleware) for package in packages]
+    fine = [compare(package, options.version or SUITES[package].version, middleware) for package in packages]
     if options.control:
         print("the control was noticed" if not any(fine) else "the control was NOT noticed: this check cannot fail")
         return any(fine)
