@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextvars
 import importlib.util
+import json
 import subprocess
 import sys
+import sysconfig
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -183,3 +186,27 @@ async def test_a_container_class_without_a_hash_keeps_its_tasks() -> None:
     env = Env()
     await drive(env.app(Route("/", endpoint)))
     env.expect("af", log=["af"])
+
+
+@pytest.mark.usefixtures("no_log_handlers")
+async def test_a_librarys_wrapper_that_hides_the_function_is_logged_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its name and `@task` cannot be found; one that keeps `__wrapped__` can be seen through."""
+    source = """
+import functools
+def opaque(func):
+    async def call():
+        await func()
+    return call
+def plain(func):
+    return functools.wraps(func)(opaque(func))
+"""
+    library: dict[str, Any] = {"__name__": "tracer"}
+    path = Path(sysconfig.get_path("purelib")) / "tracer.py"
+    exec(compile(source, str(path), "exec"), library)  # a module of an installed library
+    env = Env()
+    app = env.app(answering(BackgroundTasks([BackgroundTask(library[name](af)) for name in ("opaque", "plain")])))
+    await drive(app)
+    await drive(app)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+    assert [line["task"] for line in lines if line["event"] == "task.wrapped"] == ["tracer.opaque.<locals>.call"]
+    assert LOG == ["af"] * 4

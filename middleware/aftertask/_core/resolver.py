@@ -11,14 +11,27 @@ from typing import Any
 
 from .._log import log
 from .._taskrun import TaskInfo, TaskRun
+from .._text import is_library
 from ..policies import STUCK_AFTER, Limit, Policy, PolicyBook, Retry
-from ..tasks import code_name, executor_of, is_async, registered_tasks, registration, unwrap
+from ..tasks import attribute, code_name, executor_of, is_async, registered_tasks, registration, unwrap
 from .emit import Emitter
 from .limits import Limiter
 from .process import on_fork
 
+_WRAPPED = (
+    "this is a function inside of a library's: if it wraps one of yours, that one's name and @task are not found, and "
+    "a policy has to be set in Settings.policies under this name"
+)
+
 #: At most this many names are cached: functions may be made on the fly.
 _CACHED = 2000
+
+
+def is_opaque(func: object) -> bool:
+    """Whether this is a function inside of a library's, which may wrap and hide one of the user's."""
+    if type(func) is not FunctionType or attribute(func, "__wrapped__") is not None:
+        return False
+    return "<locals>" in func.__qualname__ and is_library(func.__code__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,6 +151,8 @@ class Resolver:
                 name = code if entry is None else entry.name
                 policy = self._book.policy(name, call_policy, None if entry is None else entry.policy)
                 registered = entry is not None or self._book.names(name)
+                if entry is None and is_opaque(inner):
+                    log("info", "task.wrapped", task=name, advice=_WRAPPED)
                 executor = "inline" if whole else executor_of(func, policy)
                 info = self._info(policy.name or name, code, executor, policy, registered)
                 resolved = self._by_name[key] = self._make(info, policy, whole)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import starlette
 from starlette.routing import WebSocketRoute
 
+from .._core.resolver import is_opaque
 from .._text import is_library_file
 from ..settings import disabled
 from ..tasks import code_name, is_async, unwrap
@@ -152,7 +153,7 @@ def _of_task(subject: Subject, name: str, func: object) -> Iterator[Finding]:
         added = next((one for one in subject.added if one.func is not None and unwrap(one.func)[0] is inner), None)
         file, line = (None, None) if added is None else (added.file, added.line)
         remedy = f'options(…, timeout=…) here, or Settings(policies={{"{name}": Policy(timeout=…)}})'
-        if type(inner) is FunctionType and "<locals>" in inner.__qualname__:
+        if is_opaque(inner):
             message = f"{name} is a wrapper of a library; the function inside of it, its name and @task are not found"
             advice = f"set its policy as Settings.policies[{name!r}], or wrap the function with functools.wraps"
             yield Finding("wrapped", "note", message, advice, file, line, name)
