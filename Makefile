@@ -34,7 +34,7 @@ bench: $(STAMP) ## what observing a task costs, beside the same signals written 
 upstream: $(STAMP) ## Starlette's and FastAPI's own suites, bare and with the middleware in every app
 	$(BIN)/python tests/upstream/run.py
 
-realworld: $(STAMP) ## the suites of New Relic, Sentry, sse-starlette and an application, with an empty middleware and with ours
+realworld: $(STAMP) ## the suites of tracers, libraries and an application, with an empty middleware and with ours
 	$(BIN)/python tests/upstream/run.py --realworld
 
 versions: $(STAMP) ## the tests on all declared minimums, other FastAPI and Starlette versions, newer Python

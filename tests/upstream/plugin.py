@@ -1,6 +1,7 @@
 """
-A pytest plugin for the suites of Starlette and FastAPI: puts a middleware into every app that is built.
+A pytest plugin for the suites of other projects: puts a middleware into every app that is built.
 
+It imports neither Starlette nor aftertask before the suite does: New Relic's agent must patch Starlette first.
 Load it with `-p plugin`. AFTERTASK_TEST_UPSTREAM chooses the middleware: `aftertask`; `empty`, which does nothing, for
 suites that count the app's middleware; or `control`, which swallows exceptions, to prove that the suites notice it.
 """
@@ -9,39 +10,46 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry
-from starlette.applications import Starlette
-from starlette.middleware import Middleware
-
-from aftertask import AftertaskMiddleware, HazardFound, Settings, TaskEvent
-from aftertask.events import Scheduled
-from aftertask.signals import usual
+import pytest
 
 _built = _runs = 0
 _hazards: list[tuple[str, str, str]] = []
+_self_errors: list[tuple[str, str]] = []
+_instrumented: set[str] = set()
 
 
-def pytest_configure(config: Any) -> None:
-    """Patch the two classes that build a stack."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: Any, request: Any) -> None:
+    """Patch before a fixture may start an app."""
+    _patch()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: Any) -> None:
+    """Patch before a test may start one."""
+    _patch()
+
+
+def _patch() -> None:
+    """Patch the two classes that build a stack, once the suite has imported them."""
     chosen = os.environ.get("AFTERTASK_TEST_UPSTREAM")
-    if not chosen:
-        return
-    _instrument(Starlette, chosen)
-    try:
-        from fastapi import FastAPI
-    except ImportError:
-        return
-    _instrument(FastAPI, chosen)
+    for module, name in (("starlette.applications", "Starlette"), ("fastapi.applications", "FastAPI")):
+        if chosen and module in sys.modules and module not in _instrumented:
+            _instrumented.add(module)
+            if chosen == "aftertask":
+                import aftertask.signals  # noqa: F401  # not later, on an event loop that blockbuster watches
+            _instrument(getattr(sys.modules[module], name), chosen)
 
 
 def pytest_unconfigure(config: Any) -> None:
     """Write down how many apps had it and what it saw; each of xdist's workers has its own file."""
     folder = os.environ.get("AFTERTASK_TEST_UPSTREAM_COUNTS")
     if folder and _built:
-        seen = {"apps": _built, "runs": _runs, "hazards": _hazards}
+        seen = {"apps": _built, "runs": _runs, "hazards": _hazards, "self_errors": _self_errors}
         (Path(folder) / f"{os.getpid()}.seen").write_text(json.dumps(seen))
 
 
@@ -61,21 +69,42 @@ def _instrument(app_class: Any, chosen: str) -> None:
     app_class.build_middleware_stack = build_middleware_stack
 
 
-def _middleware(chosen: str) -> Middleware:
+def _middleware(chosen: str) -> Any:
+    from prometheus_client import CollectorRegistry
+    from starlette.middleware import Middleware
+
     if chosen == "control":
         return Middleware(_Swallowing)
     if chosen == "empty":
         return Middleware(_Empty)
+    from aftertask import AftertaskMiddleware, Settings
+    from aftertask.signals import usual
+
     settings = Settings(metrics_path=None, registry=CollectorRegistry())
-    return Middleware(AftertaskMiddleware, settings=settings, signals=[*usual(settings), _note])
+    return Middleware(AftertaskMiddleware, settings=settings, signals=[*usual(settings), _note()])
 
 
-def _note(event: TaskEvent) -> None:
-    global _runs
-    _runs += isinstance(event, Scheduled)
-    if isinstance(event, HazardFound):
-        test = os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]
-        _hazards.append((test, event.kind, f"{event.run.task}: {event.advice}"))
+def _note() -> Any:
+    from aftertask.events import HazardFound, Scheduled, Signal
+
+    class Note(Signal):
+        """Keeps what the report shows."""
+
+        def scheduled(self, event: Scheduled) -> None:
+            global _runs
+            _runs += 1
+
+        def hazard_found(self, event: HazardFound) -> None:
+            _hazards.append((_test(), event.kind, f"{event.run.task}: {event.advice}"))
+
+        def self_error(self, component: str) -> None:
+            _self_errors.append((_test(), component))
+
+    return Note()
+
+
+def _test() -> str:
+    return os.environ.get("PYTEST_CURRENT_TEST", "").partition(" ")[0]
 
 
 class _Swallowing:
