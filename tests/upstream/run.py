@@ -227,7 +227,8 @@ def compare(package: str, version: str, middleware: str) -> bool:
     bare, _ = outcomes_of(package, python, root, SUITES[package].baseline)
     with_it, seen = outcomes_of(package, python, root, middleware)
     differences = differing(bare, with_it)
-    print(f"{package} {version}: {SUITES[package].baseline or 'bare'} {counted(bare)}; with {middleware} {counted(with_it)}", end="; ")
+    baseline = SUITES[package].baseline or "bare"
+    print(f"{package} {version}: {baseline} {counted(bare)}; with {middleware} {counted(with_it)}", end="; ")
     print(
         f"apps with it {seen.apps}, runs {seen.runs}, hazards {len(seen.hazards)}, self errors {len(seen.self_errors)}",
         flush=True,
