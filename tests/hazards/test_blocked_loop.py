@@ -347,8 +347,24 @@ async def test_an_app_never_reports_a_run_of_another_app() -> None:
     blocking, other = Blocking(), App(fine)
     await drive(other.served)
     await drive(blocking.app.served)
-    await other.reports.until(other.reports.blocks)
-    assert len(blocking.app.reports.hazards) == 1 and other.reports.hazards == []
+    await blocking.app.reports.until(blocking.app.reports.blocks)
+    await other.reports.responds()
+    assert len(blocking.app.reports.hazards) == 1
+    assert other.reports.hazards == other.reports.blocks == other.reports.seconds == []
+
+
+async def test_a_block_by_no_task_is_reported_by_one_app() -> None:
+    """Two apps share a loop: the seconds of a blocking endpoint count once."""
+    first = App(fine)
+    steps = iter([lambda: None, lambda: first.reports.wait(first.reports.seconds)])
+    second = App(fine, before=lambda: next(steps)())
+    await drive(first.served)
+    await drive(second.served)
+    await drive(second.served)
+    await first.reports.until(first.reports.blocks)
+    await second.reports.responds()
+    assert [report.run for report in first.reports.blocks] == [None]
+    assert second.reports.blocks == second.reports.seconds == []
 
 
 async def test_a_signal_that_exits_does_not_end_the_watching() -> None:

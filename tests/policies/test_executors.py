@@ -170,3 +170,16 @@ async def test_the_stack_of_a_failure_in_a_thread_begins_with_the_task(env: Env)
     for func in (fails, options(fails, executor="thread"), options(fails, timeout=5)):
         await drive(env.app_with_signals([env.seen, read], answering(BackgroundTask(func))))
     assert first == ["fails"] * 3
+
+
+async def test_a_call_in_a_thread_begins_by_the_clock_of_the_test(env: Env, clock: VirtualClock) -> None:
+    """No time passes on that clock, so the run has not waited for its thread."""
+    begun: list[tuple[float | None, float | None]] = []
+
+    def notes() -> None:
+        run = current_run()
+        assert run is not None
+        begun.append((run.started_s, run.thread_s))
+
+    await drive(env.app(answering(BackgroundTask(options(notes, executor="thread")))))
+    assert begun[0][0] == begun[0][1] is not None

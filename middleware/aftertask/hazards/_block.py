@@ -28,7 +28,7 @@ class LoopReports:
     Args:
         threshold: Seconds without a response after which the loop counts as blocked; None means never.
         emit: The app's signals; identifies the app.
-        found: Called once per block with each run to blame, maybe of another app, the app's line, and the stack.
+        found: Called once per block with each run to blame, the app's line, and the stack.
         responded: Called with the limiter of the loop's worker threads, a few times per second.
     """
 
@@ -44,6 +44,10 @@ class LoopReports:
         self._emit = emit
         self._reported: dict[str | None, tuple[float, int]] = {}
 
+    def owns(self, run: TaskRun | None) -> bool:
+        """Whether the run is one of this app's."""
+        return run is not None and run.request.app is self._emit
+
     def lag(self, seconds: float, threads: CapacityLimiter) -> None:
         """The loop responded, this late."""
         self._emit.each("loop_lag", lambda signal: signal.loop_lag(seconds))
@@ -51,7 +55,7 @@ class LoopReports:
 
     def blocked_for(self, run: TaskRun | None, seconds: float) -> None:
         """The loop was blocked for this many more seconds."""
-        if run is not None and run.request.app is self._emit:
+        if run is not None:
             run.blocked_s += seconds
         self._emit.each("loop_blocked_for", lambda signal: signal.loop_blocked_for(run, seconds))
 
@@ -85,11 +89,12 @@ class Block:
 
     Args:
         app: Gets the reports, from its threshold on.
+        apps: All that run on the loop.
         since: When the loop was asked to respond, in monotonic seconds.
     """
 
-    def __init__(self, app: LoopReports, since: float) -> None:
-        self._app = app
+    def __init__(self, app: LoopReports, apps: Sequence[LoopReports], since: float) -> None:
+        self._app, self._apps = app, apps
         self._since = self._counted = since
         self._last: TaskRun | None = None
         self._looks = 0
@@ -104,7 +109,7 @@ class Block:
         if run not in self._sights:
             self._sights[run] = sight_of(run, frames, self._app.redact)
         if self._looks > 1 and now - self._since >= self._app.threshold:
-            if run is not None and run not in self._seconds:
+            if run is not None and run not in self._seconds and self._reports(run):
                 self._app.found(run, *self._sights[run])
             self._count(run, now)
             if not self._is_reported and now - self._since >= STILL_BLOCKED:
@@ -120,11 +125,19 @@ class Block:
         # A response may be a moment older than the look that did not see it yet.
         seconds, self._counted = max(0.0, until - self._counted), until
         self._seconds[run] = self._seconds.get(run, 0.0) + seconds
-        self._app.blocked_for(run, seconds)
+        if self._reports(run):
+            self._app.blocked_for(run, seconds)
 
     def _report(self, now: float, *, over: bool) -> None:
         named = {run: seconds for run, seconds in self._seconds.items() if run is not None}
         run = max(named, key=named.__getitem__) if named else None
+        if not self._reports(run):
+            return
         where, stack = self._sights.get(run) or next(iter(self._sights.values()))
         self._app.blocked(run, now - self._since, where, stack, over=over, first=not self._is_reported)
         self._is_reported = True
+
+    def _reports(self, run: TaskRun | None) -> bool:
+        """Whether this app reports it: one does, the run's own or else the one with the least threshold."""
+        own = next((app for app in self._apps if app.owns(run)), None)
+        return self._app is (own or min(self._apps, key=lambda app: app.threshold))

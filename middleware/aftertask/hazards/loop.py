@@ -124,7 +124,7 @@ class Watch:
         if any(package_of(frame) in _DEBUGGERS for frame in frames):
             self._is_debugged, self._blocks = True, []
         elif frames and self._responded is None:
-            self._blocks = self._blocks or [Block(app, self._since) for app in self.apps]
+            self._blocks = self._blocks or [Block(app, self.apps, self._since) for app in self.apps]
             for block in self._blocks:
                 block.look(run, frames, now)
         return monotonic() + NEXT_LOOK  # the look itself takes a moment

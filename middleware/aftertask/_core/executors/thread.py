@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
-from ..._clock import monotonic
+from ... import _clock
 from ..._taskrun import TaskRun
 from ...tasks import is_async
 from ..loops import call_soon_from_any_thread, on_trio
@@ -41,7 +41,7 @@ class ThreadCall:
             if self._state == "abandoned":  # before it began
                 return None
             self._state = "running"
-        self._run.thread, self._run.thread_s = threading.get_ident(), monotonic()
+        self._run.thread, self._run.thread_s = threading.get_ident(), _clock.monotonic()
         try:
             return self._function()
         finally:
