@@ -85,7 +85,8 @@ class App:
         error: BaseException | None = None
         try:
             await inner(scope, receive, request.watch(send))
-            await request.run_held()
+            if self._parts.runs_after_request:
+                await request.run_held()
         except BaseException as raised:
             error = raised
             raise

@@ -57,13 +57,12 @@ class BareCallable(BackgroundTask):
         await self.bare()
 
     @classmethod
-    def stand_in(cls, response: Any) -> BareCallable | None:
+    def stand_in(cls, response: Any, background: object) -> BareCallable | None:
         """
-        Take the place of such a background in a response; None if it has another one, or does not allow it.
+        Take the place of such a background in its response; None if this is another one, or cannot be replaced.
 
         Several requests may send one response at the same time: they share the stand-in, and the last one removes it.
         """
-        background, _ = background_of(response)
         if isinstance(background, BareCallable):
             bare = background
         elif background is None or isinstance(background, BackgroundTask) or not callable(background):

@@ -68,7 +68,6 @@ def _hook_response(owner: type, original: Callable[..., Awaitable[None]]) -> Cal
             with _OutsideOfAnyRequest():
                 await original(self, *args, **kwargs)
             return
-        bare = request.guarded("response", BareCallable.stand_in, self)
         serving = request.guarded("response", _respond, request, self, scope)
         outer = serving_here.get()
         serving_here.set(serving)
@@ -76,10 +75,8 @@ def _hook_response(owner: type, original: Callable[..., Awaitable[None]]) -> Cal
             await original(self, *args, **kwargs)
         finally:
             serving_here.set(outer)
-            if bare is not None:
-                request.guarded("end of the response", bare.leave, self)
             if serving is not None:
-                serving.computed = False  # the context may outlive the response
+                request.guarded("end of the response", serving.leave)
             if request.is_closed:
                 request.guarded("end of the response", request.responded, sys.exception())
         owed = scope.get(OWED)
@@ -91,10 +88,11 @@ def _hook_response(owner: type, original: Callable[..., Awaitable[None]]) -> Cal
 
 def _respond(request: Request, response: Response, scope: MutableMapping[str, Any]) -> Serving:
     background, computed = background_of(response)
+    bare = BareCallable.stand_in(response, background)
     if background is not None or request.waiting or request.is_closed:
         _keep_outermost()
-        request.respond(None if computed else background, scope)
-    return Serving(request, response, computed=computed)
+        request.guarded("response", request.respond, bare or background, scope)
+    return Serving(request, response, bare, computed=computed)
 
 
 # --- 2. tasks

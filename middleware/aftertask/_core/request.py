@@ -112,7 +112,7 @@ class Request(RequestInfo):
         async def watched(message: Message) -> None:
             kind = message["type"]
             is_last = kind in _BODIES and not message.get("more_body", False)
-            if kind in _STARTS and self.waiting and self.parts.wants_start:
+            if kind in _STARTS and self.parts.wants_start and self.waiting:
                 message = await self._admit(message)
             elif is_last:
                 # Before it is sent: a middleware around us may go on with it before our `send` returns.

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 
 from .. import _clock
-from .background import background_of, is_container, sort_by_priority, work_of
+from .background import BareCallable, background_of, is_container, sort_by_priority, work_of
 from .batch import Batch
 from .request import Request
 from .run import Run
@@ -22,18 +22,28 @@ class Serving:
         request: The request.
         response: The response that is being sent here; None outside of one.
         computed: Whether the response's class computes its background, so that any task called here is its own.
+        bare: What stands in for the response's background; None if nothing does.
         batch: The batch that runs here; None outside of one.
         background: The background whose runs the batch holds.
     """
 
-    __slots__ = ("background", "batch", "computed", "request", "response")
+    __slots__ = ("background", "bare", "batch", "computed", "request", "response")
 
-    def __init__(self, request: Request, response: object = None, *, computed: bool = False) -> None:
+    def __init__(
+        self, request: Request, response: object = None, bare: BareCallable | None = None, *, computed: bool = False
+    ) -> None:
         self.request = request
         self.response = response
+        self.bare = bare
         self.computed = computed
         self.batch: Batch | None = None
         self.background: object = None
+
+    def leave(self) -> None:
+        """The response has been sent; the context variable may still refer to this."""
+        self.computed = False
+        if self.bare is not None:
+            self.bare.leave(self.response)
 
     def carries(self, task: object) -> bool:
         """Whether a task that is called here belongs to the request."""
