@@ -27,6 +27,8 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(90)]
 APPS = Path(__file__).parent / "apps"
 #: Endless runs must not hold up the end of a test.
 THREE = ("--workers", "3", "--timeout-graceful-shutdown", "1")
+#: Seconds for a response: when all workers have been killed, it comes from one that has yet to start.
+PATIENCE = 40
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def workers(folder: Path, tmp_path: Path) -> Iterator[Server]:
 
 def scrape(server: Server) -> list[Metric]:
     """The families of aftertask."""
-    text = httpx2.get(f"{server.url}/metrics").text
+    text = httpx2.get(f"{server.url}/metrics", timeout=PATIENCE).text
     return [family for family in text_string_to_metric_families(text) if family.name.startswith("aftertask_")]
 
 
@@ -71,7 +73,7 @@ def value(server: Server, name: str, **labels: str) -> float:
 def start(server: Server, name: str) -> int:
     """Have a worker add a task, and return the worker's pid; 0 if the worker was killed at that moment."""
     try:
-        return int(httpx2.get(f"{server.url}/{name}").json())
+        return int(httpx2.get(f"{server.url}/{name}", timeout=PATIENCE).json())
     except httpx2.TransportError:
         return 0
 
@@ -233,6 +235,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         yield Watched(server)
 
 
+@pytest.mark.timeout(300)
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actions=st.lists(st.sampled_from(ACTIONS), max_size=8))
 def test_no_counter_falls_whatever_happens_to_the_workers(watched: Watched, actions: list[str]) -> None:
@@ -397,6 +400,6 @@ def test_several_workers_of_gunicorn_log_one_warning(tmp_path: Path, how: str, w
 def test_a_query_selects_families(folder: Path, tmp_path: Path) -> None:
     """`name[]` narrows a scrape in multi-process mode, too."""
     with uvicorn("workers:app", APPS, tmp_path / "log", PROMETHEUS_MULTIPROC_DIR=str(folder)) as server:
-        text = httpx2.get(f"{server.url}/metrics", params={"name[]": "aftertask_build_info"}).text
+        text = httpx2.get(f"{server.url}/metrics", params={"name[]": "aftertask_build_info"}, timeout=PATIENCE).text
         assert "aftertask_build_info" in text
         assert "aftertask_tasks_scheduled" not in text
