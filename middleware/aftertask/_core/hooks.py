@@ -180,8 +180,7 @@ def _hook_init(owner: type, original: Callable[..., None]) -> Callable[..., None
         original(self, *args, **kwargs)
         request = _request_injected_into()
         if request is not None:
-            request.guarded("injection", request.inject, self)
-            _injected[self] = request
+            request.guarded("injection", _inject, request, self)
 
     return __init__
 
@@ -198,10 +197,13 @@ def _request_injected_into() -> Request | None:
         return None
     scope = getattr(caller.f_locals.get("request"), "scope", None)
     request = scope.get(KEY) if isinstance(scope, MutableMapping) else None
-    if not isinstance(request, Request) or request.is_closed:
-        return None
-    request.guarded("injection", _keep_outermost)
-    return request
+    return request if isinstance(request, Request) and not request.is_closed else None
+
+
+def _inject(request: Request, container: BackgroundTasks) -> None:
+    _keep_outermost()
+    request.inject(container)
+    _injected[container] = request
 
 
 def _hook_add_task(owner: type, original: Callable[..., None]) -> Callable[..., None]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import anyio
 import anyio.to_thread
 
-from .loops import CallSoon, call_soon_from_any_thread
+from .loops import CallSoon, call_soon_from_any_thread, this_loop
 
 #: Numbers those that wait, in the order in which they came.
 _arrivals = itertools.count()
@@ -205,11 +205,12 @@ class SharedThreads:
 
     def __init__(self) -> None:
         self._limiter = anyio.to_thread.current_default_thread_limiter()
+        self._loop = this_loop()
 
     @property
     def is_here(self) -> bool:
         """Whether this is the pool of the event loop that runs here."""
-        return anyio.to_thread.current_default_thread_limiter() is self._limiter
+        return this_loop() is self._loop
 
     @property
     def size(self) -> float:

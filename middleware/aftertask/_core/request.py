@@ -78,8 +78,6 @@ class Request(RequestInfo):
     # What most requests never need is a default of the class.
     phase = Phase.SCHEDULED
     refused: frozenset[int] = frozenset()
-    _containers: tuple[BackgroundTasks, ...] = ()
-    _finished: tuple[object, ...] = ()  # backgrounds whose batch is over
     _verdict: str | None = None  # why injected tasks will not run, once that is certain
     _batches = 0
     _early: Run | None = None
@@ -94,6 +92,9 @@ class Request(RequestInfo):
         self.thread = threading.get_ident()
         self.parts = parts
         self.waiting = Waiting()
+        # By identity: a user's class may define equality.
+        self._containers: dict[int, BackgroundTasks] = {}
+        self._finished: dict[int, object] = {}  # backgrounds whose batch is over
 
     def __deepcopy__(self, memo: object) -> Request:
         """A copied scope belongs to the same request."""
@@ -154,7 +155,7 @@ class Request(RequestInfo):
 
     def inject(self, container: BackgroundTasks) -> None:
         """FastAPI created this container for the request."""
-        self._containers = (*self._containers, container)
+        self._containers[id(container)] = container
 
     def add(self, container: BackgroundTasks, work: Work) -> None:
         """
@@ -167,7 +168,7 @@ class Request(RequestInfo):
         run = self.parts.scheduler.schedule(self, work, container)
         if run is None:
             return
-        if self.is_closed or any(container is background for background in self._finished):
+        if self.is_closed or id(container) in self._finished:
             self._end_unstarted([run], "added_too_late", None)
             return
         if self.parts.keeps_context:
@@ -187,7 +188,7 @@ class Request(RequestInfo):
             self.scope, self._verdict = scope, None
         elif not self._is_described:
             self.scope = scope  # a middleware inside may have copied it before the route was found
-        is_injected = any(background is container for container in self._containers)
+        is_injected = id(background) in self._containers
         if self.waiting and self._verdict is None and not is_injected:
             self._judge(background)
         if background is not None:
@@ -203,7 +204,7 @@ class Request(RequestInfo):
 
     def has_scheduled(self, task: object) -> bool:
         """Whether this task waits to be run, or is a container that FastAPI injected."""
-        return task in self.waiting or any(task is container for container in self._containers)
+        return task in self.waiting or id(task) in self._containers
 
     def same_provider(self, tracer: object) -> bool:
         """Whether our own spans go where those of this OpenTelemetry tracer go."""
@@ -311,7 +312,7 @@ class Request(RequestInfo):
         """Those of the batch that never started: an earlier one failed, or the request was cancelled."""
         self._batches -= 1
         if not self.is_closed:  # then nothing is added any more
-            self._finished = (*self._finished, background)
+            self._finished[id(background)] = background
         unstarted = self.waiting.take_all(background) if self.waiting else []
         if unstarted and batch.stopped_by is None:
             self._end_unstarted(unstarted, self._reason(error), error)
@@ -339,7 +340,7 @@ class Request(RequestInfo):
         self.phase = Phase.CLOSED
         if owed is None:
             self.context = None
-        self._containers = self._finished = self._held = ()
+        self._containers, self._finished, self._held = {}, {}, ()
         return owed if responded else None
 
     def _settle(self, error: BaseException | None) -> Owed | None:
