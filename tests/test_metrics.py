@@ -629,16 +629,17 @@ def test_an_app_keeps_its_own_metrics(registry: CollectorRegistry, route: Any, o
 
 
 def test_a_fastapi_app_keeps_its_own_metrics(registry: CollectorRegistry) -> None:
-    """Also if the route comes from an included router with a prefix."""
-    app, router = FastAPI(), APIRouter(prefix="/metrics")
+    """Also if the route gets its path from the prefixes of included routers."""
+    app, outer, router = FastAPI(), APIRouter(), APIRouter()
 
-    @router.get("")
+    @router.get("/metrics")
     def theirs() -> str:
         return "theirs"
 
-    app.include_router(router)
-    app.add_middleware(AftertaskMiddleware, settings=Settings(registry=registry))
-    assert TestClient(app).get("/metrics").json() == "theirs"
+    outer.include_router(router, prefix="/internal")
+    app.include_router(outer, prefix="/app")
+    app.add_middleware(AftertaskMiddleware, settings=Settings(registry=registry, metrics_path="/app/internal/metrics"))
+    assert TestClient(app).get("/app/internal/metrics").json() == "theirs"
 
 
 def test_the_path_is_relative_to_the_root_path(registry: CollectorRegistry) -> None:

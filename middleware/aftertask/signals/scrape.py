@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import re
-from collections.abc import Iterable
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -16,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from .._core.route import with_included
 from ._metric_set import exposed
 
 # Busy sync endpoints must not delay a scrape, nor may many scrapes take their threads.
@@ -36,16 +36,7 @@ def is_taken(scope: Scope, inside: object, path: str) -> bool:
         if routes is not None or inside is None:
             break
         routes, inside = getattr(inside, "routes", None), getattr(inside, "app", None)
-    return any(_path_of(route) == path for route in _routes(routes))
-
-
-def _routes(routes: Iterable[Any] | None, depth: int = 0) -> Iterable[Any]:
-    for route in routes or ():
-        yield route
-        # FastAPI keeps an included router as one entry, whose candidates are its routes.
-        inner = getattr(route, "effective_candidates", None)
-        if callable(inner) and depth < 10:
-            yield from _routes(inner(), depth + 1)
+    return any(_path_of(route) == path for route in with_included(routes or ()))
 
 
 def _path_of(route: Any) -> str | None:
