@@ -150,6 +150,7 @@ async def test_the_run_is_named_with_its_line(caplog: pytest.LogCaptureFixture) 
     app = blocking.app
     await drive(app.served)
     await app.reports.until(app.reports.blocks)
+    await app.reports.responds()  # the lag is counted after the block has been reported
     (hazard,), (report,) = app.reports.hazards, app.reports.blocks
     name = hazard.run.task
     assert hazard.run is report.run is app.events.runs("blocks")[0]
