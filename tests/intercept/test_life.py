@@ -149,7 +149,9 @@ async def test_tasks_of_a_handler_that_raises_are_dropped(env: Env, error: Excep
     app.user_middleware += [Middleware(Layer)] * layers
     await drive(app)
     assert env.outcomes() == [("sf", f"dropped {reason}")]
-    assert env.seen.of(Dropped)[0].bad is (reason == "handler_error")
+    (dropped,) = env.seen.of(Dropped)
+    assert dropped.bad is (reason == "handler_error")
+    assert dropped.error_type is not None and dropped.error_type.endswith(type(error).__name__)
 
 
 async def test_an_error_that_an_app_handles_is_a_handler_error(env: Env) -> None:

@@ -85,7 +85,7 @@ EXPECTED: dict[str, dict[str, str]] = {
     "TasksDropped": {"task": "app.notify", "reason": "own_background"},
     "TaskStuck": {"task": "faults.hang"},
     "QueueNotDraining": {},
-    "OldestQueuedTooOld": {"engine": "local"},
+    "OldestQueuedTooOld": {"task": "app.audit", "engine": "local"},
     "RetryStorm": {"task": "faults.retry"},
     "ThreadPoolSaturated": {"pool": "aftertask"},
 }

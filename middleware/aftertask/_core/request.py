@@ -26,7 +26,6 @@ from .waiting import Owed, Waiting
 
 T = TypeVar("T")
 
-
 #: The component that errors of the interception are counted under.
 COMPONENT = "aftertask.interception"
 
@@ -79,6 +78,7 @@ class Request(RequestInfo):
     phase = Phase.SCHEDULED
     refused: frozenset[int] = frozenset()
     _verdict: str | None = None  # why injected tasks will not run, once that is certain
+    _answered: str | None = None  # the class of the exception that the app has responded to
     _batches = 0
     _early: Run | None = None
     _is_described = False
@@ -378,13 +378,13 @@ class Request(RequestInfo):
 
     def _end_unstarted(self, runs: Sequence[Run], reason: str, error: BaseException | None) -> None:
         if runs:
-            self.parts.shutdown.end_unstarted(runs, reason, None if error is None else error_type(error))
+            self.parts.shutdown.end_unstarted(runs, reason, self._answered if error is None else error_type(error))
 
     def _judge(self, background: object) -> None:
         """Why injected tasks that wait will not run, as far as the response shows."""
         error = sys.exception()  # a response to an exception does not run the injected tasks
         if error is not None:
-            self._verdict = self._reason(error)
+            self._verdict, self._answered = self._reason(error), error_type(error)
         elif background is not None and self._containers:
             self._verdict = "own_background"
 

@@ -7,11 +7,12 @@ from typing import Literal
 
 PREFIX = "aftertask_"
 
-# Waits are near zero, but a backlog reaches minutes: buckets go up to 1800 s.
-WAIT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
-ATTEMPT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0)
+_TO_TEN_MINUTES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+# Waits are near zero, but a backlog reaches minutes.
+WAIT_BUCKETS = (*_TO_TEN_MINUTES, 1800.0)
+ATTEMPT_BUCKETS = (*_TO_TEN_MINUTES, 900.0)
 # With retries a run may take hours.
-END_TO_END_BUCKETS = (0.05, 0.25, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 21600.0)
+END_TO_END_BUCKETS = (0.05, 0.25, 1.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 900.0, 3600.0, 21600.0)
 LAG_BUCKETS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 # From a function in the same process to a channel that responds just before its timeout of 10 s.
 DELIVERY_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0)
