@@ -33,6 +33,7 @@ bench: $(STAMP) ## what observing a task costs, beside the same signals written 
 
 upstream: $(STAMP) ## Starlette's and FastAPI's own suites, bare and with the middleware in every app
 	$(BIN)/python tests/upstream/run.py
+	$(BIN)/python tests/upstream/run.py --run-after request
 
 realworld: $(STAMP) ## the suites of tracers, libraries and an application, with an empty middleware and with ours
 	$(BIN)/python tests/upstream/run.py --realworld

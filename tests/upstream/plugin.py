@@ -2,8 +2,9 @@
 A pytest plugin for the suites of other projects: puts a middleware into every app that is built.
 
 It imports neither Starlette nor aftertask before the suite does: New Relic's agent must patch Starlette first.
-Load it with `-p plugin`. AFTERTASK_TEST_UPSTREAM chooses the middleware: `aftertask`; `empty`, which does nothing, for
-suites that count the app's middleware; or `control`, which swallows exceptions, to prove that the suites notice it.
+Load it with `-p plugin`. AFTERTASK_TEST_UPSTREAM chooses the middleware: `aftertask`; `request`, the same with
+run_after="request"; `empty`, which does nothing, for suites that count the app's middleware; or `control`, which
+swallows exceptions, to prove that the suites notice it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def _patch() -> None:
     for module, name in (("starlette.applications", "Starlette"), ("fastapi.applications", "FastAPI")):
         if chosen and module in sys.modules and module not in _instrumented:
             _instrumented.add(module)
-            if chosen == "aftertask":
+            if chosen in ("aftertask", "request"):
                 import aftertask.signals  # noqa: F401  # not later, on an event loop that blockbuster watches
             _instrument(getattr(sys.modules[module], name), chosen)
 
@@ -80,7 +81,8 @@ def _middleware(chosen: str) -> Any:
     from aftertask import AftertaskMiddleware, Settings
     from aftertask.signals import usual
 
-    settings = Settings(metrics_path=None, registry=CollectorRegistry())
+    run_after: Any = "request" if chosen == "request" else "response"
+    settings = Settings(metrics_path=None, registry=CollectorRegistry(), run_after=run_after)
     return Middleware(AftertaskMiddleware, settings=settings, signals=[*usual(settings), _note()])
 
 
