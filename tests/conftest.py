@@ -64,10 +64,15 @@ def clock() -> Iterator[VirtualClock]:
         yield clock
 
 
-@pytest.fixture
-def env() -> Iterator[Env]:
-    """An app under the middleware; at the end of the test each run has ended exactly once."""
+@pytest.fixture(params=["response", "request"])
+def env(request: pytest.FixtureRequest) -> Iterator[Env]:
+    """
+    An app under the middleware; at the end of the test each run has ended exactly once.
+
+    Each test runs with both values of `Settings.run_after`.
+    """
     env = Env()
+    env.settings["run_after"] = request.param
     yield env
     env.check_accounts()
 

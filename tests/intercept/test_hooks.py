@@ -60,7 +60,7 @@ async def test_what_raises_in_aftertask_changes_nothing_for_the_app(broken: str,
     if broken.startswith("every"):
         env.signals = [type("Broken", (Signal,), dict.fromkeys(STEPS, breaks))(), env.seen]
     else:
-        env.settings = {broken: breaks}
+        env.settings |= {broken: breaks}
     result = await drive(env.fastapi(endpoint, **TRACED))
     assert (result.messages, type(result.exc), str(result.exc)) == (alone.messages, type(alone.exc), str(alone.exc))
     assert done == LOG

@@ -589,7 +589,7 @@ async def test_a_signal_that_raises_leaves_the_task_and_the_others_alone(caplog:
 
 async def test_a_response_header_can_list_the_run_ids(env: Env) -> None:
     """`run_ids_header` names it; a response without tasks has none."""
-    env.settings = {"run_ids_header": "X-Run-Ids"}
+    env.settings |= {"run_ids_header": "X-Run-Ids"}
     tasks = BackgroundTasks([BackgroundTask(af), BackgroundTask(sf)])
     r = await drive(env.app(answering(tasks)))
     assert r.header("x-run-ids") == ", ".join(run.id for run in env.seen.runs())
@@ -603,7 +603,7 @@ async def test_an_error_response_lists_the_runs_that_were_scheduled(env: Env) ->
         tasks.add_task(af)
         raise HTTPException(400)
 
-    env.settings = {"run_ids_header": "X-Run-Ids"}
+    env.settings |= {"run_ids_header": "X-Run-Ids"}
     r = await drive(env.fastapi(refuses))
     (run,) = env.seen.runs()
     assert r.status == 400 and r.header("x-run-ids") == run.id

@@ -65,7 +65,7 @@ async def test_signal_handlers_are_chained_only_on_request(env: Env, handlers: l
     own = signal.getsignal(signal.SIGTERM)
     async with lifespan(env.app(answering(None))):
         assert signal.getsignal(signal.SIGTERM) is own
-    env.settings = settings
+    env.settings |= settings
     async with lifespan(env.app(answering(None))):
         assert signal.getsignal(signal.SIGTERM) is not own
         os.kill(os.getpid(), signal.SIGTERM)
@@ -230,7 +230,7 @@ async def test_a_background_that_is_never_started_does_not_keep_its_request_open
             made().close()
 
     for timeout in (None, 5):
-        env.settings = {"drain_timeout": timeout}
+        env.settings |= {"drain_timeout": timeout}
         app = env.app(answering(BackgroundTask(af), Careless, "x"))
         async with lifespan(app):
             assert (await drive(app)).body == b"x"

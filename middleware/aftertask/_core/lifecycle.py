@@ -61,7 +61,7 @@ class Lifecycle:
             return None
         outer = running.get()
         running.set(run)
-        restore = None if run.variables is None else _apply(run.variables)
+        restore = None if run.variables is None else apply_variables(run.variables)
         try:
             self._emit(run.begin())
             result = await self._call(run)
@@ -230,7 +230,7 @@ class Lifecycle:
                 self._emit(Abandoned(run, _clock.timestamp(), running_s, limit_s, stack))
 
 
-def _apply(variables: Context) -> Callable[[], None]:
+def apply_variables(variables: Context) -> Callable[[], None]:
     """Set context variables here; returns what restores those that it changed."""
     missing = object()
     changed = [
@@ -241,7 +241,10 @@ def _apply(variables: Context) -> Callable[[], None]:
 
     def restore() -> None:
         for var, token in reversed(changed):
-            var.reset(token)
+            try:
+                var.reset(token)
+            except ValueError:  # a coroutine that is closed from another context, which is left alone
+                pass
 
     return restore
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 
 from .. import _clock
 from .background import BareCallable, background_of, is_container, sort_by_priority, work_of
 from .batch import Batch
+from .lifecycle import apply_variables
 from .request import Request
 from .run import Run
 
@@ -64,8 +65,21 @@ class Serving:
         if self.batch is not None:
             await (loop() if is_container(task) else self._run_one(task, self.batch))
             return
-        if self.response is None or not self.request.holds(lambda: self._start(task, loop)):
+        if self.response is None or not self.request.holds(self._later(task, loop)):
             await self._start(task, loop)
+
+    def _later(self, task: object, loop: Loop) -> Loop:
+        """Start a batch later, with the context variables of now: below BaseHTTPMiddleware they are other ones."""
+        variables = copy_context()
+
+        async def start() -> None:
+            restore = apply_variables(variables)
+            try:
+                await self._start(task, loop)
+            finally:
+                restore()
+
+        return start
 
     async def _start(self, task: object, loop: Loop) -> None:
         """Run a batch, in the lifespan's task group if it may outlive the request."""
