@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import Context, ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 from . import _clock
@@ -124,6 +125,8 @@ class RequestInfo:
         span_context: The span current at that moment, set by `Tracing`; None without one.
         thread: Identity of the thread that runs the request's event loop.
         scope: The ASGI scope; None after the request.
+        dependencies: What FastAPI's dependencies gave, by a tuple that starts with the dependency and ends with its
+            scope, which an old FastAPI leaves out; empty without injected `BackgroundTasks`, and once they have ended.
         app: Identifies the app whose middleware serves the request.
     """
 
@@ -134,6 +137,7 @@ class RequestInfo:
     span_context: SpanContext | None = None
     thread: int = 0
     scope: Any = None
+    dependencies: Mapping[Any, Any] = MappingProxyType({})
     app: object = None
 
 

@@ -68,7 +68,8 @@ class AftertaskMiddleware:
         chosen = list(usual(settings) if signals is None else signals)
         wanted = hazards.wanted_by(chosen)
         emit = Emitter([Hints(hazards), *chosen, hazards] if wanted else chosen, settings.redact)
-        hazards.attach(emit)
+        if wanted:
+            hazards.attach(emit)
         self._core = App(
             emit,
             policies=settings.policies,

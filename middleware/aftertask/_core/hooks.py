@@ -195,9 +195,13 @@ def _request_injected_into() -> Request | None:
     caller = sys._getframe(2)
     if caller.f_code.co_name != "solve_dependencies":
         return None
-    scope = getattr(caller.f_locals.get("request"), "scope", None)
+    variables = caller.f_locals
+    scope = getattr(variables.get("request"), "scope", None)
     request = scope.get(KEY) if isinstance(scope, MutableMapping) else None
-    return request if isinstance(request, Request) and not request.is_closed else None
+    if not isinstance(request, Request) or request.is_closed:
+        return None
+    request.dependencies = variables.get("dependency_cache", {})
+    return request
 
 
 def _inject(request: Request, container: BackgroundTasks) -> None:
@@ -382,6 +386,8 @@ def _check(installed: _Installed) -> Iterator[tuple[str, str]]:
         names = inspect.signature(solve).parameters if callable(solve) else {}
         if "request" not in names:
             yield "fastapi.dependencies.utils.solve_dependencies", "tasks in an injected container that never ran"
+        if "dependency_cache" not in names:
+            yield "solve_dependencies(dependency_cache=…)", "transactions that are open when a task runs"
 
 
 def _keep_outermost() -> None:

@@ -17,6 +17,7 @@ from ..events import (
     Retrying,
     Scheduled,
     Signal,
+    Started,
     Succeeded,
     TaskInfo,
     TimedOut,
@@ -25,6 +26,7 @@ from . import _failures
 from ._arguments import Arguments
 from ._block import LoopReports
 from ._threads import KIND, Threads
+from ._transactions import Transactions
 from .loop import WATCHER
 from .stuck import StuckWatch
 
@@ -68,6 +70,7 @@ class Hazards(Signal):
     def __init__(self, threshold: float | None) -> None:
         self._threshold = threshold
         self._arguments, self._threads = Arguments(self._found), Threads()
+        self._transactions = Transactions(self._found)
 
     @staticmethod
     def wanted_by(signals: Iterable[object]) -> bool:
@@ -80,6 +83,7 @@ class Hazards(Signal):
     def attach(self, emit: Emitter) -> None:
         """Emit through this app's signals; call it once, before the app is built."""
         self._emit = emit
+        self._transactions.listen()
         self._stuck = StuckWatch(emit)
         self._reports = LoopReports(self._threshold, emit, self._loop_blocked_by, self._look_at_threads)
 
@@ -96,6 +100,7 @@ class Hazards(Signal):
         """A batch starts, maybe on an event loop that is not watched yet."""
         WATCHER.watch(self._reports)
         self._stuck.start()
+        self._transactions.listen()  # an app may import SQLAlchemy late
 
     def task_known(self, info: TaskInfo) -> None:
         """A task with limits of its own exists."""
@@ -104,6 +109,18 @@ class Hazards(Signal):
     def scheduled(self, event: Scheduled) -> None:
         """Look at the arguments of a run."""
         self._arguments.look(event)
+
+    def started(self, event: Started) -> None:
+        """Look for a transaction of the request that is still open."""
+        self._transactions.started(event.run)
+
+    def failed(self, event: Failed) -> None:
+        """Look for a transaction of the request that the failure ends."""
+        self._transactions.failed(event.run)
+
+    def timed_out(self, event: TimedOut) -> None:
+        """Look for a transaction of the request that the failure ends."""
+        self._transactions.failed(event.run)
 
     def succeeded(self, event: Succeeded) -> None:
         """Look at what a task returned."""

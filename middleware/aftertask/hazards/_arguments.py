@@ -28,8 +28,8 @@ from starlette.requests import Request
 from ..events import Scheduled, TaskRun
 from ..tasks import attribute, without_options
 
-#: Called with the run, the kind, the argument's name, and the advice.
-Found = Callable[[TaskRun, str, str, str], object]
+#: Called with the run, the kind, the argument's name if there is one, and the advice.
+Found = Callable[[TaskRun, str, str | None, str], object]
 
 #: At most this many elements of a container, parts of an object, or layers of `functools.partial` are looked at.
 ELEMENTS = 10
@@ -102,8 +102,14 @@ _SUSPECTS = {
 Verdict = tuple[str, str] | None
 
 
-def kind_of(kind: type) -> str:
-    """What a value of this class is: `plain`, `text`, `container`, `upload`, `request`, `database`, …, or `other`."""
+def kind_of(value: object) -> str:
+    """What a value is: `plain`, `text`, `container`, `upload`, `request`, `database`, …, or `other`."""
+    return kind_of_class(type(value))  # type: ignore[arg-type]  # mypy does not know that a class has a hash
+
+
+@functools.lru_cache(_CLASSES)
+def kind_of_class(kind: type) -> str:
+    """What the values of a class are, likewise."""
     names = {f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__}
     for word, known in _KINDS.items():
         if names & known:
@@ -133,7 +139,6 @@ class Arguments:
 
     def __init__(self, found: Found) -> None:
         self._found = found
-        self._kinds: dict[type, str] = {}
 
     def look(self, event: Scheduled) -> None:
         """Look at the arguments of a run that is scheduled."""
@@ -154,30 +159,22 @@ class Arguments:
             return None
         given = _Given(target)
         for place, value in given.items():
-            for each in (value, *_parts(value)):
-                if self._kind(each) in kinds:
-                    kind, advice = _SUSPECTS[self._kind(each)]
+            for each in (value, *parts(value)):
+                if kind_of(each) in kinds:
+                    kind, advice = _SUSPECTS[kind_of(each)]
                     return given.name(place), kind, advice.format(why="it failed with that")
         return None
 
-    def _kind(self, value: object) -> str:
-        kind = self._kinds.get(type(value))
-        if kind is None:
-            if len(self._kinds) >= _CLASSES:
-                self._kinds.clear()
-            kind = self._kinds[type(value)] = kind_of(type(value))
-        return kind
-
     def _inside(self, value: Any, run: TaskRun) -> Verdict:
         """The first finding among a container's elements."""
-        if self._kind(value) != "container":
+        if kind_of(value) != "container":
             return None
         elements: Iterable[object] = value.values() if isinstance(value, Mapping) else value
         found = (self._verdict(element, run) for element in islice(elements, ELEMENTS))
         return next((verdict for verdict in found if verdict is not None), None)
 
     def _verdict(self, value: Any, run: TaskRun) -> Verdict:
-        match self._kind(value):
+        match kind_of(value):
             case "plain" | "other":
                 return None
             case "request":
@@ -268,7 +265,7 @@ def _is_closed(value: object) -> bool:
     return False
 
 
-def _parts(value: object) -> list[object]:
+def parts(value: object) -> list[object]:
     """What an object of the app's holds."""
     held = attribute(value, "__dict__")
     return list(held.values())[: 2 * ELEMENTS] if isinstance(held, dict) else []

@@ -1,0 +1,184 @@
+"""
+What a request has written and not committed when its tasks start or fail, by the sessions that its dependencies gave.
+
+What SQLAlchemy has written is known by its public events; a driver only reports that a transaction is open.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from .._log import log
+from ..events import TaskRun
+from ..tasks import attribute, code_name
+from ._arguments import Found, kind_of, parts
+
+#: Since this FastAPI tasks run before the code after a dependency's `yield`, and `Depends` has a `scope`.
+TASKS_COME_FIRST, HAS_SCOPE = (0, 118), (0, 121)
+
+_BEFORE = (
+    "it starts while the transaction of {name}, a dependency of its request, is open: it does not see what the request "
+    "wrote, and the request's connection is held until it has ended; {remedy}"
+)
+_UNDOES = (
+    "its failure reaches {name}, a dependency of its request, while the transaction is open: what the request wrote is "
+    "rolled back, although the client has its response; {remedy}"
+)
+
+_WRITES = re.compile(
+    r"(\s|--[^\n]*\n|/\*.*?\*/)*"
+    r"((insert|update|delete|merge|replace|create|alter|drop|truncate|copy|call|do)\b"
+    r"|with\b.*\b(insert\s+into|update\s+\S+\s+set|delete\s+from|merge\s+into)\b)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+#: SQLAlchemy's connections in whose transaction something has been written, and the connections of its sessions.
+_wrote: WeakSet[Any] = WeakSet()
+_connections: WeakKeyDictionary[Any, WeakSet[Any]] = WeakKeyDictionary()
+_listening: set[str] = set()
+
+
+class Transactions:
+    """
+    Looks for transactions of a request that are open while its tasks run.
+
+    Args:
+        found: Called for each run that starts, or fails, before one has ended.
+    """
+
+    def __init__(self, found: Found) -> None:
+        self._found = found
+
+    @staticmethod
+    def listen() -> None:
+        """Listen to SQLAlchemy's events, if the app has imported it; once per process."""
+        engine, orm = sys.modules.get("sqlalchemy.engine"), sys.modules.get("sqlalchemy.orm")
+        if hasattr(engine, "Engine") and "engine" not in _listening:
+            _listening.add("engine")
+            _on("Engine", engine, after_cursor_execute=_executed, commit=_wrote.discard, rollback=_wrote.discard)
+        if hasattr(orm, "Session") and "orm" not in _listening:
+            _listening.add("orm")
+            _on("Session", orm, after_begin=_began)
+
+    def started(self, run: TaskRun) -> None:
+        """A run starts its first attempt, or another one."""
+        if run.request.dependencies and run.attempt == 1:
+            self._look(run, "runs_before_commit", _BEFORE)
+
+    def failed(self, run: TaskRun) -> None:
+        """A run has failed for good."""
+        if run.request.dependencies and run.info.on_failure != "contain":
+            self._look(run, "undoes_request", _UNDOES)
+
+    def _look(self, run: TaskRun, kind: str, advice: str) -> None:
+        if run.queue_wait_s is None:  # user code is the caller
+            return
+        dependency = next(_open(run), None)
+        if dependency is not None:
+            self._found(run, kind, None, advice.format(name=code_name(dependency), remedy=remedy(dependency)))
+
+
+def fastapi_is(version: tuple[int, int]) -> bool:
+    """Whether the FastAPI in use has this version or a later one; True without FastAPI."""
+    found = str(getattr(sys.modules.get("fastapi"), "__version__", ""))
+    numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
+    return not numbers or numbers >= version
+
+
+def yields(dependency: object) -> bool:
+    """Whether a dependency has code after a `yield`."""
+    calls = (dependency, attribute(dependency, "__wrapped__"), attribute(type(dependency), "__call__"))
+    return any(inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call) for call in calls)
+
+
+def remedy(dependency: object) -> str:
+    """What to do about a dependency that ends after the tasks."""
+    settings = 'Settings(run_after="request") starts tasks after the commit, or not at all'
+    if not yields(dependency):
+        return settings
+    scope = f'Depends({code_name(dependency)}, scope="function") commits before the response'
+    return f"{scope}{'' if fastapi_is(HAS_SCOPE) else ' (FastAPI 0.121 and later)'}; {settings}"
+
+
+def _open(run: TaskRun) -> Iterator[object]:
+    """The dependencies of a request whose transaction is open, the innermost first."""
+    if not fastapi_is(TASKS_COME_FIRST):
+        return
+    for (dependency, *rest), value in list(run.request.dependencies.items()):
+        if rest[-1:] != ["function"] and any(_is_open(each) for each in (value, *parts(value))):
+            yield dependency
+
+
+def _is_open(value: Any) -> bool:
+    """Whether a session or a connection has something to commit."""
+    if kind_of(value) != "database":
+        return False
+    try:
+        if not any(base.__module__.startswith("sqlalchemy.") for base in type(value).__mro__):
+            return _driver_is_open(value)
+        if hasattr(value, "registry"):  # a scoped session stands for the one of this thread or context
+            return bool(value.registry.has()) and _is_open(value.registry())
+        # An async session or connection is a sync one inside.
+        return _has_written(getattr(value, "sync_session", None) or getattr(value, "sync_connection", None) or value)
+    except Exception:  # a pool's connection that was given back
+        return False
+
+
+def _has_written(value: Any) -> bool:
+    if value in _wrote or not _wrote.isdisjoint(_connections.get(value, ())):
+        return True
+    if not hasattr(value, "dirty"):  # a connection
+        return False
+    return any((*value.new, *value.deleted, *filter(value.is_modified, value.dirty)))
+
+
+def _driver_is_open(value: Any) -> bool:
+    for name in ("is_in_transaction", "in_transaction"):  # asyncpg; sqlite3, aiosqlite
+        if hasattr(type(value), name):
+            found: object = getattr(value, name)
+            return (found() if callable(found) else found) is True
+    # psycopg and libpq: 1 active, 2 in a transaction, 3 in a failed one.
+    return bool(value.info.transaction_status in (1, 2, 3)) and getattr(value, "read_only", None) is not True
+
+
+# --- SQLAlchemy's events
+
+
+def _on(owner: str, module: ModuleType | None, **listeners: Callable[..., object]) -> None:
+    for name, listener in listeners.items():
+        sys.modules["sqlalchemy.event"].listen(getattr(module, owner), name, _failing_open(name, listener))
+
+
+def _failing_open(name: str, listener: Callable[..., object]) -> Callable[..., None]:
+    @functools.wraps(listener)
+    def called(*args: object) -> None:
+        try:
+            listener(*args)
+        except Exception as error:
+            log("error", "signal.failed", signal="aftertask.hazards", on=name, error_type=type(error).__name__)
+
+    return called
+
+
+def _executed(connection: Any, cursor: object, statement: str, *rest: object) -> None:
+    if connection not in _wrote and _WRITES.match(statement) and not _commits_itself(connection):
+        _wrote.add(connection)
+
+
+def _commits_itself(connection: Any) -> bool:
+    try:
+        return bool(connection.dialect.detect_autocommit_setting(connection.connection.dbapi_connection))
+    except (AttributeError, NotImplementedError):  # an SQLAlchemy before 2.0.43, or a driver that does not show it
+        level: object = connection.get_execution_options().get("isolation_level")
+        return level == "AUTOCOMMIT"
+
+
+def _began(session: Any, transaction: object, connection: Any) -> None:
+    _connections.setdefault(session, WeakSet()).add(connection)
