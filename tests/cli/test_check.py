@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import fastapi
 import pytest
 from fastapi import Depends
 
@@ -114,7 +115,11 @@ app.add_middleware(
 )
 """
 
-if "scope" not in inspect.signature(Depends).parameters:  # since FastAPI 0.121; before, it is so for every dependency
+#: Whether tasks run before the code after a dependency's `yield`, and whether dependencies have a scope.
+TASKS_COME_FIRST = tuple(map(int, fastapi.__version__.split(".")[:2])) >= (0, 118)
+HAS_SCOPE = "scope" in inspect.signature(Depends).parameters
+
+if not HAS_SCOPE:  # it is so for every dependency
     BAD = BAD.replace(', scope="function"', "")
 
 GOOD = '''
@@ -600,3 +605,155 @@ async def endpoint(tasks: BackgroundTasks) -> None:
 """
     (folder / "odd.py").write_text(HEAD + source)
     assert {one["kind"] for one in reported(folder, "odd:app")["findings"]} == {"no_timeout"}
+
+
+# --- transactions
+
+SESSIONS = '''
+from collections.abc import AsyncIterator, Iterator
+
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI
+from sqlalchemy import create_engine
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session, sessionmaker
+from starlette.background import BackgroundTask
+from starlette.responses import JSONResponse
+
+from aftertask import AftertaskMiddleware, Settings, task
+
+engine, async_engine = create_engine("sqlite://"), create_async_engine("sqlite+aiosqlite://")
+Made, AsyncMade = sessionmaker(engine), async_sessionmaker(async_engine)
+app, router = FastAPI(), APIRouter()
+app.add_middleware(AftertaskMiddleware, settings=Settings())
+
+
+@task(timeout=5)
+async def mails() -> None:
+    """A task."""
+
+
+def commits() -> Iterator[Session]:
+    session = Made()
+    try:
+        yield session
+        session.commit()  # after
+    except Exception:
+        session.rollback()
+        raise
+    finally:
+        session.close()
+
+
+async def begins() -> AsyncIterator[AsyncSession]:
+    async with AsyncMade() as session, session.begin():  # around
+        yield session
+
+
+def closes() -> Iterator[Session]:
+    with Made() as session:  # closes only
+        yield session
+
+
+def no_task() -> Iterator[Session]:
+    with Made.begin() as session:
+        yield session
+
+
+def in_the_function() -> Iterator[Session]:
+    with Made.begin() as session:
+        yield session
+
+
+def before() -> Iterator[Session]:
+    session = Made()
+    session.commit()
+    yield session
+
+
+def by_hand() -> Iterator[Session]:
+    with Made.begin() as session:
+        yield session
+
+
+def repository(session: Session = Depends(commits)) -> Session:
+    return session
+
+
+@app.post("/injected")
+def injected(tasks: BackgroundTasks, session: Session = Depends(repository)) -> None:
+    tasks.add_task(mails)
+
+
+@router.post("/carried")
+def carried(session: AsyncSession = Depends(begins), other: Session = Depends(closes)) -> JSONResponse:
+    return JSONResponse({}, background=BackgroundTask(mails))
+
+
+@app.post("/none")
+def none(session: Session = Depends(no_task)) -> None: ...
+
+
+@app.post("/scope")
+def scoped(tasks: BackgroundTasks, session: Session = Depends(in_the_function, scope="function")) -> None:
+    tasks.add_task(mails)
+
+
+@app.post("/before")
+def committed_before(tasks: BackgroundTasks, session: Session = Depends(before)) -> None:
+    tasks.add_task(mails)
+
+
+@app.post("/hand")
+def commits_itself(tasks: BackgroundTasks, session: Session = Depends(by_hand)) -> None:
+    session.commit()
+    tasks.add_task(mails)
+
+
+app.include_router(router, prefix="/more")
+'''
+
+
+LINES = {
+    "commits": "        session.commit()  # after",
+    "begins": "    async with AsyncMade() as session, session.begin():  # around",
+    "closes": "    with Made() as session:  # closes only",
+}
+
+
+def found_in(folder: Path, source: str) -> dict[int, dict[str, Any]]:
+    """The findings about transactions in an app with sessions, by line."""
+    (folder / "sessions.py").write_text(source)
+    found = reported(folder, "sessions:app")["findings"]
+    return {one["line"]: one for one in found if one["kind"] == "runs_before_commit"}
+
+
+@pytest.mark.skipif(not HAS_SCOPE, reason="dependencies have a scope since FastAPI 0.121")
+def test_a_dependency_that_commits_after_the_tasks_is_found(folder: Path) -> None:
+    """By its line, with the endpoints whose tasks come first, the versions of FastAPI and the remedies."""
+    found = found_in(folder, SESSIONS)
+    lines = {word: SESSIONS.splitlines().index(line) + 1 for word, line in LINES.items()}
+    assert set(found) == set(lines.values())
+    commits, begins, closes = (found[lines[word]] for word in LINES)
+    assert (commits["severity"], begins["severity"], closes["severity"]) == ("warning", "warning", "note")
+    assert commits["message"].startswith(
+        "sessions.commits commits after the tasks of sessions.injected (from FastAPI 0.118"
+    )
+    assert "sessions.carried" in begins["message"] and "sessions.carried" in closes["message"]
+    assert 'Depends(sessions.commits, scope="function")' in commits["remedy"]
+    assert 'Settings(run_after="request")' in commits["remedy"]
+    assert commits["file"] == str(folder / "sessions.py")
+
+
+def test_tasks_after_the_request_come_after_every_commit(folder: Path) -> None:
+    """There is nothing to find."""
+    source = SESSIONS.replace("settings=Settings()", 'settings=Settings(run_after="request")')
+    assert found_in(folder, source.replace(', scope="function"', "")) == {}
+
+
+@pytest.mark.skipif(HAS_SCOPE, reason="here dependencies have a scope")
+def test_an_older_fastapi_and_dependencies_that_commit(folder: Path) -> None:
+    """Before 0.118 it is a note for the update; the remedy names the version that it needs."""
+    found = found_in(folder, SESSIONS.replace(', scope="function"', ""))
+    commits = next(one for one in found.values() if one["message"].startswith("sessions.commits"))
+    assert commits["severity"] == ("warning" if TASKS_COME_FIRST else "note")
+    assert "FastAPI 0.121 and later" in commits["remedy"]

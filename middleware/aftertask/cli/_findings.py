@@ -16,10 +16,12 @@ from starlette.routing import WebSocketRoute
 
 from .._core.resolver import is_opaque
 from .._text import is_library_file
+from ..hazards._transactions import TASKS_COME_FIRST, fastapi_is, remedy
 from ..settings import disabled
 from ..tasks import code_name, is_async, unwrap
-from ._source import Added, argument_kinds, place_of
+from ._source import Added, argument_kinds, inner_function, place_of
 from ._subject import Subject
+from ._transactions import commits_by_hand, ending, late_dependencies
 
 Severity = Literal["note", "warning", "error"]
 
@@ -27,8 +29,7 @@ _READ = "read it in the endpoint (`data = await file.read()`) and pass the bytes
 _OPEN = "open a session inside the task, and pass ids in the place of rows"
 _TAKE = "take `tasks: BackgroundTasks` as the endpoint's parameter, or pass it to a response as `background=`"
 
-#: Before this FastAPI closed uploads and left dependencies with yield before the response.
-_ALIVE_SINCE = (0, 118)
+_SINCE = "from FastAPI 0.118 on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ def findings(subject: Subject) -> list[Finding]:
     if subject.mistake is not None:
         return [Finding("settings", "error", subject.mistake, "correct it: the app does not start with it")]
     found = [*_of_middleware(subject), *_of_app(subject), *_of_websockets(subject), *_unused_containers(subject)]
+    found += _of_dependencies(subject)
     for name, func in sorted(subject.functions.items()):
         found += [*_of_task(subject, name, func), *_blocking(subject, name, func)]
     for added in subject.added:
@@ -142,6 +144,36 @@ def _unused_containers(subject: Subject) -> Iterator[Finding]:
             yield Finding("unused_container", "error", message, _TAKE, module.file, line)
 
 
+def _of_dependencies(subject: Subject) -> Iterator[Finding]:
+    """Dependencies that commit after the tasks of their routes have run."""
+    if subject.settings is not None and subject.settings.run_after == "request":
+        return
+    adding = {one.by for one in subject.added}
+    endpoints: dict[Any, list[str]] = {}
+    for _, route in subject.routes:
+        endpoint = getattr(route, "endpoint", None)
+        is_plain = not isinstance(getattr(route, "route", route), WebSocketRoute)
+        if is_plain and (_takes_tasks(route) or inner_function(endpoint) in adding):
+            for dependency in late_dependencies(route):
+                if not commits_by_hand(subject.source, endpoint):
+                    endpoints.setdefault(dependency, []).append(code_name(endpoint))
+    for dependency, names in endpoints.items():
+        found = ending(subject.source, dependency)
+        if found is None:
+            continue
+        name, whose = code_name(dependency), ", ".join(sorted(set(names)))
+        message = (
+            f"{name} closes its session after the tasks of {whose}, which do not see what is not committed ({_SINCE})"
+        )
+        if found.commits:
+            message = (
+                f"{name} commits after the tasks of {whose} ({_SINCE}): they do not see what the request wrote, "
+                "they hold its connection, and a failing one rolls the request back although the client has its answer"
+            )
+        severity: Severity = "warning" if found.commits and fastapi_is(TASKS_COME_FIRST) else "note"
+        yield Finding("runs_before_commit", severity, message, remedy(dependency), found.file, found.line)
+
+
 # --- its tasks
 
 
@@ -192,7 +224,7 @@ def _of_call(subject: Subject, added: Added) -> Iterator[Finding]:
     kinds, place = argument_kinds(added.by), (added.file, added.line, name)
     for variable in added.arguments:
         kind, early = kinds.get(variable), _exits_early(added.by, variable)
-        if kind == "upload" and not _alive():
+        if kind == "upload" and not fastapi_is(TASKS_COME_FIRST):
             message = f"{name} is given the upload {variable!r}, which {_fastapi()} closes before the response"
             yield Finding("closed_upload", "error", message, _READ, *place)
         elif early is not None:
@@ -215,15 +247,11 @@ def _exits_early(func: FunctionType, parameter: str) -> str | None:
         call = getattr(depends, "dependency", None)
         if call is None or not (inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call)):
             continue
-        if not _alive():
+        if not fastapi_is(TASKS_COME_FIRST):
             return f"{_fastapi()} leaves dependencies with yield before the response"
         if getattr(depends, "scope", None) == "function":
             return 'its dependency has scope="function"'
     return None
-
-
-def _alive() -> bool:
-    return _version(getattr(sys.modules.get("fastapi"), "__version__", "1")) >= _ALIVE_SINCE
 
 
 def _fastapi() -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from starlette.background import BackgroundTasks
 
 from .._text import is_library_file
-from ..hazards._arguments import kind_of
+from ..hazards._arguments import kind_of_class
 from ..tasks import is_async, unwrap
 from ._blocking import FUNCTIONS, METHODS
 
@@ -85,7 +85,7 @@ class Module:
         return found if isinstance(found, type) else None
 
     def _function(self, node: _FunctionNode, owner: type | None) -> FunctionType | None:
-        func = _inner((self.names if owner is None else vars(owner)).get(node.name))
+        func = inner_function((self.names if owner is None else vars(owner)).get(node.name))
         place = (self.file, _first_line(node))
         # Another one may have taken its name.
         return func if func is not None and (func.__code__.co_filename, func.__code__.co_firstlineno) == place else None
@@ -246,7 +246,7 @@ class Source:
 
     def _blocking(self, func: Any, deep: int, seen: set[FunctionType]) -> Iterator[Call]:
         bound = func.__self__ if type(func) is MethodType else None
-        func = _inner(func)
+        func = inner_function(func)
         module = None if func is None else self.module(func.__module__)
         if func is None or module is None or func in seen or func.__code__.co_filename != module.file:
             return
@@ -268,7 +268,7 @@ class Source:
 
 def annotated(func: object) -> dict[str, type]:
     """The classes that a function's parameters are annotated with, as far as they can be found."""
-    inner = _inner(func)
+    inner = inner_function(func)
     if inner is None:
         return {}
     try:
@@ -285,16 +285,16 @@ def annotated(func: object) -> dict[str, type]:
 
 def argument_kinds(func: object) -> dict[str, str]:
     """What a function's parameters are: `upload`, `request`, `database`, …"""
-    return {name: kind_of(kind) for name, kind in annotated(func).items()}
+    return {name: kind_of_class(kind) for name, kind in annotated(func).items()}
 
 
 def place_of(func: object) -> tuple[str | None, int | None]:
     """The file and line where a function begins."""
-    inner = _inner(func)
+    inner = inner_function(func)
     return (None, None) if inner is None else (inner.__code__.co_filename, inner.__code__.co_firstlineno)
 
 
-def _inner(func: Any) -> FunctionType | None:
+def inner_function(func: Any) -> FunctionType | None:
     """The plain function inside what libraries wrapped around it, or of a method."""
     try:
         func = inspect.unwrap(unwrap(func)[0]) if callable(func) else None

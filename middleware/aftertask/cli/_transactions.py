@@ -1,0 +1,97 @@
+"""Dependencies that commit after their `yield`, as their source shows: where, and by what."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..hazards._arguments import kind_of_class
+from ..hazards._transactions import yields
+from ._source import Scope, Source, inner_function
+
+#: Methods whose contexts commit at their end: of engines, sessions, connections of asyncpg, pools of psycopg.
+_COMMITTING = {"begin", "transaction", "connection"}
+
+_SESSION_MAKERS = {"sqlalchemy.orm.session.sessionmaker", "sqlalchemy.ext.asyncio.session.async_sessionmaker"}
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """
+    What a dependency does with its transaction after the `yield`.
+
+    Attributes:
+        file, line: Where.
+        commits: Whether it commits there; else it only closes a session.
+    """
+
+    file: str
+    line: int
+    commits: bool
+
+
+def ending(source: Source, dependency: object) -> Ending | None:
+    """How the transaction of a dependency ends; None if it has none, or its source does not show it."""
+    func = inner_function(dependency)
+    module = None if func is None or not yields(func) else source.module(func.__module__)
+    found = None if func is None or module is None else module.functions.get(func.__code__.co_firstlineno)
+    if func is None or module is None or found is None:
+        return None
+    node, owner = found
+    scope, after = Scope(module, node, func, module.owner(owner)), 0
+    sessions = list[int]()
+    for each, contexts in _inside(node, ()):
+        if isinstance(each, (ast.Yield, ast.YieldFrom)):
+            after = after or each.lineno
+            for context in contexts:
+                if (
+                    getattr(context.func, "attr", None) in _COMMITTING
+                    or scope.dotted(context.func) == "psycopg.connect"
+                ):
+                    return Ending(module.file, context.lineno, commits=True)
+                if _makes_session(scope, context):
+                    sessions.append(context.lineno)
+        elif after and isinstance(each, ast.Call) and getattr(each.func, "attr", None) == "commit":
+            return Ending(module.file, each.lineno, commits=True)
+    return Ending(module.file, sessions[0], commits=False) if sessions else None
+
+
+def commits_by_hand(source: Source, endpoint: object) -> bool:
+    """Whether an endpoint calls `commit()` itself."""
+    func = inner_function(endpoint)
+    module = None if func is None else source.module(func.__module__)
+    found = None if func is None or module is None else module.functions.get(func.__code__.co_firstlineno)
+    calls = () if found is None else ast.walk(found[0])
+    return any(isinstance(each, ast.Call) and getattr(each.func, "attr", None) == "commit" for each in calls)
+
+
+def late_dependencies(route: Any) -> Iterator[Any]:
+    """The dependencies of a route that end after its tasks."""
+    waiting = list(getattr(getattr(route, "dependant", None), "dependencies", ()))
+    while waiting:
+        dependant = waiting.pop(0)
+        if getattr(dependant, "scope", None) != "function":
+            yield dependant.call
+        waiting += dependant.dependencies
+
+
+def _inside(node: ast.AST, contexts: tuple[ast.Call, ...]) -> Iterator[tuple[ast.AST, tuple[ast.Call, ...]]]:
+    """What a function does itself, in order, with the calls whose contexts are around it."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
+            continue
+        yield child, contexts
+        around = contexts
+        if isinstance(child, (ast.With, ast.AsyncWith)):
+            around += tuple(item.context_expr for item in child.items if isinstance(item.context_expr, ast.Call))
+        yield from _inside(child, around)
+
+
+def _makes_session(scope: Scope, call: ast.Call) -> bool:
+    kind = scope.kind(call)
+    if kind is not None:
+        return kind_of_class(kind) == "database"
+    maker = type(scope.value(call.func))
+    return f"{maker.__module__}.{maker.__qualname__}" in _SESSION_MAKERS
