@@ -46,11 +46,19 @@ def eventually(look: Callable[[], T], *, seconds: float = 20, what: str = "it") 
 
 
 @contextlib.contextmanager
-def process(*command: str, log: Path, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def process(
+    *command: str, log: Path, env: dict[str, str] | None = None, user: str | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
     """A child whose output goes to `log`; ended by SIGTERM, and if that does not help in ten seconds, killed."""
     with log.open("wb") as output:
         child = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})}, start_new_session=True
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(env or {})},
+            start_new_session=True,
+            user=user,
+            cwd=log.parent if user else None,
         )
     try:
         yield child
@@ -91,10 +99,10 @@ def uvicorn(app: str, folder: Path, log: Path, *options: str, ready: str = "/met
         yield server
 
 
-def program(name: str) -> str:
-    """A server's program; its absence is a failure where servers are required, else a skip."""
-    if (path := shutil.which(name)) is None:
-        word = f"no {name} here; Debian's packages are called prometheus and prometheus-alertmanager"
+def program(name: str, path: str | None = None) -> str:
+    """A server's program, also on another path; its absence is a failure where servers are required, else a skip."""
+    if (path := shutil.which(name, path=path)) is None:
+        word = f"no {name} here; Debian's packages are called prometheus, prometheus-alertmanager and postgresql"
         if os.environ.get("AFTERTASK_TEST_REQUIRE_SERVERS"):
             pytest.fail(word)
         pytest.skip(word)
