@@ -39,7 +39,7 @@ from .background import (
     work_of,
 )
 from .request import OWED, Request
-from .serve import Serving, serving_here
+from .serve import OutsideOfAnyRequest, Serving, serving_here
 from .waiting import Owed
 
 #: `BackgroundTask.__call__`, or what another library has put around it.
@@ -65,7 +65,7 @@ def _hook_response(owner: type, original: Callable[..., Awaitable[None]]) -> Cal
         request = scope.get(KEY) if isinstance(scope, MutableMapping) else None
         if request is None or not isinstance(scope, MutableMapping):
             # Not ours: maybe another app's response, in a request that one of our tasks makes in this process.
-            with _OutsideOfAnyRequest():
+            with OutsideOfAnyRequest():
                 await original(self, *args, **kwargs)
             return
         serving = request.guarded("response", _respond, request, self, scope)
@@ -248,23 +248,6 @@ def _work_added(task: BackgroundTask, func: object) -> Work:
 
 
 # --- helpers
-
-
-class _OutsideOfAnyRequest:
-    """Nothing that runs inside belongs to a request or a run of ours."""
-
-    def __enter__(self) -> None:
-        self._run, self._serving = running.get(), serving_here.get()
-        if self._run is not None:
-            running.set(None)
-        if self._serving is not None:
-            serving_here.set(None)
-
-    def __exit__(self, *raised: object) -> None:
-        if self._run is not None:
-            running.set(self._run)
-        if self._serving is not None:
-            serving_here.set(self._serving)
 
 
 def _scope_among(kwargs: dict[str, Any]) -> object:

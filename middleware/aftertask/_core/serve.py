@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import ContextVar, copy_context
 
 from .. import _clock
+from .._taskrun import running
 from .background import BareCallable, background_of, is_container, sort_by_priority, work_of
 from .batch import Batch
 from .lifecycle import apply_variables
@@ -160,3 +161,20 @@ class Serving:
 
 #: Context variables leak (CPython #140947), so this alone decides nothing: `Serving.carries` goes by identity.
 serving_here: ContextVar[Serving | None] = ContextVar("aftertask_serving", default=None)
+
+
+class OutsideOfAnyRequest:
+    """Nothing that runs inside belongs to a request or a run of ours."""
+
+    def __enter__(self) -> None:
+        self._run, self._serving = running.get(), serving_here.get()
+        if self._run is not None:
+            running.set(None)
+        if self._serving is not None:
+            serving_here.set(None)
+
+    def __exit__(self, *raised: object) -> None:
+        if self._run is not None:
+            running.set(self._run)
+        if self._serving is not None:
+            serving_here.set(self._serving)
