@@ -30,6 +30,7 @@ bench: $(STAMP) ## what observing a task costs, beside the same signals written 
 	$(BIN)/python tests/bench/overhead.py
 	$(BIN)/python tests/bench/history.py
 	$(BIN)/python tests/bench/hazards.py
+	$(BIN)/python tests/bench/run_after.py
 
 upstream: $(STAMP) ## Starlette's and FastAPI's own suites, bare and with the middleware in every app
 	$(BIN)/python tests/upstream/run.py

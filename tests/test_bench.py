@@ -51,6 +51,20 @@ def test_a_short_history_is_checked() -> None:
     assert done.returncode == (0 if cost.startswith("pass") and memory.startswith("pass") else 1), done.stderr
 
 
+@pytest.mark.long
+@pytest.mark.timeout(120)
+def test_a_short_run_of_both_values_of_run_after_is_checked() -> None:
+    """The command prints both percentiles and their quotient; its exit code says whether that is within its limit."""
+    command = [sys.executable, str(BENCH / "run_after.py"), "--turns", "2", "--connections", "20", "--requests", "5"]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    response, request, gate = done.stdout.splitlines()
+    assert response.startswith("response  p99") and request.startswith("request   p99"), done.stderr
+    assert "p99, request / response" in gate
+    assert done.returncode == (0 if gate.startswith("pass") else 1), done.stderr
+
+
 def test_an_unknown_variant_is_refused_by_name() -> None:
     """A typing error must not pass for a gate that was kept."""
     done = subprocess.run(
