@@ -67,6 +67,8 @@ class Traced:
         kwargs: Arguments of `TracerProvider`.
     """
 
+    run_after: Any = "response"
+
     def __init__(self, **kwargs: Any) -> None:
         self.exporter = InMemorySpanExporter()
         self.provider = TracerProvider(**kwargs)

@@ -1,4 +1,4 @@
-"""Tasks after the commit, or not at all: `Settings(run_after="request")` on a real database."""
+"""`Settings(run_after="request")` beside everything else; with databases it is tested in `database/`."""
 
 from __future__ import annotations
 
@@ -6,132 +6,38 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fastapi
+import anyio
 import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI
+from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry
-from sqlalchemy import Engine, create_engine, text
-from sqlalchemy.orm import Session
-from starlette.responses import StreamingResponse
-from starlette.testclient import TestClient
+from sqlalchemy import create_engine
+from starlette.background import BackgroundTask
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, StreamingResponse
 
 from aftertask import AftertaskMiddleware, Settings
-from aftertask.events import Dropped, Skipped
+from aftertask.events import Dropped, Started
 from aftertask.testing import Recorder
-from kit import Layer
+from database.stores import Shop, SyncStore, tasks_come_first
+from kit import LOG, Env, Layer, af, boom, drive
 
-#: Since this version tasks run before the code after a dependency's `yield`.
-TASKS_COME_FIRST = tuple(map(int, fastapi.__version__.split(".")[:2])) >= (0, 118)
-
-pytestmark = pytest.mark.skipif(
-    not TASKS_COME_FIRST, reason="before FastAPI 0.118 dependencies exit before the response"
-)
+AFTER_REQUEST = pytest.mark.parametrize("env", ["request"], indirect=True)
 
 
-class Shop:
-    """An app with a database session as FastAPI's docs show it; its tasks look at the committed rows."""
-
-    def __init__(self, engine: Engine, run_after: Any, *layers: Any, **settings: Any) -> None:
-        self.engine, self.seen, self.rows_seen, self.checked_out = engine, Recorder(), list[int](), list[int]()
-        self.commit_fails = False
-        app = FastAPI()
-        for layer in layers:
-            app.add_middleware(layer)
-        chosen = Settings(registry=CollectorRegistry(), run_after=run_after, **settings)
-        app.add_middleware(AftertaskMiddleware, settings=chosen, signals=[self.seen])
-
-        def session() -> Iterator[Session]:
-            with Session(engine) as session:
-                try:
-                    yield session
-                    if self.commit_fails:
-                        raise RuntimeError("could not serialize access")
-                    session.commit()
-                except Exception:
-                    session.rollback()
-                    raise
-
-        @app.post("/{what}")
-        def buy(what: str, tasks: BackgroundTasks, session: Session = Depends(session)) -> Any:
-            session.execute(text("insert into orders default values"))
-            tasks.add_task(self.fails if what == "fails" else self.mails)
-            tasks.add_task(self.mails)
-            return StreamingResponse(iter(["streamed"]), background=tasks) if what == "streams" else {"ok": True}
-
-        self.client = TestClient(app, raise_server_exceptions=False)
-
-    def rows(self) -> int:
-        """The committed rows."""
-        with self.engine.connect() as connection:
-            return connection.execute(text("select count(*) from orders")).scalar_one()
-
-    def mails(self) -> None:
-        """A task that looks at the database."""
-        pool: Any = self.engine.pool
-        self.checked_out.append(pool.checkedout())
-        self.rows_seen.append(self.rows())
-
-    def fails(self) -> None:
-        """A task that fails."""
-        raise ConnectionError("mail server down")
-
-
-@pytest.fixture
-def engine(tmp_path: Path) -> Iterator[Engine]:
-    """A database file with one table."""
-    engine = create_engine(f"sqlite:///{tmp_path / 'shop.db'}")
-    with engine.begin() as connection:
-        connection.execute(text("create table orders (id integer primary key)"))
-    yield engine
-    engine.dispose()
-
-
+@tasks_come_first
 @pytest.mark.parametrize("layers", [(), (Layer,)])
-@pytest.mark.parametrize("what", ["mails", "streams"])
-def test_tasks_see_the_rows_of_their_request(engine: Engine, what: str, layers: Any) -> None:
-    """With `request` they start after the commit, and the request's connection is back in its pool."""
-    shop = Shop(engine, "request", *layers)
-    assert shop.client.post(f"/{what}").status_code == 200
-    assert shop.rows_seen == [1, 1]
-    assert shop.checked_out == [0, 0]
-    assert shop.seen.outcomes() == [("mails", "succeeded")] * 2
-
-
-def test_by_default_tasks_run_before_the_commit(engine: Engine) -> None:
-    """That is FastAPI's order, and observing changes nothing."""
-    shop = Shop(engine, "response")
-    shop.client.post("/mails")
-    assert (shop.rows_seen, shop.rows()) == ([0, 0], 1)
-    assert shop.checked_out == [1, 1]
-
-
-@pytest.mark.parametrize(("run_after", "rows"), [("response", 0), ("request", 1)])
-def test_a_failing_task_cannot_undo_the_request(engine: Engine, run_after: str, rows: int) -> None:
-    """By default its exception reaches the dependency, which rolls back although the client got 200."""
-    shop = Shop(engine, run_after)
-    assert shop.client.post("/fails").status_code == 200
-    assert shop.rows() == rows
-    assert shop.seen.outcomes() == [("fails", "failed"), ("mails", "skipped")]
-    assert [event.reason for event in shop.seen.of(Skipped)] == ["sibling_failed"]
-
-
-def test_tasks_of_a_failed_commit_do_not_run(engine: Engine) -> None:
-    """They are dropped with the reason and the class of the error, and count as bad."""
-    shop = Shop(engine, "request")
-    shop.commit_fails = True
-    shop.client.post("/mails")
-    dropped = shop.seen.of(Dropped)
-    assert [(event.reason, event.error_type, event.bad) for event in dropped] == [
-        ("request_failed", "RuntimeError", True)
-    ] * 2
-    assert shop.rows_seen == []
-
-
-def test_on_failure_holds_among_the_tasks(engine: Engine) -> None:
-    """A contained failure leaves the siblings alone."""
-    shop = Shop(engine, "request", on_failure="contain")
-    assert shop.client.post("/fails").status_code == 200
-    assert shop.seen.outcomes() == [("fails", "failed"), ("mails", "succeeded")]
+def test_tasks_of_a_stream_and_below_a_middleware(tmp_path: Path, layers: Any) -> None:
+    """They see the rows, too."""
+    store = SyncStore(create_engine(f"sqlite:///{tmp_path / 'shop.db'}"))
+    shop = Shop(store, "request", None, *layers)
+    with shop.client() as client:
+        for what in ("mails", "streams"):
+            assert client.post(f"/{what}").status_code == 200
+    store.close()
+    assert shop.rows_seen == [1, 1, 2, 2]
+    shop.check_accounts()
 
 
 def test_the_environment_can_choose_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,3 +47,114 @@ def test_the_environment_can_choose_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFTERTASK_RUN_AFTER", "commit")
     with pytest.raises(ValueError, match="run_after must be one of 'response', 'request', got 'commit'"):
         Settings.from_env()
+
+
+@pytest.mark.anyio
+@AFTER_REQUEST
+async def test_a_stream_that_breaks_drops_the_tasks(env: Env) -> None:
+    """The response was never complete, and its tasks never ran."""
+
+    async def parts() -> Any:
+        yield "one"
+        raise LookupError("no more")
+
+    async def endpoint(request: Request) -> StreamingResponse:
+        return StreamingResponse(parts(), background=BackgroundTask(af))
+
+    result = await drive(env.app(endpoint))
+    assert isinstance(result.exc, LookupError)
+    assert env.outcomes() == [("af", "dropped handler_error")]
+    assert LOG == []
+
+
+@pytest.mark.anyio
+@AFTER_REQUEST
+async def test_a_middleware_that_fails_after_the_response_drops_the_tasks(env: Env) -> None:
+    """Whatever raises before the call has returned, no task runs."""
+
+    class Fails:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            await self.app(scope, receive, send)
+            raise LookupError("after the response")
+
+    async def endpoint(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("x", background=BackgroundTask(af))
+
+    result = await drive(env.app(endpoint, middleware=[Middleware(Fails)]))
+    assert (result.status, type(result.exc)) == (200, LookupError)
+    (dropped,) = env.seen.of(Dropped)
+    assert (dropped.reason, dropped.error_type, dropped.bad) == ("request_failed", "LookupError", True)
+    assert LOG == []
+
+
+@pytest.mark.anyio
+@AFTER_REQUEST
+async def test_a_failure_reaches_the_server_and_nothing_inside(env: Env) -> None:
+    """As ever it is the same object; a middleware inside has ended by then."""
+    inside: list[str] = []
+
+    class Inside:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            try:
+                await self.app(scope, receive, send)
+            except Exception:
+                inside.append("failed")
+                raise
+            inside.append("ended")
+            LOG.append("ended")
+
+    async def endpoint(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("x", background=BackgroundTask(boom))
+
+    result = await drive(env.app(endpoint, middleware=[Middleware(Inside)]))
+    assert (result.status, str(result.exc)) == (200, "boom")
+    assert inside == ["ended"]
+    assert LOG == ["ended", "boom"]
+
+
+@pytest.mark.anyio
+@AFTER_REQUEST
+async def test_the_queue_wait_includes_the_time_until_the_request_has_ended(env: Env) -> None:
+    """It begins with the last byte of the response, as ever."""
+
+    class Slow:
+        def __init__(self, app: Any) -> None:
+            self.app = app
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            await self.app(scope, receive, send)
+            await anyio.sleep(0.1)
+
+    async def endpoint(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("x", background=BackgroundTask(af))
+
+    await drive(env.app(endpoint, middleware=[Middleware(Slow)]))
+    (started,) = env.seen.of(Started)
+    assert started.queue_wait_s is not None and started.queue_wait_s >= 0.1
+
+
+def test_a_mounted_app_waits_for_the_whole_request() -> None:
+    """The middleware of the outer app holds the tasks; dependencies of the inner one have ended."""
+    order: list[str] = []
+    inner, outer, seen = FastAPI(), FastAPI(), Recorder()
+
+    def dependency() -> Iterator[None]:
+        yield
+        order.append("dependency")
+
+    @inner.get("/")
+    def endpoint(tasks: BackgroundTasks, given: None = Depends(dependency)) -> None:
+        tasks.add_task(order.append, "task")
+
+    outer.mount("/inner", inner)
+    settings = Settings(registry=CollectorRegistry(), run_after="request")
+    outer.add_middleware(AftertaskMiddleware, settings=settings, signals=[seen])
+    assert TestClient(outer).get("/inner/").status_code == 200
+    assert order == ["dependency", "task"]
+    assert [run.run.http_route for run in seen.of(Started)] == ["/inner/"]

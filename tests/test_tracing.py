@@ -45,10 +45,12 @@ async def broken() -> None:
     raise LookupError("password=hunter2")
 
 
-@pytest.fixture
-def traced() -> Traced:
-    """A provider that keeps every span."""
-    return Traced()
+@pytest.fixture(params=["response", "request"])
+def traced(request: pytest.FixtureRequest) -> Traced:
+    """A provider that keeps every span; for apps with both values of `Settings.run_after`."""
+    traced = Traced()
+    traced.run_after = request.param
+    return traced
 
 
 class RequestSpan:
@@ -71,7 +73,9 @@ def fastapi_app(traced: Traced, *functions: Any, settings: Settings | None = Non
         for function in functions:
             tasks.add_task(function)
 
-    chosen = settings or Settings(registry=CollectorRegistry(), tracer_provider=traced.provider)
+    chosen = settings or Settings(
+        registry=CollectorRegistry(), tracer_provider=traced.provider, run_after=traced.run_after
+    )
     app.add_middleware(AftertaskMiddleware, settings=chosen, signals=signals)
     app.add_middleware(RequestSpan, traced=traced)
     return TestClient(app, raise_server_exceptions=False)

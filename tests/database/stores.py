@@ -297,9 +297,9 @@ class Shop:
 
         self.app.post("/{what}")(buy)
 
-    def client(self) -> TestClient:
+    def client(self, backend: Any = "asyncio") -> TestClient:
         """A client on one event loop, which does not raise what the app raises; to be used as a context."""
-        return TestClient(self.app, raise_server_exceptions=False)
+        return TestClient(self.app, raise_server_exceptions=False, backend=backend)
 
     def mails(self) -> None:
         """A task that looks at the database."""

@@ -46,6 +46,20 @@ def test_whether_tasks_see_the_rows_of_their_request(
 
 
 @pytest.mark.parametrize(("run_after", "scope", "ends_first"), CELLS)
+def test_trio(tmp_path: Path, run_after: str, scope: str | None, ends_first: bool) -> None:
+    """A sync session runs in threads there, too."""
+    store = SQLITE["flushed"](tmp_path / "shop.db")
+    shop = Shop(store, run_after, scope)
+    with contextlib.closing(store), shop.client("trio") as client:
+        assert client.post("/fails").status_code == 200
+        assert client.post("/mails").status_code == 200
+        assert store.rows() == (2 if ends_first else 1)
+    assert shop.rows_seen == ([2, 2] if ends_first else [0, 0])
+    assert ("undoes_request" in {kind for kind, _ in shop.hazards()}) is not ends_first
+    shop.check_accounts()
+
+
+@pytest.mark.parametrize(("run_after", "scope", "ends_first"), CELLS)
 def test_what_a_failing_task_does_to_the_rows(
     store: Store, run_after: str, scope: str | None, ends_first: bool
 ) -> None:

@@ -111,9 +111,10 @@ def test_a_server_with_nothing_to_do_reports_nothing(serve: Any) -> None:
         assert server.lines("lifecycle.draining") == server.lines("lifecycle.drained") == []
 
 
-def test_cut_off_is_cancelled_and_never_started_is_lost(serve: Any) -> None:
-    """uvicorn with a limit of its own, and no setting of ours: runs have their true outcomes, nothing is reported."""
-    with serve(*UVICORN, "--timeout-graceful-shutdown", "1") as server:
+@pytest.mark.parametrize("run_after", ["response", "request"])
+def test_cut_off_is_cancelled_and_never_started_is_lost(serve: Any, run_after: str) -> None:
+    """uvicorn with a limit of its own, and no drain_timeout: runs have their true outcomes, nothing is reported."""
+    with serve(*UVICORN, "--timeout-graceful-shutdown", "1", AFTERTASK_RUN_AFTER=run_after) as server:
         server.begin()
         server.term()
         server.child.wait(15)
@@ -131,11 +132,11 @@ SERVERS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["async", "sync"])
+@pytest.mark.parametrize(("kind", "run_after"), [("async", "response"), ("sync", "response"), ("async", "request")])
 @pytest.mark.parametrize("command", SERVERS)
-def test_runs_outlive_the_servers_cancellation(serve: Any, command: tuple[str, ...], kind: str) -> None:
+def test_runs_outlive_the_servers_cancellation(serve: Any, command: tuple[str, ...], kind: str, run_after: str) -> None:
     """With a drain_timeout the run and its sibling finish, and then the lifespan does."""
-    with serve(*command, AFTERTASK_DRAIN_TIMEOUT="30") as server:
+    with serve(*command, AFTERTASK_DRAIN_TIMEOUT="30", AFTERTASK_RUN_AFTER=run_after) as server:
         server.begin(kind)
         server.term()
         eventually(lambda: server.lines("lifecycle.draining"), what="the report")
@@ -154,10 +155,11 @@ def test_runs_outlive_the_servers_cancellation(serve: Any, command: tuple[str, .
         assert server.lines("lifecycle.drained")
 
 
+@pytest.mark.parametrize("run_after", ["response", "request"])
 @pytest.mark.parametrize("command", SERVERS)
-def test_at_the_end_of_its_time_a_run_is_cut_off(serve: Any, command: tuple[str, ...]) -> None:
+def test_at_the_end_of_its_time_a_run_is_cut_off(serve: Any, command: tuple[str, ...], run_after: str) -> None:
     """Told with what was still going; its cleanup runs, and what had not started is lost."""
-    with serve(*command, AFTERTASK_DRAIN_TIMEOUT="2") as server:
+    with serve(*command, AFTERTASK_DRAIN_TIMEOUT="2", AFTERTASK_RUN_AFTER=run_after) as server:
         server.begin()
         server.term()
         server.child.wait(30)

@@ -16,11 +16,14 @@ APPS = Path(__file__).parent / "apps"
 
 @pytest.mark.parametrize("http", ["h11", "httptools"])
 @pytest.mark.parametrize("on_failure", ["stop", "continue", "contain"])
-def test_a_failing_task_kills_another_request_on_its_connection(tmp_path: Path, on_failure: str, http: str) -> None:
+@pytest.mark.parametrize("run_after", ["response", "request"])
+def test_a_failing_task_kills_another_request_on_its_connection(
+    tmp_path: Path, run_after: str, on_failure: str, http: str
+) -> None:
     """`contain` saves it; without, the client of the second request gets no answer."""
     log = tmp_path / "log"
     with (
-        uvicorn("keepalive:app", APPS, log, "--http", http, ready="/ready") as server,
+        uvicorn("keepalive:app", APPS, log, "--http", http, ready="/ready", AFTERTASK_RUN_AFTER=run_after) as server,
         httpx2.Client(base_url=server.url, limits=httpx2.Limits(max_connections=1)) as client,
     ):
         assert client.get(f"/first/{on_failure}").status_code == 200
