@@ -423,3 +423,59 @@ client.get("/")
 assert kinds == ["runs_before_commit"], kinds
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_dialect_that_breaks_while_it_is_asked_harms_no_statement(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not known counts as a transaction."""
+
+    def breaks(connection: Any) -> bool:
+        raise LookupError("of the driver")
+
+    monkeypatch.setattr(engine.dialect, "detect_autocommit_setting", breaks, raising=False)
+
+    def session() -> Iterator[Session]:
+        with Session(engine) as session:
+            yield session
+            session.commit()
+
+    assert Watched(inserting(session)).get().kinds == ["runs_before_commit"]
+
+
+def test_a_session_class_without_a_hash_works_as_ever(
+    engine: Engine, capsys: pytest.CaptureFixture[str], no_log_handlers: None
+) -> None:
+    """Our listener cannot keep it, which is logged once; what it has not sent yet is seen."""
+
+    class Unhashable(Session):
+        __hash__ = None  # type: ignore[assignment]  # as a class with __eq__ has
+
+        def __eq__(self, other: object) -> bool:
+            return self is other
+
+    def session() -> Iterator[Session]:
+        with Unhashable(engine) as session:
+            yield session
+            session.commit()
+
+    shop = Watched(inserting(session)).get().get()
+    assert [outcome for _, outcome in shop.events.outcomes()] == ["succeeded"] * 2
+    assert capsys.readouterr().err.count('"on": "after_begin"') == 1
+    with engine.connect() as connection:
+        assert connection.execute(text("select count(*) from orders")).scalar_one() == 2
+
+
+def test_a_fastapi_that_shows_no_dependencies_is_reported() -> None:
+    """The self-check names what is not seen because of it."""
+    code = """
+import fastapi, fastapi.dependencies.utils as utils
+def solve_dependencies(*, request): ...
+utils.solve_dependencies = solve_dependencies
+from aftertask import AftertaskMiddleware
+AftertaskMiddleware(fastapi.FastAPI())
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert '"event": "hooks.incomplete"' in line and "dependency_cache" in line
+    assert "transactions that are open when a task runs" in line

@@ -287,7 +287,7 @@ class Request(RequestInfo):
 
     def holds(self, start: Callable[[], Awaitable[None]]) -> bool:
         """Keep the start of a batch until the call of the app has returned; False if it starts now."""
-        if not self.parts.runs_after_request or self.phase is Phase.CLOSED:
+        if self.phase is Phase.CLOSED:
             return False
         self._held = (*self._held, start)
         return True

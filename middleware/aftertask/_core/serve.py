@@ -66,7 +66,8 @@ class Serving:
         if self.batch is not None:
             await (loop() if is_container(task) else self._run_one(task, self.batch))
             return
-        if self.response is None or not self.request.holds(self._later(task, loop)):
+        is_late = self.response is not None and self.request.parts.runs_after_request
+        if not is_late or not self.request.holds(self._later(task, loop)):
             await self._start(task, loop)
 
     def _later(self, task: object, loop: Loop) -> Loop:

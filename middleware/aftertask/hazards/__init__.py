@@ -100,7 +100,6 @@ class Hazards(Signal):
         """A batch starts, maybe on an event loop that is not watched yet."""
         WATCHER.watch(self._reports)
         self._stuck.start()
-        self._transactions.listen()  # an app may import SQLAlchemy late
 
     def task_known(self, info: TaskInfo) -> None:
         """A task with limits of its own exists."""
@@ -112,7 +111,8 @@ class Hazards(Signal):
 
     def started(self, event: Started) -> None:
         """Look for a transaction of the request that is still open."""
-        self._transactions.started(event.run)
+        if event.run.request.dependencies:
+            self._transactions.started(event.run)
 
     def failed(self, event: Failed) -> None:
         """Look for a transaction of the request that the failure ends."""

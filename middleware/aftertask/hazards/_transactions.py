@@ -16,6 +16,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from .._log import log
+from .._text import error_type
 from ..events import TaskRun
 from ..tasks import attribute, code_name
 from ._arguments import Found, kind_of, parts
@@ -43,6 +44,7 @@ _WRITES = re.compile(
 _wrote: WeakSet[Any] = WeakSet()
 _connections: WeakKeyDictionary[Any, WeakSet[Any]] = WeakKeyDictionary()
 _listening: set[str] = set()
+_failed: set[str] = set()
 
 
 class Transactions:
@@ -69,12 +71,13 @@ class Transactions:
 
     def started(self, run: TaskRun) -> None:
         """A run starts its first attempt, or another one."""
-        if run.request.dependencies and run.attempt == 1:
+        self.listen()  # an app may import SQLAlchemy late
+        if run.attempt == 1:
             self._look(run, "runs_before_commit", _BEFORE)
 
     def failed(self, run: TaskRun) -> None:
         """A run has failed for good."""
-        if run.request.dependencies and run.info.on_failure != "contain":
+        if run.info.on_failure != "contain":
             self._look(run, "undoes_request", _UNDOES)
 
     def _look(self, run: TaskRun, kind: str, advice: str) -> None:
@@ -120,15 +123,12 @@ def _is_open(value: Any) -> bool:
     """Whether a session or a connection has something to commit."""
     if kind_of(value) != "database":
         return False
-    try:
-        if not any(base.__module__.startswith("sqlalchemy.") for base in type(value).__mro__):
-            return _driver_is_open(value)
-        if hasattr(value, "registry"):  # a scoped session stands for the one of this thread or context
-            return bool(value.registry.has()) and _is_open(value.registry())
-        # An async session or connection is a sync one inside.
-        return _has_written(getattr(value, "sync_session", None) or getattr(value, "sync_connection", None) or value)
-    except Exception:  # a pool's connection that was given back
-        return False
+    if not any(base.__module__.startswith("sqlalchemy.") for base in type(value).__mro__):
+        return _driver_is_open(value)
+    if hasattr(value, "registry"):  # a scoped session stands for the one of this thread or context
+        return bool(value.registry.has()) and _is_open(value.registry())
+    # An async session or connection is a sync one inside.
+    return _has_written(getattr(value, "sync_session", None) or getattr(value, "sync_connection", None) or value)
 
 
 def _has_written(value: Any) -> bool:
@@ -140,12 +140,15 @@ def _has_written(value: Any) -> bool:
 
 
 def _driver_is_open(value: Any) -> bool:
-    for name in ("is_in_transaction", "in_transaction"):  # asyncpg; sqlite3, aiosqlite
-        if hasattr(type(value), name):
-            found: object = getattr(value, name)
-            return (found() if callable(found) else found) is True
-    # psycopg and libpq: 1 active, 2 in a transaction, 3 in a failed one.
-    return bool(value.info.transaction_status in (1, 2, 3)) and getattr(value, "read_only", None) is not True
+    try:
+        for name in ("is_in_transaction", "in_transaction"):  # asyncpg; sqlite3, aiosqlite
+            if hasattr(type(value), name):
+                found: object = getattr(value, name)
+                return (found() if callable(found) else found) is True
+        # psycopg and libpq: 1 active, 2 in a transaction, 3 in a failed one.
+        return bool(value.info.transaction_status in (1, 2, 3)) and getattr(value, "read_only", None) is not True
+    except Exception:  # a driver's own word that the connection is closed, or back in its pool
+        return False
 
 
 # --- SQLAlchemy's events
@@ -162,7 +165,9 @@ def _failing_open(name: str, listener: Callable[..., object]) -> Callable[..., N
         try:
             listener(*args)
         except Exception as error:
-            log("error", "signal.failed", signal="aftertask.hazards", on=name, error_type=type(error).__name__)
+            if name not in _failed:
+                _failed.add(name)
+                log("error", "signal.failed", signal="aftertask.hazards", on=name, error_type=error_type(error))
 
     return called
 
@@ -175,7 +180,7 @@ def _executed(connection: Any, cursor: object, statement: str, *rest: object) ->
 def _commits_itself(connection: Any) -> bool:
     try:
         return bool(connection.dialect.detect_autocommit_setting(connection.connection.dbapi_connection))
-    except (AttributeError, NotImplementedError):  # an SQLAlchemy before 2.0.43, or a driver that does not show it
+    except Exception:  # an SQLAlchemy before 2.0.43, or a driver that does not show it
         level: object = connection.get_execution_options().get("isolation_level")
         return level == "AUTOCOMMIT"
 
