@@ -43,6 +43,7 @@ ORDER = (
     "_core.waiting",
     "_core.run",
     "_core.background",
+    "_core.dependencies",
     "_core.resolver",
     "_core.limits",
     "_core.executors",

@@ -125,8 +125,9 @@ class RequestInfo:
         span_context: The span current at that moment, set by `Tracing`; None without one.
         thread: Identity of the thread that runs the request's event loop.
         scope: The ASGI scope; None after the request.
-        dependencies: What FastAPI's dependencies gave, by a tuple that starts with the dependency and ends with its
-            scope, which an old FastAPI leaves out; empty without injected `BackgroundTasks`, and once they have ended.
+        dependencies: References to what FastAPI's dependencies gave, from the response until they have ended; by a
+            tuple that starts with the dependency and ends with its scope, which an old FastAPI leaves out. Empty
+            without injected `BackgroundTasks`.
         app: Identifies the app whose middleware serves the request.
     """
 
@@ -137,7 +138,7 @@ class RequestInfo:
     span_context: SpanContext | None = None
     thread: int = 0
     scope: Any = None
-    dependencies: Mapping[Any, Any] = MappingProxyType({})
+    dependencies: Mapping[tuple[object, ...], Callable[[], object]] = MappingProxyType({})
     app: object = None
 
 

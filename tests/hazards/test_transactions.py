@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import sqlite3
 import subprocess
 import sys
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -479,3 +481,38 @@ AftertaskMiddleware(fastapi.FastAPI())
     (line,) = done.stderr.splitlines()
     assert '"event": "hooks.incomplete"' in line and "dependency_cache" in line
     assert "transactions that are open when a task runs" in line
+
+
+class Heavy:
+    """What a dependency gives."""
+
+
+@pytest.mark.parametrize("observed", [False, True])
+@pytest.mark.parametrize("yielded", [False, True])
+def test_what_a_dependency_returns_lives_no_longer_than_without_us(observed: bool, yielded: bool) -> None:
+    """It is gone when the task runs, such as a session that is closed by that; what is yielded lives until its end."""
+    kept: list[weakref.ref[Heavy]] = []
+    alive: list[bool] = []
+
+    def returns() -> Heavy:
+        kept.append(weakref.ref(heavy := Heavy()))
+        return heavy
+
+    def gives() -> Iterator[Heavy]:
+        kept.append(weakref.ref(heavy := Heavy()))
+        yield heavy
+
+    def looks() -> None:
+        gc.collect()
+        alive.append(kept[0]() is not None)
+
+    def endpoint(tasks: BackgroundTasks, given: Any = Depends(gives if yielded else returns)) -> None:
+        tasks.add_task(looks)
+
+    if observed:
+        Watched(endpoint).get()
+    else:
+        app = FastAPI()
+        app.get("/")(endpoint)
+        TestClient(app).get("/")
+    assert alive == [yielded]

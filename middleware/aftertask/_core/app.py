@@ -99,7 +99,7 @@ class App:
             # The outermost record stays, and one that still owes runs: an error handler around us is still to respond.
             if outer_record is not None and (error is None or OWED not in scope):
                 scope[KEY] = outer_record
-            request.dependencies = {}  # they may refer to the request
+            request.dependencies, request.solved = {}, None  # they may refer to the request
             del error  # its traceback holds this frame
             if owed is not None:
                 await request.compensate(owed)

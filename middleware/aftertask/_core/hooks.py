@@ -38,6 +38,7 @@ from .background import (
     owner_of_call,
     work_of,
 )
+from .dependencies import references
 from .request import OWED, Request
 from .serve import OutsideOfAnyRequest, Serving, serving_here
 from .waiting import Owed
@@ -87,6 +88,8 @@ def _hook_response(owner: type, original: Callable[..., Awaitable[None]]) -> Cal
 
 
 def _respond(request: Request, response: Response, scope: MutableMapping[str, Any]) -> Serving:
+    if request.solved:  # the endpoint has returned: FastAPI has let go of what its dependencies gave
+        request.dependencies, request.solved = references(request.solved), None
     background, computed = background_of(response)
     bare = BareCallable.stand_in(response, background)
     if background is not None or request.waiting or request.is_closed:
@@ -200,7 +203,7 @@ def _request_injected_into() -> Request | None:
     request = scope.get(KEY) if isinstance(scope, MutableMapping) else None
     if not isinstance(request, Request) or request.is_closed:
         return None
-    request.dependencies = variables.get("dependency_cache", {})
+    request.solved = variables.get("dependency_cache")
     return request
 
 

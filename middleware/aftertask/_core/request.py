@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import Context, copy_context
 from typing import Any, TypeVar
 
@@ -76,6 +76,7 @@ class Request(RequestInfo):
 
     # What most requests never need is a default of the class.
     phase = Phase.SCHEDULED
+    solved: Mapping[tuple[object, ...], object] | None = None  # FastAPI's cache of dependencies, until the response
     refused: frozenset[int] = frozenset()
     _verdict: str | None = None  # why injected tasks will not run, once that is certain
     _answered: str | None = None  # the class of the exception that the app has responded to
@@ -295,8 +296,7 @@ class Request(RequestInfo):
     async def run_held(self) -> None:
         """The call of the app has returned, and nothing has failed: run the batches that were kept."""
         while self._held:
-            start, *rest = self._held
-            self._held = tuple(rest)
+            start, self._held = self._held[0], self._held[1:]
             await start()
 
     def begin_batch(self) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .._core.dependencies import yields
 from ..hazards._arguments import kind_of_class
-from ..hazards._transactions import yields
 from ._source import Scope, Source, inner_function
 
 #: Methods whose contexts commit at their end: of engines, sessions, connections of asyncpg, pools of psycopg.

@@ -7,7 +7,6 @@ What SQLAlchemy has written is known by its public events; a driver only reports
 from __future__ import annotations
 
 import functools
-import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -15,10 +14,11 @@ from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
+from .._core.dependencies import yields
 from .._log import log
 from .._text import error_type
 from ..events import TaskRun
-from ..tasks import attribute, code_name
+from ..tasks import code_name
 from ._arguments import Found, kind_of, parts
 
 #: Since this FastAPI tasks run before the code after a dependency's `yield`, and `Depends` has a `scope`.
@@ -41,8 +41,8 @@ _WRITES = re.compile(
 )
 
 #: SQLAlchemy's connections in whose transaction something has been written, and the connections of its sessions.
-_wrote: WeakSet[Any] = WeakSet()
-_connections: WeakKeyDictionary[Any, WeakSet[Any]] = WeakKeyDictionary()
+_wrote: WeakSet[object] = WeakSet()
+_connections: WeakKeyDictionary[object, WeakSet[object]] = WeakKeyDictionary()
 _listening: set[str] = set()
 _failed: set[str] = set()
 
@@ -95,12 +95,6 @@ def fastapi_is(version: tuple[int, int]) -> bool:
     return not numbers or numbers >= version
 
 
-def yields(dependency: object) -> bool:
-    """Whether a dependency has code after a `yield`."""
-    calls = (dependency, attribute(dependency, "__wrapped__"), attribute(type(dependency), "__call__"))
-    return any(inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call) for call in calls)
-
-
 def remedy(dependency: object) -> str:
     """What to do about a dependency that ends after the tasks."""
     settings = 'Settings(run_after="request") starts tasks after the commit, or not at all'
@@ -114,7 +108,8 @@ def _open(run: TaskRun) -> Iterator[object]:
     """The dependencies of a request whose transaction is open, the innermost first."""
     if not fastapi_is(TASKS_COME_FIRST):
         return
-    for (dependency, *rest), value in list(run.request.dependencies.items()):
+    for (dependency, *rest), reference in list(run.request.dependencies.items()):
+        value = reference()
         if rest[-1:] != ["function"] and any(_is_open(each) for each in (value, *parts(value))):
             yield dependency
 
@@ -185,5 +180,5 @@ def _commits_itself(connection: Any) -> bool:
         return level == "AUTOCOMMIT"
 
 
-def _began(session: Any, transaction: object, connection: Any) -> None:
+def _began(session: object, transaction: object, connection: object) -> None:
     _connections.setdefault(session, WeakSet()).add(connection)
