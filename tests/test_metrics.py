@@ -255,7 +255,7 @@ def test_tasks_beyond_the_bound_share_a_label(
     assert local(registry, "tasks_finished_total", "__other__", outcome="succeeded") == 20
     assert local(registry, "tasks_finished_total", "shop.ok", outcome="succeeded") == 1
     assert value(registry, "label_overflow_total", label="task") == 20
-    (warning,) = (record for record in caplog.records if record.message == "label.overflow")
+    (warning,) = (record for record in caplog.records if getattr(record, "event", None) == "label.overflow")
     assert vars(warning)["folded_into"] == "__other__"
 
 

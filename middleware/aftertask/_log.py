@@ -27,6 +27,20 @@ _NUMBERS: dict[Level, int] = {
 }
 _stdlib = logging.getLogger(_NAME)
 
+#: A value is cut to this many characters where a message has to show the keys.
+_LONGEST_VALUE = 300
+
+_PROBE = "aftertask.probe"
+_HIDDEN = (
+    "run_id, trace_id and more are attributes of this record, but the app's log format prints none: name them in a "
+    "format with aftertask.signals.RunFilter, or use a JSON formatter"
+)
+_DISABLED = (
+    "the app's logging configuration has disabled the logger 'aftertask', so only warnings and errors are logged: set "
+    "disable_existing_loggers to False, or name the logger there"
+)
+_has_explained = False
+
 
 def log(
     level: Level,
@@ -36,6 +50,7 @@ def log(
     timestamp: float | None = None,
     exc_info: BaseException | None = None,
     contained: bool = False,
+    explain: bool = False,
     **keys: object,
 ) -> Exception | None:
     """
@@ -44,11 +59,12 @@ def log(
     Args:
         level: Its level.
         event: Its name, such as `task.failed`.
-        message: The text of a stdlib record, for people; None means the event's name.
+        message: The text of a stdlib record, for people; None means the event's name and the keys.
         timestamp: Seconds since the Unix epoch; None means now.
         exc_info: The exception that the line is about. Its text has not been redacted, so it is not handed to the app's
             structlog; a stdlib record prints the key `exception` in place of its traceback, if there is such a key.
         contained: Whether the exception reaches nothing but this line, so that error reporters have to see it here.
+        explain: Whether a stdlib record says why it shows no keys, if the app's format prints none of them.
         keys: The line's other keys.
 
     Returns:
@@ -58,11 +74,14 @@ def log(
         key: round(value, 6) if isinstance(value, float) else value for key, value in keys.items() if value is not None
     }
     keys["timestamp"] = _iso(_clock.timestamp() if timestamp is None else timestamp)
-    text = event if message is None else message
+    text = _text(event, keys) if message is None else message
     try:
-        if structlog.is_configured():
+        if _is_disabled():
+            _log_although_disabled(level, event, {**keys, "record_text": text, "record_error": exc_info})
+        elif structlog.is_configured():
             getattr(_app.logger(), level)(event, **keys)
         elif _stdlib.hasHandlers():
+            text = f"{text} [{_HIDDEN}]" if explain and _keys_are_hidden() else text
             getattr(_records, level)(event, record_text=text, record_error=exc_info, **keys)
         else:
             _write(level, event, keys)
@@ -78,6 +97,8 @@ def enabled(level: Level) -> bool:
     """Whether a line of this level is written, as far as that can be found out before it is put together."""
     number = _NUMBERS[level]
     try:
+        if _is_disabled():
+            return number >= logging.WARNING
         if structlog.is_configured():
             return _enabled_by_app(number)
         if _stdlib.hasHandlers():
@@ -119,11 +140,18 @@ def _iso(timestamp: float) -> str:
     return datetime.fromtimestamp(timestamp, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
+def _text(event: str, keys: Mapping[str, object]) -> str:
+    """An event with its keys on one line, for people who read only messages; stacks are left out."""
+    shown = [(key, str(value)) for key, value in keys.items() if key != "timestamp"]
+    pairs = [f"{key}={value[:_LONGEST_VALUE]}" for key, value in shown if "\n" not in value]
+    return " ".join([event, *pairs])
+
+
 # --- stdlib logging
 
 
-def _to_record(logger: logging.Logger, level: str, line: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """Hand a line to stdlib logging as a record whose attributes are the keys; the last processor."""
+def _record(logger: logging.Logger, level: str, line: structlog.typing.EventDict) -> logging.LogRecord:
+    """A line as a record whose attributes are the keys."""
     error: BaseException | None = line.pop("record_error")
     exc_info = None if error is None else (type(error), error, error.__traceback__)
     number = _NUMBERS[cast(Level, level)]
@@ -133,7 +161,12 @@ def _to_record(logger: logging.Logger, level: str, line: structlog.typing.EventD
     for key, value in line.items():
         taken = hasattr(record, key) or key in ("message", "asctime")
         setattr(record, f"{key}_" if taken else key, value)
-    logger.handle(record)
+    return record
+
+
+def _to_record(logger: logging.Logger, level: str, line: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Hand a line to stdlib logging; the last processor."""
+    logger.handle(_record(logger, level, line))
     raise structlog.DropEvent
 
 
@@ -144,6 +177,41 @@ _records = structlog.wrap_logger(
     context_class=dict,
     cache_logger_on_first_use=True,
 )
+
+
+def _is_disabled() -> bool:
+    """Whether the app's configuration has disabled the logger that lines go to."""
+    if not _stdlib.disabled:
+        return False
+    factory = structlog.get_config()["logger_factory"] if structlog.is_configured() else None
+    return factory is None or isinstance(factory, structlog.stdlib.LoggerFactory)
+
+
+def _log_although_disabled(level: Level, event: str, line: dict[str, object]) -> None:
+    """Hand a warning or an error to the app's handlers: `dictConfig` disables what it does not name by default."""
+    global _has_explained
+    if _NUMBERS[level] < logging.WARNING:
+        return
+    if not _has_explained:
+        _has_explained = True
+        line["record_text"] = f"{line['record_text']} [{_DISABLED}]"
+        line["logging_error"] = _DISABLED
+    if _stdlib.hasHandlers():
+        _stdlib.callHandlers(_record(_stdlib, level, {"event": event, **line}))
+    else:
+        _write(level, event, {key: value for key, value in line.items() if not key.startswith("record_")})
+
+
+def _keys_are_hidden() -> bool:
+    """Whether no handler of the app prints the keys of a record."""
+    probe = logging.LogRecord(_NAME, logging.ERROR, __file__, 0, "", (), None)
+    probe.__dict__.update(dict.fromkeys(("task", "run_id", "error_type", "http_route"), _PROBE))
+    logger: logging.Logger | None = _stdlib
+    while logger is not None:
+        if any(_PROBE in handler.format(probe) for handler in logger.handlers):
+            return False
+        logger = logger.parent if logger.propagate else None
+    return True
 
 
 def _report(level: Level, event: str, line: Mapping[str, object]) -> None:

@@ -116,7 +116,7 @@ def test_a_channel_that_misbehaves_affects_no_other(
     release.set()
     assert counts(registry, "bad")["failed"] >= 1
     assert counts(registry, "bad")["dropped"] == 1
-    failed = [record.__dict__ for record in caplog.records if record.message == "alert.failed"]
+    failed = [record.__dict__ for record in caplog.records if getattr(record, "event", None) == "alert.failed"]
     assert {record["channel"] for record in failed} == {"bad"}
     expected = {"exits": "SystemExit", "blocks": "TimeoutError", "async_blocks": "TimeoutError"}
     assert failed[0]["error_type"] == expected.get(kind, "ValueError")
@@ -204,7 +204,7 @@ def test_a_broken_metric_does_not_stop_alerts(
     client.get("/")
     alerts.close()
     assert len(inbox.all) == 2
-    assert [record.message for record in caplog.records].count("signal.failed") == 2
+    assert [getattr(record, "event", None) for record in caplog.records].count("signal.failed") == 2
 
 
 def test_shutdown_delivers_what_is_pending(client_for: ClientFor, registry: CollectorRegistry) -> None:

@@ -167,7 +167,7 @@ async def test_the_run_is_named_with_its_line(caplog: pytest.LogCaptureFixture) 
     assert float(str((span.attributes or {})["aftertask.loop_blocked"])) >= 0.2
     (event,) = span.events
     assert event.name == "aftertask.hazard" and (event.attributes or {})["kind"] == "blocked_loop"
-    lines = [vars(record) for record in caplog.records if record.message == "loop.blocked"]
+    lines = [vars(record) for record in caplog.records if getattr(record, "event", None) == "loop.blocked"]
     (logged,) = [line for line in lines if line.get("run_id") == hazard.run.id]  # others come from earlier tests
     assert logged["levelname"] == "WARNING" and logged["task"] == name
     assert logged["blocked_s"] == pytest.approx(report.blocked_s, abs=1e-6) and logged["stack"] == report.stack

@@ -134,5 +134,5 @@ async def test_a_run_that_waited_for_a_thread_shows_the_wait(caplog: pytest.LogC
     first, second = (span.attributes or {} for span in pool.traced.spans())
     waited = float(str(second["aftertask.thread_wait"]))
     assert waited >= 0.05 and waited > float(str(first.get("aftertask.thread_wait", 0)))
-    lines = [vars(record) for record in caplog.records if record.message == "task.succeeded"]
+    lines = [vars(record) for record in caplog.records if getattr(record, "event", None) == "task.succeeded"]
     assert lines[1]["thread_wait_s"] == pytest.approx(waited, abs=1e-3) and lines[1]["duration_s"] >= waited - 1e-3

@@ -85,6 +85,7 @@ class Logs(Signal):
     def __init__(self, *, success_log_rate: float | None = None) -> None:
         self._successes = _Rate(success_log_rate)
         self._hazards: set[tuple[str, str]] = set()
+        self._has_explained = False
         #: The keys of each run with an attempt under way, and what restores those that were bound before.
         self._bound: dict[TaskRun, tuple[dict[str, Any], Mapping[str, Token[Any]]]] = {}
         #: structlog's keys that a sync endpoint bound in its worker thread, for the tasks it added there.
@@ -98,7 +99,7 @@ class Logs(Signal):
         if threading.get_ident() != run.request.thread and (bound := get_contextvars()):
             self._from_endpoint[run] = bound
         if enabled("debug"):
-            self._line("debug", "task.scheduled", event, priority=run.info.priority)
+            self._line("debug", "task.scheduled", event, "", priority=run.info.priority)
 
     def started(self, event: Started) -> None:
         """`task.started`; the run's keys are bound until the attempt ends."""
@@ -106,7 +107,7 @@ class Logs(Signal):
         keys = run_keys(run)
         self._bound[run] = keys, bind_contextvars(**{**self._from_endpoint.get(run, {}), **keys})
         if enabled("debug"):
-            self._line("debug", "task.started", event, queue_wait_s=event.queue_wait_s)
+            self._line("debug", "task.started", event, "", queue_wait_s=event.queue_wait_s)
 
     # --- the end of an attempt
 
@@ -129,6 +130,7 @@ class Logs(Signal):
                     "info",
                     "task.succeeded",
                     event,
+                    f"took {event.duration_s:.3g} s",
                     duration_s=event.duration_s,
                     queue_wait_s=run.queue_wait_s,
                     thread_wait_s=run.thread_wait_s,
@@ -153,12 +155,14 @@ class Logs(Signal):
         failure, run = event.failure, event.run
         try:
             if enabled("error"):
+                explain, self._has_explained = not self._has_explained, True
                 self._line(
                     "error",
                     f"task.{event.outcome}",
                     event,
                     _error_text(failure),
                     error=failure.error,
+                    explain=explain,
                     contained=run.info.on_failure == "contain" and run.parent is None,
                     **_failure_keys(failure),
                     duration_s=event.duration_s,
@@ -261,10 +265,11 @@ class Logs(Signal):
         level: Level,
         name: str,
         event: TaskEvent,
-        what: str | None = None,
+        what: str,
         *,
         error: BaseException | None = None,
         contained: bool = False,
+        explain: bool = False,
         **keys: Any,
     ) -> None:
         """Log one line about a run; raise what the app's logging raised, so that it is counted as a failed signal."""
@@ -273,10 +278,11 @@ class Logs(Signal):
         failed = log(
             level,
             name,
-            message=None if what is None else _sentence(name, run, what),
+            message=_sentence(name, run, what),
             timestamp=event.timestamp,
             exc_info=error,
             contained=contained,
+            explain=explain,
             **(bound or run_keys(run)),
             **keys,
             progress=None if run.progress is None else run.progress.text,
@@ -345,7 +351,8 @@ def _sentence(name: str, run: TaskRun, what: str) -> str:
     if run.info.max_attempts > 1 and run.attempt:
         where.append(f"attempt {run.attempt} of {run.info.max_attempts}")
     place = ", ".join(part for part in where if part)
-    return f"{name} {run.task}: {what} ({place})" if place else f"{name} {run.task}: {what}"
+    said = f"{name} {run.task}: {what}" if what else f"{name} {run.task}"
+    return f"{said} ({place})" if place else said
 
 
 class RunFilter(logging.Filter):
