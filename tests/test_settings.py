@@ -201,3 +201,24 @@ def test_importing_the_package_logs_nothing(caplog: pytest.LogCaptureFixture) ->
         def quiet() -> None: ...
 
     assert not [record for record in caplog.records if not record.message.startswith("alert.")]
+
+
+def test_a_mistake_that_only_the_middleware_finds_is_one_line_on_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Starlette builds the middleware anew for each request; the line says how to see the mistake at startup."""
+    monkeypatch.setenv("AFTERTASK_THREAD_LIMIT", "some")
+    client = TestClient(Starlette(middleware=[Middleware(AftertaskMiddleware)]), raise_server_exceptions=False)
+    for _ in range(3):
+        assert client.get("/").status_code == 500
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "aftertask: the app cannot serve requests: ValueError: AFTERTASK_THREAD_LIMIT='some'" in line
+    assert "--lifespan on" in line and "CONFIG_KWARGS" in line
+
+
+def test_an_unknown_argument_is_reported_as_well(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is found before the middleware exists."""
+    with pytest.raises(TypeError, match="settings=Settings"):
+        AftertaskMiddleware(app, thread_limit=3)
+    assert "the app cannot serve requests: TypeError: 'thread_limit' is a setting" in capsys.readouterr().err

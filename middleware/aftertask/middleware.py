@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -12,11 +13,21 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ._core.app import App
 from ._core.emit import Emitter
 from ._core.route import route_path
+from ._text import default_redact
 from .events import Signal, TaskEvent
 from .hazards import Hazards, Hints
 from .settings import Settings, disabled, unknown_argument
 from .signals import usual
 from .signals.scrape import answer, is_taken
+
+_REFUSED = (
+    "aftertask: the app cannot serve requests: {}. A server may start all the same and answer each request with 500; "
+    "to refuse to start, run uvicorn with --lifespan on, or gunicorn with a worker class that has "
+    'CONFIG_KWARGS = {{"lifespan": "on"}}\n'
+)
+
+#: The mistakes that were written to stderr: Starlette builds the middleware anew for each request.
+_refused: set[str] = set()
 
 
 class AftertaskMiddleware:
@@ -41,7 +52,9 @@ class AftertaskMiddleware:
         """Refuse an unknown argument with a hint: settings are not passed one by one."""
         for name in named:
             if name not in ("app", "settings", "signals"):
-                raise TypeError(unknown_argument(name))
+                error = TypeError(unknown_argument(name))
+                _report(error)
+                raise error
         return super().__new__(cls)
 
     def __init__(
@@ -53,8 +66,16 @@ class AftertaskMiddleware:
     ) -> None:
         self.app = app
         self._core: App | None = None
-        if disabled():
-            return
+        try:
+            if not disabled():
+                self._core = self._built(app, settings, signals)
+        except Exception as error:
+            _report(error)
+            raise
+
+    def _built(
+        self, app: ASGIApp, settings: Settings | None, signals: Iterable[Signal | Callable[[TaskEvent], object]] | None
+    ) -> App:
         settings = Settings.from_env() if settings is None else settings
         if not isinstance(settings, Settings):
             raise TypeError(f"settings must be an aftertask.Settings or None, got {settings!r}")
@@ -70,7 +91,7 @@ class AftertaskMiddleware:
         emit = Emitter([Hints(hazards), *chosen, hazards] if wanted else chosen, settings.redact)
         if wanted:
             hazards.attach(emit)
-        self._core = App(
+        return App(
             emit,
             policies=settings.policies,
             on_failure=settings.on_failure,
@@ -112,6 +133,14 @@ class AftertaskMiddleware:
         )
 
 
+def _report(error: Exception) -> None:
+    """Write a mistake to stderr, once: servers that start an app without its lifespan log no reason then."""
+    text = default_redact(f"{type(error).__name__}: {error}".replace("\n", " "))
+    if text not in _refused and sys.stderr is not None:
+        _refused.add(text)
+        sys.stderr.write(_REFUSED.format(text))
+
+
 def _warn_if_twice(app: object) -> None:
     inner: object = app
     for _ in range(100):
@@ -119,7 +148,7 @@ def _warn_if_twice(app: object) -> None:
             warnings.warn(
                 "AftertaskMiddleware was added twice to one app: the inner one observes its tasks, the outer one none; "
                 "remove one of the two add_middleware calls",
-                stacklevel=4,
+                stacklevel=5,
             )
             return
         inner = getattr(inner, "app", None)

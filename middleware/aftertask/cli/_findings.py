@@ -57,7 +57,7 @@ class Finding:
 def findings(subject: Subject) -> list[Finding]:
     """Everything that is wrong or risky, each once."""
     if subject.mistake is not None:
-        return [Finding("settings", "error", subject.mistake, "correct it: the app does not start with it")]
+        return [Finding("settings", "error", subject.mistake, "correct it: with it the app answers no request")]
     found = [*_of_middleware(subject), *_of_app(subject), *_of_websockets(subject), *_unused_containers(subject)]
     found += _of_dependencies(subject)
     for name, func in sorted(subject.functions.items()):
