@@ -132,6 +132,7 @@ CASES: dict[str, Case] = {
     ),
     "TaskFailing not for two": Case(life(120, succeeded="0x120", failed="0x60 2x60", bad="0x60 2x60"), {65: set()}),
     "TasksLost": Case(life(90, lost="0x30 1x60"), {29: set(), 35: {"TasksLost"}, 50: set()}),
+    "TasksCutOff": Case(life(90, cancelled="0x30 1x60"), {29: set(), 35: {"TasksCutOff"}, 50: set()}),
     "TasksDropped": Case(
         life(90, dropped="0x30 1x60", not_run_own_background="0x30 1x60"), {29: set(), 35: {"TasksDropped"}, 50: set()}
     ),
@@ -332,7 +333,7 @@ def test_each_alert_has_its_summary_numbers_and_links(exported: list[Path]) -> N
 def test_alerts_that_are_about_a_task_carry_it(exported: list[Path]) -> None:
     """The message then names the task."""
     for rule in [rule for path in exported for rule in written(path) if "alert" in rule]:
-        about = {"TaskFailing", "TasksLost", "TasksDropped", "TaskStuck", "RetryStorm", "EventLoopBlockedByTask"}
+        about = {"TaskFailing", "TasksLost", "TasksCutOff", "TasksDropped", "TaskStuck", "RetryStorm", "EventLoopBlockedByTask"}
         if rule["alert"].removeprefix("Aftertask") in about:
             assert "var-task={{ $labels.task | urlquery }}" in rule["annotations"]["dashboard_url"], rule["alert"]
 
