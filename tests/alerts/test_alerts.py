@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 from aftertask import AftertaskMiddleware, Policy, Settings, task
 from aftertask.alerts import Alert, Route
 from aftertask.alerts.describe import RUNBOOKS
-from aftertask.events import Dropped, Lost, Rejected, RequestInfo, Slow, TaskInfo, TaskRun
+from aftertask.events import Cancelled, Dropped, Lost, Rejected, RequestInfo, Slow, TaskInfo, TaskRun
 from aftertask.testing import VirtualClock
 from kit_alerts import AlertsFor, ClientFor, Inbox, counts
 
@@ -289,3 +289,42 @@ def test_the_json_has_every_field() -> None:
     assert fields["title"] == "[test] aftertask can reach you"
     assert fields["pid"] == os.getpid() and fields["id"].startswith("alert_")
     assert fields["first_seen"].endswith("+00:00")
+
+
+#: Where a virtual clock starts.
+NOW = 1_800_000_000.0
+
+
+def cancelled(at: float, task: str = "report.build") -> Cancelled:
+    """The end of a run that had started and was cancelled."""
+    return Cancelled(TaskRun(TaskInfo(task, task), RequestInfo()), at, 1, 12.0, "cancelled")
+
+
+def test_runs_that_a_shutdown_cancels_are_cut_off(alerts_for: AlertsFor, clock: VirtualClock) -> None:
+    """Those cancelled just before the app closes, and those whose clean-up takes longer than its shutdown."""
+    inbox = Inbox()
+    alerts = alerts_for(inbox)
+    alerts.open()
+    for _ in range(2):
+        alerts.cancelled(cancelled(NOW))
+    alerts.close()
+    alerts.cancelled(cancelled(NOW, "mail.late"))
+    alerts.close()
+
+    report, late = inbox.wait(2)
+    assert (report.kind, report.outcome, report.task, report.count) == ("cut_off", "cancelled", "report.build", 2)
+    assert report.title == "[warning] report.build was cut off by a shutdown (2 times)"
+    assert report.message == "It had been running for 12 s when the app was shut down, and did not finish"
+    assert late.task == "mail.late"
+
+
+def test_a_run_cancelled_with_its_request_is_not_cut_off(alerts_for: AlertsFor, clock: VirtualClock) -> None:
+    """An app that closes much later has nothing to do with it, nor is one reported that wants no alerts."""
+    inbox = Inbox()
+    alerts = alerts_for(inbox)
+    alerts.cancelled(cancelled(NOW))
+    clock.advance(10)
+    quiet = TaskRun(TaskInfo("quiet", "quiet", alert=False), RequestInfo())
+    alerts.cancelled(Cancelled(quiet, NOW + 10, 1, 1.0, "cancelled"))
+    alerts.close()
+    assert inbox.all == []

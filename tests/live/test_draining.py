@@ -13,6 +13,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from kit_alerts import WebhookServer
 from live.servers import Server, eventually, free_port, process
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(60)]
@@ -169,6 +170,26 @@ def test_at_the_end_of_its_time_a_run_is_cut_off(serve: Any, command: tuple[str,
         assert server.ends() == {"work cancelled", "after lost"}
         assert server.has("cancelled")
         assert not server.has("done")
+
+
+@pytest.mark.parametrize("command", [SERVERS[0], SERVERS[2]])
+@pytest.mark.parametrize("drain_timeout", ["", "2"])
+def test_a_run_that_a_deploy_cuts_off_reaches_a_person(
+    serve: Any, command: tuple[str, ...], drain_timeout: str
+) -> None:
+    """Counted as cancelled, which is not bad, and an alert of its own kind arrives before the process has ended."""
+    with WebhookServer() as webhook:
+        env = {"AFTERTASK_ALERTS": webhook.url, "AFTERTASK_DRAIN_TIMEOUT": drain_timeout, "no_proxy": "127.0.0.1"}
+        with serve(*command, **env) as server:
+            server.begin()
+            server.term()
+            server.child.wait(30)
+            assert server.ends() == {"work cancelled", "after lost"}
+        alerts = {alert["kind"]: alert for alert in webhook.alerts(2)}
+        assert alerts.keys() == {"cut_off", "lost"}
+        cut_off = alerts["cut_off"]
+        assert (cut_off["task"], cut_off["outcome"], cut_off["count"]) == ("draining.work", "cancelled", 1)
+        assert cut_off["http_route"] == "/work/{kind}"
 
 
 def test_granian_without_us_loses_an_async_task_silently(serve: Any) -> None:

@@ -17,7 +17,18 @@ from ..events import OUTCOMES
 from ..policies import Severity
 
 Kind: TypeAlias = Literal[
-    "failed", "timed_out", "skipped", "dropped", "rejected", "lost", "slow", "stuck", "burst", "resolved", "test"
+    "failed",
+    "timed_out",
+    "skipped",
+    "dropped",
+    "rejected",
+    "lost",
+    "cut_off",
+    "slow",
+    "stuck",
+    "burst",
+    "resolved",
+    "test",
 ]
 
 #: What follows the task's name in a title, where that is not the kind itself.
@@ -29,6 +40,7 @@ _PREDICATES = {
     "dropped": "was dropped",
     "rejected": "was rejected",
     "lost": "was lost",
+    "cut_off": "was cut off by a shutdown",
 }
 
 
@@ -66,8 +78,9 @@ class Alert:
 
     Attributes:
         id: Id of the message. Every attempt to deliver it carries the same id, so a receiver can drop duplicates.
-        kind: How the run ended (`failed`, `timed_out`, `skipped`, `dropped`, `rejected`, `lost`), or `slow`, `stuck`,
-            `burst` (many bad runs of the app at once), `resolved` (the task works again), `test`.
+        kind: How the run ended (`failed`, `timed_out`, `skipped`, `dropped`, `rejected`, `lost`, or `cut_off`: it had
+            started, and a shutdown cancelled it), or `slow`, `stuck`, `burst` (many bad runs of the app at once),
+            `resolved` (the task works again), `test`.
         severity: `info`, `warning` or `critical`.
         task: The task's name; None for a burst, which concerns the whole app, and for a test.
         count: Number of runs since the last message of this group; for `resolved`, of the whole episode.
@@ -120,6 +133,8 @@ class Alert:
     @property
     def outcome(self) -> str | None:
         """How the run ended; None if the alert is not about the end of a run."""
+        if self.kind == "cut_off":
+            return "cancelled"
         return self.kind if self.kind in OUTCOMES else None
 
     @property

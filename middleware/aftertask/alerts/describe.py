@@ -8,13 +8,13 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TypeAlias, assert_never, cast
 
-from ..events import Dropped, Failed, Lost, Rejected, RequestInfo, Skipped, Slow, Stuck, TaskRun, TimedOut
+from ..events import Cancelled, Dropped, Failed, Lost, Rejected, RequestInfo, Skipped, Slow, Stuck, TaskRun, TimedOut
 from ..policies import Severity
 from .alert import Alert, Kind, counts_text
 from .queue import GroupKey
 
 BadEnd: TypeAlias = Failed | TimedOut | Skipped | Dropped | Rejected | Lost
-Problem: TypeAlias = BadEnd | Slow | Stuck
+Problem: TypeAlias = BadEnd | Cancelled | Slow | Stuck
 
 #: The page of `dashboards/runbooks/` for each kind.
 RUNBOOKS: dict[Kind, str] = {
@@ -24,6 +24,7 @@ RUNBOOKS: dict[Kind, str] = {
     "rejected": "TaskFailing",
     "dropped": "TasksDropped",
     "lost": "TasksLost",
+    "cut_off": "TasksCutOff",
     "slow": "TaskStuck",
     "stuck": "TaskStuck",
     "burst": "ErrorBudgetBurn",
@@ -54,6 +55,8 @@ def group_key(problem: Problem) -> GroupKey:
             return GroupKey(task, "dropped", _fingerprint("dropped", problem.reason, problem.error_type or ""))
         case Skipped() | Rejected() | Lost():
             return GroupKey(task, cast(Kind, problem.outcome), _fingerprint(problem.outcome, problem.reason))
+        case Cancelled():
+            return GroupKey(task, "cut_off", _fingerprint("cut_off"))
         case Slow() | Stuck():
             kind: Kind = "slow" if isinstance(problem, Slow) else "stuck"
             return GroupKey(task, kind, _fingerprint(kind))
@@ -128,6 +131,9 @@ def _with_text(alert: Alert, problem: Problem) -> Alert:
         case Lost(reason=reason):
             text = f"Scheduled {problem.age_s:.3g} s ago; it will never run or finish"
             return replace(alert, reason=reason, message=text)
+        case Cancelled(duration_s=duration_s):
+            state = "waiting for its next attempt" if duration_s is None else f"running for {duration_s:.3g} s"
+            return replace(alert, message=f"It had been {state} when the app was shut down, and did not finish")
         case Slow() | Stuck():
             text = f"Running for {problem.running_s:.3g} s; the limit is {problem.limit_s:.3g} s"
             return replace(alert, message=text, stack=problem.stack)

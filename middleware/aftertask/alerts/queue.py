@@ -22,7 +22,7 @@ OTHER = "__other__"
 
 #: Kinds whose alerts do not stand for runs, and kinds after which a task needs no `resolved`.
 _WITHOUT_RUNS = ("burst", "resolved", "test")
-_NEVER_RESOLVED = (*_WITHOUT_RUNS, "slow")
+_NEVER_RESOLVED = (*_WITHOUT_RUNS, "slow", "cut_off")
 
 
 class GroupKey(NamedTuple):

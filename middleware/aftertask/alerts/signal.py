@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from .. import _clock
 from .._core.process import on_exit, on_fork
 from .._text import default_redact
-from ..events import RequestInfo, Signal, Slow, Stuck, Succeeded, TaskRun
+from ..events import Cancelled, RequestInfo, Signal, Slow, Stuck, Succeeded, TaskRun
 from .alert import Alert, Channel
 from .checks import check_base_url, check_seconds, check_trace_url, check_whole
 from .delivery import AlertMetrics, Sender
@@ -23,6 +23,13 @@ from .routing import Route, routes
 #: Seconds that `close()` gives all channels together.
 CLOSE_TIMEOUT = 5.0
 
+#: A server that ends cancels what still runs immediately before it starts the lifespan's shutdown: what was cancelled
+#: within this many seconds before that was cut off, and not cancelled with its request.
+CUT_OFF_WITHIN = 2.0
+
+#: At most this many runs are cut off one by one.
+_MOST_CANCELLED = 1000
+
 
 class Alerts(Signal):
     """
@@ -30,7 +37,8 @@ class Alerts(Signal):
 
     A run that ends badly (`docs/telemetry.md`, Words) is sent at once if it is the first of its group: the same task,
     outcome and fingerprint (exception class, and the app's function that raised it). Further runs are counted and sent
-    together after 5 minutes, then 10, 20, and so on, at most an hour. A task without a bad run for 5 minutes and with a
+    together after 5 minutes, then 10, 20, and so on, at most an hour. So is a run that had started and that a shutdown
+    cancels. A task without a bad run for 5 minutes and with a
     success since is resolved, which is sent too. Runs that were skipped after a failure are part of its alert, and runs
     that one request dropped share one.
 
@@ -91,6 +99,8 @@ class Alerts(Signal):
         self._failing: dict[str, tuple[int, float]] = {}
         self._first: weakref.WeakKeyDictionary[TaskRun | RequestInfo, GroupKey] = weakref.WeakKeyDictionary()
         self._recent: deque[tuple[float, str]] = deque(maxlen=self._burst)
+        self._cancelled: deque[Cancelled] = deque(maxlen=_MOST_CANCELLED)
+        self._is_closed = False
         self._burst_ends_s = -math.inf
 
     @property
@@ -108,8 +118,32 @@ class Alerts(Signal):
         for sender in self._senders:
             sender.succeeded(task)
 
+    def cancelled(self, event: Cancelled) -> None:
+        """A started run was cancelled: by a shutdown, if the app closes now or has closed."""
+        if event.run.info.alert:
+            with self._lock:
+                self._cancelled.append(event)
+                is_closed = self._is_closed
+            if is_closed:
+                self._alert_cut_off()
+
+    def open(self) -> None:
+        """The app starts, maybe again."""
+        self._is_closed = False
+
+    def _alert_cut_off(self) -> None:
+        with self._lock:
+            self._is_closed = True
+            cancelled = list(self._cancelled)
+            self._cancelled.clear()
+        for event in cancelled:
+            if event.timestamp > _clock.timestamp() - CUT_OFF_WITHIN:
+                describe = functools.partial(self._describe, event, 1, event.timestamp)
+                self._send(self._senders_for(event), group_key(event), 1, describe, event.timestamp)
+
     def close(self) -> None:
         """Deliver what is pending on all channels; what takes longer than five seconds is dropped and counted."""
+        self._alert_cut_off()
         deadline = _clock.monotonic() + CLOSE_TIMEOUT
         for sender in self._senders:
             sender.begin_close()
