@@ -131,6 +131,17 @@ CASES: dict[str, Case] = {
         {59: set(), 65: {"TaskFailing"}, 92: set()},
     ),
     "TaskFailing not for two": Case(life(120, succeeded="0x120", failed="0x60 2x60", bad="0x60 2x60"), {65: set()}),
+    "TaskFailing not for a task that is only skipped": Case(
+        life(
+            120,
+            succeeded="0x120",
+            skipped="0x60 0+1x59",
+            not_run_sibling_failed="0x60 0+1x59",
+            bad="0x60 0+1x59",
+            starts="0x120",
+        ),
+        {59: set(), 90: {"ErrorBudgetBurn"}},
+    ),
     "TasksLost": Case(life(90, lost="0x30 1x60"), {29: set(), 35: {"TasksLost"}, 50: set()}),
     "TasksCutOff": Case(life(90, cancelled="0x30 1x60"), {29: set(), 35: {"TasksCutOff"}, 50: set()}),
     "TasksDropped": Case(
@@ -289,7 +300,7 @@ def test_the_number_of_bad_runs_is_that_of_the_words(exported: list[Path], tmp_p
         "exp_labels": {"job": "api", "task": "mail", "severity": "warning"},
         "exp_annotations": {
             **rule["annotations"],
-            "description": "mail of api: about 3 bad runs in 30m, more than 25 % of its runs.",
+            "description": "mail of api: about 3 runs failed in 30m, more than 25 % of those that started.",
             "dashboard_url": "http://localhost:3000/d/aftertask-task?var-job=api&var-task=mail",
         },
     }
