@@ -208,7 +208,7 @@ def test_alert_after_counts_bad_runs_in_a_row(client_for: ClientFor) -> None:
 
 
 def test_routes_select_by_severity_owner_and_task(client_for: ClientFor) -> None:
-    """A channel that gets the alert about the cause finds the skipped run there; another gets it by itself."""
+    """A channel that gets the alert about the cause finds the skipped run there, whoever owns it; another by itself."""
     names = ("all", "pager", "growth", "payments", "mails", "others")
     inbox = {name: Inbox() for name in names}
     with client_for(
@@ -232,7 +232,7 @@ def test_routes_select_by_severity_owner_and_task(client_for: ClientFor) -> None
     skipped = {f"{__name__}.charge": 1}
     assert sent["all"] == [("mail", "failed", skipped)]
     assert sent["pager"] == [("charge", "skipped", {})]
-    assert sent["growth"] == sent["mails"] == [("mail", "failed", {})]
+    assert sent["growth"] == sent["mails"] == [("mail", "failed", skipped)]
     assert sent["payments"] == [("charge", "skipped", {})]
     assert sent["others"] == []
 
@@ -256,6 +256,42 @@ def test_a_task_that_works_again_is_resolved(client_for: ClientFor, alerts_for: 
     first, last = inbox.wait(2)
     assert (first.kind, first.count, last.kind, last.count) == ("failed", 2, "resolved", 2)
     assert last.title == f"[resolved] {sync_stock.__module__}.{sync_stock.__qualname__} works again"
+
+
+def test_a_burst_counts_what_failed_and_not_what_was_skipped(
+    client_for: ClientFor, alerts_for: AlertsFor, clock: VirtualClock
+) -> None:
+    """Ten failures that skip thirty runs are no burst of 25."""
+    inbox = Inbox()
+    alerts = alerts_for(inbox)
+    client = client_for(mail, charge, charge, charge, signals=[alerts])
+    for _ in range(10):
+        client.get("/")
+    clock.advance(1)
+    alerts.close()
+    assert [(alert.kind, alert.count, alert.not_run) for alert in inbox.alerts] == [
+        ("failed", 10, {f"{__name__}.charge": 30})
+    ]
+
+
+def test_an_alert_about_an_outage_says_since_when(
+    client_for: ClientFor, alerts_for: AlertsFor, clock: VirtualClock
+) -> None:
+    """The second message counts its own runs and all of the outage."""
+    inbox = Inbox()
+    client = client_for(mail, signals=[alerts_for(inbox)])
+    client.get("/")
+    clock.advance(1)
+    inbox.wait(1)
+    client.get("/")
+    client.get("/")
+    clock.advance(301)
+    first, second = inbox.wait(2)
+    assert (first.count, first.total, first.since) == (1, 1, first.first_seen)
+    assert "in all" not in first.text
+    assert (second.count, second.total, second.since) == (2, 3, first.first_seen)
+    assert "; failing since 2027-01-15 08:00:00 UTC, 3 runs in all" in second.text
+    assert json.loads(second.as_json())["since"] == first.first_seen.isoformat()
 
 
 def test_a_burst_sends_a_few_messages_and_counts_every_run(

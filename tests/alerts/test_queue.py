@@ -131,7 +131,8 @@ def test_a_task_is_resolved_by_a_success_and_five_minutes_without_a_bad_run() ->
     add(queue, 20)
     queue.succeeded("mail", 30)
     assert queue.pause(30) is not None
-    assert deliver(queue, 301).alert.count == 2
+    again = deliver(queue, 301).alert
+    assert (again.count, again.total, again.since) == (2, 3, datetime.fromtimestamp(0, UTC))
     resolved = deliver(queue, 320.5).alert
     assert (resolved.kind, resolved.count, resolved.task) == ("resolved", 3, "mail")
     assert resolved.last_seen.timestamp() == 20
@@ -139,6 +140,35 @@ def test_a_task_is_resolved_by_a_success_and_five_minutes_without_a_bad_run() ->
     assert queue.pause(10_000) is None
     add(queue, 10_001)
     assert deliver(queue, 10_002).alert.kind == "failed"
+
+
+def test_a_repetition_does_not_hold_up_the_end_of_an_outage() -> None:
+    """It would be due after twenty minutes; the task works again, and `resolved` covers the runs it had counted."""
+    queue = new_queue()
+    for now in (0, 301, 902):
+        add(queue, now)
+        deliver(queue, now + 1)
+    add(queue, 910)
+    add(queue, 920)
+    queue.succeeded("mail", 921)
+    assert queue.take(1219) is None
+    message = deliver(queue, 1220)
+    assert (message.alert.kind, message.alert.count, message.runs) == ("resolved", 5, 3)
+    assert queue.pause(1221) is None
+
+
+def test_a_resolution_that_a_failure_withdraws_returns_its_repetitions() -> None:
+    """No run is lost from the count if the message could not be delivered."""
+    queue = new_queue()
+    add(queue, 0)
+    deliver(queue, 1)
+    add(queue, 2)
+    queue.succeeded("mail", 3)
+    resolved = queue.take(302)
+    assert resolved is not None and resolved.alert.kind == "resolved"
+    add(queue, 303)
+    queue.failed(resolved, 304)
+    assert deliver(queue, 400).alert.count == 2
 
 
 def test_without_a_success_a_task_is_not_resolved() -> None:
@@ -256,7 +286,8 @@ def test_every_bad_run_is_reported_exactly_once(steps: list[tuple[str, int, floa
         queue.sent(message, now)
         for part, what in message.parts:
             resolved[part.task] += what.kind == "resolved"
-        return sum(what.count + sum(what.not_run.values()) for _, what in message.parts if what.kind != "resolved")
+        covered = [*message.parts, *message.repeats]
+        return sum(what.count + sum(what.not_run.values()) for _, what in covered if what.kind != "resolved")
 
     for step, number, passed in steps:
         now += passed

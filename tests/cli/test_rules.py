@@ -344,7 +344,15 @@ def test_each_alert_has_its_summary_numbers_and_links(exported: list[Path]) -> N
 def test_alerts_that_are_about_a_task_carry_it(exported: list[Path]) -> None:
     """The message then names the task."""
     for rule in [rule for path in exported for rule in written(path) if "alert" in rule]:
-        about = {"TaskFailing", "TasksLost", "TasksCutOff", "TasksDropped", "TaskStuck", "RetryStorm", "EventLoopBlockedByTask"}
+        about = {
+            "TaskFailing",
+            "TasksLost",
+            "TasksCutOff",
+            "TasksDropped",
+            "TaskStuck",
+            "RetryStorm",
+            "EventLoopBlockedByTask",
+        }
         if rule["alert"].removeprefix("Aftertask") in about:
             assert "var-task={{ $labels.task | urlquery }}" in rule["annotations"]["dashboard_url"], rule["alert"]
 

@@ -90,6 +90,8 @@ class Alert:
         hint: The likely cause and the remedy in one sentence; None if unknown.
         reason: Why the run never started, as in `tasks_not_run_total`; None if it started.
         first_seen, last_seen: When the first and the last of the counted runs ended; aware, UTC.
+        since, total: When the task's current series of bad runs began, and how many this channel has counted since;
+            None and 0 if the alert is about no such series.
         owner: The task's owner; None if not set.
         http_method, http_route, request_id, run_id, trace_id: Of the first counted run; None if unknown.
         trace_url: Link to that trace, built from `Settings.trace_url`; None without one.
@@ -115,6 +117,8 @@ class Alert:
     reason: str | None = None
     first_seen: datetime = field(default_factory=_now)
     last_seen: datetime = field(default_factory=_now)
+    since: datetime | None = None
+    total: int = 0
     owner: str | None = None
     http_method: str | None = None
     http_route: str | None = None
@@ -180,12 +184,15 @@ class Alert:
         first, last = (f"{at:%Y-%m-%d %H:%M:%S} UTC" for at in (self.first_seen, self.last_seen))
         if self.kind == "resolved":
             return f"{_runs(self.count)} ended badly between {first} and {last}; the task has succeeded since"
-        return f"At {first}" if self.count == 1 else f"{_runs(self.count)} between {first} and {last}"
+        text = f"At {first}" if self.count == 1 else f"{_runs(self.count)} between {first} and {last}"
+        if self.since is None or self.total <= self.count:
+            return text
+        return f"{text}; failing since {self.since:%Y-%m-%d %H:%M:%S} UTC, {_runs(self.total)} in all"
 
     def as_dict(self) -> dict[str, Any]:
         """Every field as JSON has it, with `outcome`, `title` and `text`; times in ISO 8601."""
         values = asdict(self)
-        times = {name: values[name].isoformat() for name in ("first_seen", "last_seen")}
+        times = {name: at.isoformat() for name, at in values.items() if isinstance(at, datetime)}
         return {**values, **times, "outcome": self.outcome, "title": self.title, "text": self.text}
 
     def as_json(self) -> bytes:

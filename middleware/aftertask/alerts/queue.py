@@ -57,15 +57,21 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """An alert to deliver, and the groups it covers: the first in full, those held back as a number."""
+    """
+    An alert to deliver, and the groups it covers: the first in full, those held back as a number.
+
+    Attributes:
+        repeats: Repetitions that `resolved` replaces: they were not due when the task worked again.
+    """
 
     alert: Alert
     parts: list[tuple[GroupKey, Alert]]
+    repeats: list[tuple[GroupKey, Alert]]
 
     @property
     def runs(self) -> int:
-        """Number of runs covered in full; 1 for an alert that does not stand for runs."""
-        return _weight(self.parts[0][1])
+        """Number of runs covered in full, those of repetitions included; 1 for an alert that stands for none."""
+        return _weight(self.parts[0][1]) + sum(_weight(alert) for _, alert in self.repeats)
 
     @property
     def runs_held_back(self) -> int:
@@ -82,6 +88,7 @@ class _Pending:
     count: int = 0
     last_seen: float = 0.0
     not_run: Counter[str] = field(default_factory=Counter)
+    repeats: list[tuple[GroupKey, Alert]] = field(default_factory=list)
 
     @property
     def rank(self) -> tuple[int, datetime]:
@@ -98,6 +105,7 @@ class _Pending:
 class _Episode:
     """The bad runs of one task until it works again; `alert` is the first that was sent."""
 
+    since: datetime
     alert: Alert | None = None
     count: int = 0
     last_s: float = 0.0
@@ -135,7 +143,7 @@ class AlertQueue:
         pending.count += count
         pending.last_seen = timestamp
         if key.kind not in _NEVER_RESOLVED:
-            episode = self._episodes.setdefault(bounded.task, _Episode())
+            episode = self._episodes.setdefault(bounded.task, _Episode(pending.first.first_seen))
             episode.count += count
             episode.last_s, episode.last_seen = now, timestamp
         return new
@@ -203,19 +211,27 @@ class AlertQueue:
         self._blocked_until = now + max(self._cool_down, retry_after or 0.0)
         self._cool_down = min(2 * self._cool_down, self._timing.cool_down_max)
         for key, alert in message.parts:
+            repeats = [each for each in message.repeats if key.kind == "resolved" and each[0].task == key.task]
             if key.kind == "resolved" and key.task in self._busy():
+                for repeat in repeats:
+                    self._return(*repeat, now)
                 continue  # it is no longer true
-            newer = self._pending.get(key)
-            pending = self._pending[key] = _Pending(alert, now, alert.count, alert.last_seen.timestamp())
-            pending.not_run.update(alert.not_run)
-            if newer is not None:
-                pending.count += newer.count
-                pending.last_seen = newer.last_seen
-                pending.not_run.update(newer.not_run)
+            self._return(key, alert, now)
+            self._pending[key].repeats = repeats
+
+    def _return(self, key: GroupKey, alert: Alert, now: float) -> None:
+        newer = self._pending.get(key)
+        pending = self._pending[key] = _Pending(alert, now, alert.count, alert.last_seen.timestamp())
+        pending.not_run.update(alert.not_run)
+        if newer is not None:
+            pending.count += newer.count
+            pending.last_seen = newer.last_seen
+            pending.not_run.update(newer.not_run)
 
     def clear(self) -> int:
         """Drop everything; the number of runs, and of alerts that do not stand for runs, that were pending."""
-        dropped = sum(_weight(pending.alert()) for pending in self._pending.values())
+        pending = self._pending.values()
+        dropped = sum(_weight(each.alert()) + sum(_weight(alert) for _, alert in each.repeats) for each in pending)
         self._pending.clear()
         self._sent.clear()
         self._episodes.clear()
@@ -231,9 +247,11 @@ class AlertQueue:
         return GroupKey(OTHER, key.kind, OTHER) if full else key
 
     def _message(self, keys: list[GroupKey], now: float) -> Message:
-        parts = []
+        parts, repeats = [], []
         for key in keys:
-            parts.append((key, self._pending.pop(key).alert()))
+            pending = self._pending.pop(key)
+            parts.append((key, self._with_episode(key, pending.alert())))
+            repeats += pending.repeats
             _, wait = self._sent.pop(key, (0.0, self._timing.repeat_after / 2))
             self._sent[key] = now, min(2 * wait, self._timing.repeat_max)
         while len(self._sent) > MAX_GROUPS:
@@ -244,11 +262,17 @@ class AlertQueue:
             for key, other in others:
                 tasks[key.task or key.kind] += other.count
             alert = replace(alert, suppressed=Suppressed(len(others), tasks.total(), dict(tasks.most_common(10))))
-        return Message(alert, parts)
+        return Message(alert, parts, repeats)
+
+    def _with_episode(self, key: GroupKey, alert: Alert) -> Alert:
+        """The alert with the beginning and the size of the episode that it is a part of."""
+        episode = None if key.kind in _NEVER_RESOLVED else self._episodes.get(key.task)
+        return alert if episode is None else replace(alert, since=episode.since, total=episode.count)
 
     def _resolving(self) -> dict[str, float]:
         """The tasks that have succeeded since their last bad run, and when each is resolved."""
-        busy = self._busy()
+        # A repetition that is not due waits for minutes, up to an hour: it does not hold up the good news.
+        busy = {key.task for key in self._pending if key not in self._sent}
         return {
             task: episode.last_s + self._timing.resolve_after
             for task, episode in self._episodes.items()
@@ -260,11 +284,13 @@ class AlertQueue:
         episode = self._episodes.pop(task)
         first = episode.alert
         assert first is not None  # or it would not be resolving
+        repeated = [key for key in self._pending if key.task == task and key.kind not in _NEVER_RESOLVED]
+        repeats = [(key, self._pending.pop(key).alert()) for key in repeated]
         self._sent = {key: sent for key, sent in self._sent.items() if key.task != task}
         alert = replace(
             first, kind="resolved", fingerprint="", error_type=None, message="", hint=None, reason=None, stack=None
         )
-        self._pending[_resolved(task)] = _Pending(alert, now, episode.count, episode.last_seen)
+        self._pending[_resolved(task)] = _Pending(alert, now, episode.count, episode.last_seen, repeats=repeats)
 
 
 def _resolved(task: str) -> GroupKey:

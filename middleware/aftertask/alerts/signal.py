@@ -172,11 +172,13 @@ class Alerts(Signal):
         key, senders = group_key(event), self._senders_for(event)
         first = self._first_of_cause(event, key)
         if first is not None:
-            senders = [sender for sender in senders if not sender.add_not_run(first, run.task)]
+            informed = [sender for sender in self._senders if sender.add_not_run(first, run.task)]
+            senders = [sender for sender in senders if sender not in informed]
         count, since = self._streak(event)
         if count:
             self._send(senders, key, count, lambda: self._describe(event, count, since), event.timestamp)
-        self._detect_burst(event)
+        if first is None:  # one mail server that is down is one failure a request, whatever was skipped after it
+            self._detect_burst(event)
 
     # One handler for every bad end.
     failed = timed_out = skipped = dropped = rejected = lost = _bad_end
