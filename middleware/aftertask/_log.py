@@ -108,6 +108,17 @@ def enabled(level: Level) -> bool:
     return number >= logging.INFO
 
 
+def context_keys() -> dict[str, Any]:
+    """What is bound for structlog here."""
+    return structlog.contextvars.get_contextvars()
+
+
+def bind_context(keys: Mapping[str, Any]) -> None:
+    """Bind these keys for structlog, and no others."""
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(**keys)
+
+
 class _AppLogger:
     """The logger that structlog makes for us; kept, so that structlog can cache it, until structlog is reconfigured."""
 

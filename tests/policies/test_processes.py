@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import pickle
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 import pytest
+import structlog
 from fastapi import BackgroundTasks as Injected
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
@@ -25,6 +27,7 @@ from starlette.background import BackgroundTask
 from aftertask import AftertaskMiddleware, Retry, Settings, options
 from aftertask.errors import NotSerializable, ProcessTaskError
 from aftertask.events import Abandoned, Failed, Rejected, Succeeded, TimedOut
+from aftertask.signals import Logs, RunFilter
 from aftertask.testing import Recorder, VirtualClock
 from kit import Env, answering, drive
 
@@ -85,6 +88,62 @@ async def test_a_function_runs_in_another_process(env: Env, tmp_path: Path, anyi
     assert [run.info.executor for run in env.seen.runs()] == ["process"] * 3
     await drive_in_process(env, note_backend, str(file))
     assert file.read_text().split()[-1] == anyio_backend_name
+
+
+# --- what it prints and logs
+
+
+def talk(path: str | None = None) -> None:
+    """Print and log in every way; with a path, until it is killed."""
+    print("printed\nand more", end="")  # noqa: T201  # what this is about
+    print("to stderr", file=sys.stderr)  # noqa: T201
+    sys.stdout.buffer.write(b"bytes\n")
+    logging.getLogger("talk").warning("half of %d", 3, extra={"order": 7})
+    structlog.get_logger().info("by structlog")
+    try:
+        find()
+    except LookupError:
+        logging.getLogger("talk").exception("caught")
+    if path is not None:
+        note_pid(path)
+        never_ends(path)
+
+
+@on_asyncio
+async def test_prints_and_log_lines_reach_the_parent_with_the_runs_keys(
+    env: Env, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As if the task ran here: stdout, stderr, records with their extras and stacks, structlog's bound keys."""
+    caplog.handler.addFilter(RunFilter())
+    await drive(env.app_with_signals([Logs(), env.seen], answering(BackgroundTask(options(talk, executor="process")))))
+    (run,) = env.seen.runs()
+    out, err = capsys.readouterr()
+    assert out.startswith("printed\nand more")
+    assert "bytes\n" in out
+    assert "by structlog" in out and run.id in out
+    assert "to stderr\n" in err
+    half, caught = (record for record in caplog.records if record.name == "talk")
+    assert (half.getMessage(), half.levelno, vars(half)["order"]) == ("half of 3", logging.WARNING, 7)
+    assert vars(half)["run_id"] == run.id
+    assert half.process != os.getpid()
+    assert "LookupError" in str(caught.exc_text)
+
+
+@on_asyncio
+async def test_what_a_killed_worker_wrote_is_not_lost(
+    env: Env, clock: VirtualClock, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The timeout kills the process, and what it had printed until then is there."""
+    file = tmp_path / "begun"
+    func = options(talk, executor="process", timeout=5)
+    async with anyio.create_task_group() as group:
+        group.start_soon(drive, env.app(answering(BackgroundTask(func, str(file)))))
+        with anyio.fail_after(50):
+            while not file.exists():  # noqa: ASYNC110  # the file is the only sign
+                await anyio.sleep(0.01)
+        clock.advance(5)
+    assert [type(event) for event in env.seen.events][-1] is TimedOut
+    assert "printed\nand more" in capsys.readouterr().out
 
 
 # --- exceptions

@@ -17,6 +17,7 @@ from ..._text import error_message, stack, type_name
 from ...errors import NotSerializable, ProcessTaskError
 from ...tasks import is_async, without_options
 from ..loops import on_trio
+from .output import Output, captured, followed, forward_logging
 
 #: What a worker process calls the parent's `__main__`.
 _WORKERS_MAIN = "__mp_main__"
@@ -44,6 +45,8 @@ async def call_in_process(function: Callable[..., object], args: Sequence[Any], 
     """
     Call a function in a worker process once one is free; its result is thrown away there. Cancelling kills the process.
 
+    What it prints and logs reaches stdout, stderr and the logging of this process, in the context of the caller.
+
     Raises:
         Exception: What the function raised, with the worker's `ProcessTaskError` as its cause.
         ProcessTaskError: It raised something that cannot be rebuilt here, or must not be raised here: `SystemExit`,
@@ -52,7 +55,8 @@ async def call_in_process(function: Callable[..., object], args: Sequence[Any], 
     """
     call = pickle.dumps((without_options(function), args, kwargs))
     backend = "trio" if on_trio() else "asyncio"
-    raised = await anyio.to_process.run_sync(_call, call, backend, cancellable=True)
+    with followed() as output:
+        raised = await anyio.to_process.run_sync(_call, call, backend, output, cancellable=True)
     if raised is None:
         return
     remote, error = _remote(raised), _rebuilt(raised)
@@ -97,17 +101,19 @@ def _pickling_error(value: object) -> Exception | None:
 # --- in the worker
 
 
-def _call(call: bytes, backend: str) -> _Raised | None:
+def _call(call: bytes, backend: str, output: Output | None) -> _Raised | None:
     """Call the function; return what it raised. Importing its module and rebuilding its arguments is part of that."""
-    try:
-        function, args, kwargs = pickle.loads(call)
-        function = functools.partial(function, *args, **kwargs)
-        if is_async(function):
-            anyio.run(function, backend=backend)
-        else:
-            function()
-    except BaseException as error:
-        return _raised(error)
+    with captured(output):
+        try:
+            function, args, kwargs = pickle.loads(call)
+            forward_logging(output)
+            function = functools.partial(function, *args, **kwargs)
+            if is_async(function):
+                anyio.run(function, backend=backend)
+            else:
+                function()
+        except BaseException as error:
+            return _raised(error)
     return None
 
 
