@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,15 +75,16 @@ def task(func: Any = None, /, **policy: Any) -> Any:
     chosen = policy_from(policy)
     if func is None:
         return functools.partial(_register, policy=chosen)
-    return _register(func, policy=chosen)
+    return _register(func, policy=chosen, stacklevel=3)
 
 
-def _register(func: F, *, policy: Policy) -> F:
+def _register(func: F, *, policy: Policy, stacklevel: int = 2) -> F:
     # @task may stand above @staticmethod or @classmethod.
     target = func.__func__ if isinstance(func, (staticmethod, classmethod)) else func
     if not callable(target):
         raise TypeError(f"@task registers a function, got {func!r}")
     code = code_name(target)
+    _warn_if_ignored(target, code, stacklevel + 1)
     entry = Registered(policy.name or code, code, policy, executor_of(target, policy))
     known = _registry.get(entry.name)
     if known is not None and known.code != code:
@@ -98,6 +100,35 @@ def _register(func: F, *, policy: Policy) -> F:
         ) from None
     _registry[entry.name] = entry
     return func
+
+
+def _warn_if_ignored(target: object, code: str, stacklevel: int) -> None:
+    """Warn about a use of `@task` that has no effect, or that ends the effect of another."""
+    if isinstance(target, functools.partial):
+        warnings.warn(
+            f"@task has no effect on a functools.partial of {code}, whose runs have the name and the policy of the "
+            "function inside: put @task on that function, or use options(function, …) where it is added",
+            stacklevel=stacklevel,
+        )
+    known = attribute(target, _ATTRIBUTE)
+    if isinstance(known, Registered) and _registry.get(known.name) is known:
+        warnings.warn(
+            f"@task is used twice on {code}, and only the outer one counts: its name and options replace those of "
+            f"{known.name!r}; write one @task with all of them",
+            stacklevel=stacklevel,
+        )
+
+
+def hidden_task(func: object) -> str | None:
+    """The registered task that a closure without `functools.wraps` calls, as far as its variables show; else None."""
+    if type(func) is not FunctionType or "<locals>" not in func.__qualname__ or registration(func) is not None:
+        return None
+    try:
+        variables = inspect.getclosurevars(func).nonlocals.values()
+    except (TypeError, ValueError):  # a variable that has no value yet
+        return None
+    entries = [registration(value) for value in variables if callable(value)]
+    return next((entry.name for entry in entries if entry is not None), None)
 
 
 def options(func: Callable[P, R], /, **policy: Unpack[PolicyOptions]) -> Callable[P, R]:

@@ -13,7 +13,7 @@ from .._log import log
 from .._taskrun import TaskInfo, TaskRun
 from .._text import is_library
 from ..policies import STUCK_AFTER, Limit, Policy, PolicyBook, Retry
-from ..tasks import attribute, code_name, executor_of, is_async, registered_tasks, registration, unwrap
+from ..tasks import attribute, code_name, executor_of, hidden_task, is_async, registered_tasks, registration, unwrap
 from .emit import Emitter
 from .limits import Limiter
 from .process import on_fork
@@ -21,6 +21,11 @@ from .process import on_fork
 _WRAPPED = (
     "this is a function inside of a library's: if it wraps one of yours, that one's name and @task are not found, and "
     "a policy has to be set in Settings.policies under this name"
+)
+
+_HIDDEN = (
+    "it calls {}, whose @task has no effect here, because a decorator above it hides it: use functools.wraps in that "
+    "decorator, or put @task above it"
 )
 
 #: At most this many names are cached: functions may be made on the fly.
@@ -32,6 +37,15 @@ def is_opaque(func: object) -> bool:
     if type(func) is not FunctionType or attribute(func, "__wrapped__") is not None:
         return False
     return "<locals>" in func.__qualname__ and is_library(func.__code__)
+
+
+def _look_for_wrapper(func: object, name: str) -> None:
+    """Log that a function seems to wrap another, whose `@task` is not found."""
+    hidden = hidden_task(func)
+    if hidden is not None:
+        log("warning", "task.wrapped", task=name, advice=_HIDDEN.format(hidden))
+    elif is_opaque(func):
+        log("info", "task.wrapped", task=name, advice=_WRAPPED)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,8 +165,8 @@ class Resolver:
                 name = code if entry is None else entry.name
                 policy = self._book.policy(name, call_policy, None if entry is None else entry.policy)
                 registered = entry is not None or self._book.names(name)
-                if entry is None and is_opaque(inner):
-                    log("info", "task.wrapped", task=name, advice=_WRAPPED)
+                if entry is None:
+                    _look_for_wrapper(inner, name)
                 executor = "inline" if whole else executor_of(func, policy)
                 info = self._info(policy.name or name, code, executor, policy, registered)
                 resolved = self._by_name[key] = self._make(info, policy, whole)

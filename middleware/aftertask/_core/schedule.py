@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+
 from .._log import log
 from .._taskrun import RequestInfo, TaskRun
 from .._text import error_type
 from ..errors import NotSerializable, QueueFull
+from ..events import HazardFound
 from .background import Work
 from .emit import Emitter
 from .executors.process import check_serializable
 from .resolver import Resolver
 from .run import Run
+
+
+def _not_callable(func: object) -> str:
+    what = "a coroutine" if inspect.iscoroutine(func) else f"{type(func).__name__}, which is no function"
+    return f"it was given {what}, as if it had been called: pass the function and its arguments, add_task(send, to)"
 
 
 class Scheduler:
@@ -50,6 +58,8 @@ class Scheduler:
         run = Run(resolved, request, work, parent=parent)
         run.background = background
         self._emit(run.scheduled())
+        if not callable(work.func):
+            self._emit(HazardFound(run, run.timestamp, "not_callable", None, _not_callable(work.func)))
         if parent is None:
             self._accept(run, work)
         return run
