@@ -25,6 +25,7 @@ ORDER = (
     "testing",
     "cli",
     "middleware",
+    "_mistakes",
     "settings",
     "signals",
     "alerts",

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ._core.app import App
 from ._core.emit import Emitter
 from ._core.route import route_path
+from ._mistakes import log_mistakes
 from ._text import default_redact
 from .events import Signal, TaskEvent
 from .hazards import Hazards, Hints
@@ -83,6 +84,7 @@ class AftertaskMiddleware:
             raise TypeError(f"signals must be a list of signals or None, got {signals!r}")
         self.settings = settings
         _warn_if_twice(app)
+        log_mistakes(app, settings)
         self._metrics_path, self._registry = settings.metrics_path, settings.registry
         self._excluded = _excluded(settings.exclude)
         hazards = Hazards(settings.block_threshold)
