@@ -250,8 +250,9 @@ def test_success_lines_are_limited_and_the_rest_is_counted(client_for: ClientFor
         clock.advance(1)
         client.get("/")
     events = [(line["event"], line.get("suppressed_count")) for line in stderr.lines()]
-    second = [("task.succeeded", None), ("task.succeeded", None), ("task.failed", None)]
-    assert events == [*second, ("task.succeeded", 3), *second[1:]]
+    succeeded = ("task.succeeded", None)
+    first = [succeeded, succeeded, ("task.failed", None)]
+    assert events == [*first, ("task.succeeded", 3), succeeded, ("task.failed", 1)]
 
 
 # --- structlog configured
@@ -530,6 +531,80 @@ def test_the_record_of_a_failure_has_the_exception_and_prints_the_redacted_stack
     assert printed.count("Traceback") == 1
 
 
+def test_an_identical_failure_is_logged_in_full_once_a_minute(
+    client_for: ClientFor, stderr: Stderr, clock: VirtualClock
+) -> None:
+    """The others are one line each without the stack; another failure or task has a first line of its own."""
+
+    @task(name="logs.other")
+    def other() -> None:
+        raise LookupError("other")
+
+    client, second = client_for(broken, on_failure="contain"), client_for(other, on_failure="contain")
+    for _ in range(3):
+        client.get("/")
+    second.get("/")
+    clock.advance(60)
+    client.get("/")
+
+    lines = stderr.lines()
+    assert [(line["task"], "exception" in line, line.get("suppressed_count")) for line in lines] == [
+        ("logs.broken", True, None),
+        ("logs.broken", False, 1),
+        ("logs.broken", False, 2),
+        ("logs.other", True, None),
+        ("logs.broken", True, None),
+    ]
+    assert all(line["error_message"] and line["error_fingerprint"] for line in lines)
+
+
+def test_a_repeated_failure_prints_no_traceback(client_for: ClientFor, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither our text nor the one that a formatter would make of the exception."""
+    client = client_for(broken)
+    for _ in range(2):
+        client.get("/")
+    full, short = (record for record in of_runs(caplog) if record.name == "aftertask")
+    formatter = logging.Formatter("%(message)s")
+    assert "Traceback" in formatter.format(full)
+    assert formatter.format(short) == "task.failed logs.broken: LookupError: password=[redacted] is wrong (GET /)"
+
+
+def test_what_a_client_causes_is_no_warning(registry: CollectorRegistry, stderr: Stderr) -> None:
+    """A task that an `HTTPException` below 500 drops is logged at info, one that a bug drops at warning."""
+    app = FastAPI()
+    app.add_middleware(AftertaskMiddleware, settings=Settings(registry=registry))
+
+    @app.get("/{status}")
+    async def refuse(status: int, tasks: BackgroundTasks) -> None:
+        tasks.add_task(ok)
+        raise HTTPException(status)
+
+    client = TestClient(app)
+    for status in (404, 503):
+        client.get(f"/{status}")
+    assert [(line["level"], line["reason"]) for line in stderr.lines()] == [
+        ("info", "http_exception"),
+        ("warning", "handler_error"),
+    ]
+
+
+def test_a_blocked_loop_is_one_readable_line(caplog: pytest.LogCaptureFixture) -> None:
+    """With the app's own frames and the innermost one; the hazard about it has no second line."""
+    run = TaskRun(TaskInfo("mail.welcome", "mail.welcome"), RequestInfo())
+    frames = [(__file__, "welcome"), (json.__file__, "loads"), (__file__, "hook"), (re.__file__, "match")]
+    stack = "".join(f'  File "{file}", line 1, in {name}\n    {name}()\n      ^^^^\n' for file, name in frames)
+    logs = Logs()
+    logs.hazard_found(HazardFound(run, 0.0, "blocked_loop", None, "it blocks the event loop", stack))
+    logs.loop_blocked(LoopBlocked(run, 0.0, 0.5, "mail.py:3 in welcome", stack, 0, True))
+
+    (line,) = caplog.records
+    assert line.message.startswith(
+        "loop.blocked mail.welcome: blocked the event loop for 0.5 s at mail.py:3 in welcome; make the task a plain"
+    )
+    assert re.findall(r"in (\w+)", vars(line)["stack"]) == ["welcome", "hook", "match"]
+    assert vars(line)["advice"].startswith("make the task a plain `def`")
+
+
 def test_keys_that_a_record_has_itself_get_an_underscore(caplog: pytest.LogCaptureFixture) -> None:
     """A record factory of the app may have set an attribute under a name of ours; it is left as it is."""
     factory = logging.getLogRecordFactory()
@@ -678,8 +753,8 @@ def test_every_event_has_the_level_and_the_keys_of_the_docs(lines: list[Line]) -
     for line in lines:
         level, keys = table[line["event"]]
         assert line["level"] == level, line["event"]
-        if line["event"] == "task.succeeded":
-            keys = keys - {"suppressed_count"}  # only where lines were left out
+        if line["event"] in ("task.succeeded", "task.failed", "task.timed_out"):
+            keys = keys - {"suppressed_count"}  # only where lines or stacks were left out
         if line["event"] in ("task.skipped", "task.dropped", "task.rejected", "task.expired", "task.cancelled"):
             assert line.keys() - common <= keys, line["event"]
         else:

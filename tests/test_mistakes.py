@@ -96,7 +96,7 @@ def test_a_task_below_a_decorator_without_wraps_is_named(
     def hidden() -> None: ...
 
     client_for(hidden, signals=[Recorder()]).get("/")
-    (line,) = (vars(record) for record in caplog.records if vars(record).get("event") == "task.wrapped")
+    (line,) = (vars(record) for record in caplog.records if vars(record).get("event") == "task.hidden")
     assert line["levelname"] == "WARNING"
     assert "it calls mail.hidden, whose @task has no effect here" in line["advice"]
     assert "functools.wraps" in line["advice"]
@@ -112,7 +112,7 @@ def test_a_decorator_with_wraps_hides_nothing(client_for: ClientFor, caplog: pyt
     recorder = Recorder()
     client_for(wrapper, signals=[recorder]).get("/")
     assert [run.task for run in recorder.runs()] == ["mail.seen"]
-    assert not [record for record in caplog.records if vars(record).get("event") == "task.wrapped"]
+    assert not [record for record in caplog.records if vars(record).get("event") == "task.hidden"]
 
 
 def test_task_on_an_endpoint_is_reported(caplog: pytest.LogCaptureFixture) -> None:

@@ -50,6 +50,7 @@ def log(
     timestamp: float | None = None,
     exc_info: BaseException | None = None,
     contained: bool = False,
+    repeated: bool = False,
     explain: bool = False,
     **keys: object,
 ) -> Exception | None:
@@ -64,6 +65,8 @@ def log(
         exc_info: The exception that the line is about. Its text has not been redacted, so it is not handed to the app's
             structlog; a stdlib record prints the key `exception` in place of its traceback, if there is such a key.
         contained: Whether the exception reaches nothing but this line, so that error reporters have to see it here.
+        repeated: Whether an identical exception was logged in full already: no handler prints this one, and error
+            reporters see it all the same.
         explain: Whether a stdlib record says why it shows no keys, if the app's format prints none of them.
         keys: The line's other keys.
 
@@ -75,17 +78,18 @@ def log(
     }
     keys["timestamp"] = _iso(_clock.timestamp() if timestamp is None else timestamp)
     text = _text(event, keys) if message is None else message
+    printed = None if repeated else exc_info
     try:
         if _is_disabled():
-            _log_although_disabled(level, event, {**keys, "record_text": text, "record_error": exc_info})
+            _log_although_disabled(level, event, {**keys, "record_text": text, "record_error": printed})
         elif structlog.is_configured():
             getattr(_app.logger(), level)(event, **keys)
         elif _stdlib.hasHandlers():
             text = f"{text} [{_HIDDEN}]" if explain and _keys_are_hidden() else text
-            getattr(_records, level)(event, record_text=text, record_error=exc_info, **keys)
+            getattr(_records, level)(event, record_text=text, record_error=printed, **keys)
         else:
             _write(level, event, keys)
-        if contained:
+        if contained or printed is not exc_info:
             _report(level, event, {**keys, "record_text": text, "record_error": exc_info})
     except Exception as failed:
         _write(level, event, {**keys, "logging_error": type(failed).__name__})

@@ -116,6 +116,13 @@ def frames_text(frames: Sequence[FrameType], redact: Redact) -> str:
     return _without_middle(redacted("".join(lines), redact), LONGEST_STACK)
 
 
+def own_frames(stack: str) -> str:
+    """A printed stack without the frames of libraries, but for the innermost: it shows what the app called."""
+    frames = re.findall(r"  File .*\n(?:    .*\n?)*", stack)
+    shown = [frame for frame in frames[:-1] if not is_library_file(frame.partition('"')[2].partition('"')[0])]
+    return "".join([*shown, *frames[-1:]]) or stack
+
+
 def is_library(code: CodeType) -> bool:
     """Whether this is not the app's own code but aftertask's, a library's or Python's."""
     return is_library_file(code.co_filename)

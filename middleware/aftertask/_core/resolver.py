@@ -43,7 +43,7 @@ def _look_for_wrapper(func: object, name: str) -> None:
     """Log that a function seems to wrap another, whose `@task` is not found."""
     hidden = hidden_task(func)
     if hidden is not None:
-        log("warning", "task.wrapped", task=name, advice=_HIDDEN.format(hidden))
+        log("warning", "task.hidden", task=name, advice=_HIDDEN.format(hidden))
     elif is_opaque(func):
         log("info", "task.wrapped", task=name, advice=_WRAPPED)
 

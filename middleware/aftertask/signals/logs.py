@@ -11,6 +11,7 @@ from typing import Any
 from structlog.contextvars import bind_contextvars, get_contextvars, reset_contextvars
 
 from .._log import Level, enabled, log
+from .._text import own_frames
 from ..events import (
     Abandoned,
     AbandonedEnded,
@@ -37,10 +38,16 @@ from ..events import (
     TimedOut,
     current_run,
 )
+from ._rates import Rate, Repetitions
 from .families import NO_TASK
 
 #: The keys of every line about a run, which the task's own lines get, too.
 KEYS = ("task", "run_id", "attempt", "engine", "http_route", "http_method", "request_id", "trace_id", "span_id")
+
+_UNBLOCK = (
+    "make the task a plain `def`, which runs in a thread, or await something that does not block; "
+    "executor='process' is for what computes"
+)
 
 #: Each hazard is logged once per task and kind; no more than this many are remembered, and logged.
 _MOST_HAZARDS = 1000
@@ -83,7 +90,8 @@ class Logs(Signal):
     """
 
     def __init__(self, *, success_log_rate: float | None = None) -> None:
-        self._successes = _Rate(success_log_rate)
+        self._successes = Rate(success_log_rate)
+        self._repetitions = Repetitions()
         self._hazards: set[tuple[str, str]] = set()
         self._has_explained = False
         #: The keys of each run with an attempt under way, and what restores those that were bound before.
@@ -156,19 +164,22 @@ class Logs(Signal):
         try:
             if enabled("error"):
                 explain, self._has_explained = not self._has_explained, True
+                repeated = self._repetitions.number((run.task, event.outcome, failure.fingerprint), event.timestamp)
                 self._line(
                     "error",
                     f"task.{event.outcome}",
                     event,
                     _error_text(failure),
                     error=failure.error,
+                    repeated=bool(repeated),
                     explain=explain,
                     contained=run.info.on_failure == "contain" and run.parent is None,
                     **_failure_keys(failure),
                     duration_s=event.duration_s,
-                    exception=failure.stack,
+                    exception=None if repeated else failure.stack,
                     hint=failure.hint,
                     thread_wait_s=run.thread_wait_s,
+                    suppressed_count=repeated or None,
                 )
         finally:
             self._forget(run)
@@ -184,8 +195,9 @@ class Logs(Signal):
             self._ended("warning", event, event.reason, caused_by=cause.id, caused_by_task=cause.task)
 
     def dropped(self, event: Dropped) -> None:
-        """`task.dropped`."""
-        self._ended("warning", event, event.reason, error_type=event.error_type)
+        """`task.dropped`; at info if a client caused it."""
+        level: Level = "warning" if event.bad else "info"
+        self._ended(level, event, event.reason, error_type=event.error_type)
 
     def rejected(self, event: Rejected) -> None:
         """`task.rejected`."""
@@ -233,7 +245,9 @@ class Logs(Signal):
             self._line(level, name, event, what, running_s=event.running_s, limit_s=event.limit_s, stack=stack)
 
     def hazard_found(self, event: HazardFound) -> None:
-        """`task.hazard`, once per task and kind."""
+        """`task.hazard`, once per task and kind; `loop.blocked` is the line about a blocked loop."""
+        if event.kind == "blocked_loop":
+            return
         key = (event.run.task, event.kind)
         if key in self._hazards or len(self._hazards) >= _MOST_HAZARDS:
             return
@@ -244,14 +258,19 @@ class Logs(Signal):
     def loop_blocked(self, report: LoopBlocked) -> None:
         """`loop.blocked`."""
         run = report.run
+        blocks = "has blocked" if not report.over else "blocked"
+        what = f"{blocks} the event loop for {report.blocked_s:.3g} s at {report.where}"
+        what = what if run is None else f"{what}; {_UNBLOCK}"
         failed = log(
             "warning",
             "loop.blocked",
+            message=f"loop.blocked {NO_TASK}: {what}" if run is None else _sentence("loop.blocked", run, what),
             timestamp=report.timestamp,
             **({"task": NO_TASK} if run is None else run_keys(run)),
             blocked_s=report.blocked_s,
             where=report.where,
-            stack=report.stack,
+            stack=own_frames(report.stack),
+            advice=None if run is None else _UNBLOCK,
             still_blocked=None if report.over else True,
             suppressed_count=report.suppressed or None,
         )
@@ -269,6 +288,7 @@ class Logs(Signal):
         *,
         error: BaseException | None = None,
         contained: bool = False,
+        repeated: bool = False,
         explain: bool = False,
         **keys: Any,
     ) -> None:
@@ -282,6 +302,7 @@ class Logs(Signal):
             timestamp=event.timestamp,
             exc_info=error,
             contained=contained,
+            repeated=repeated,
             explain=explain,
             **(bound or run_keys(run)),
             **keys,
@@ -299,32 +320,6 @@ class Logs(Signal):
     def _forget(self, run: TaskRun) -> None:
         self._unbind(run)
         self._from_endpoint.pop(run, None)
-
-
-class _Rate:
-    """
-    Admits at most a number of lines per second and counts the others.
-
-    Args:
-        rate: Lines per second of the clock; None means no limit.
-    """
-
-    def __init__(self, rate: float | None) -> None:
-        self._rate = rate
-        self._second = self._admitted = self._left_out = 0
-
-    def admit(self, timestamp: float) -> int | None:
-        """How many lines were left out since the last one; None if this one is left out."""
-        if self._rate is None:
-            return 0
-        if int(timestamp) != self._second:
-            self._second, self._admitted = int(timestamp), 0
-        if self._admitted >= self._rate:
-            self._left_out += 1
-            return None
-        self._admitted += 1
-        left_out, self._left_out = self._left_out, 0
-        return left_out
 
 
 def _failure_keys(failure: Failure) -> dict[str, Any]:

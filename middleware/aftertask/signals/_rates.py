@@ -1,0 +1,59 @@
+"""How many lines are logged: a maximum per second, and identical failures in full once a minute."""
+
+from __future__ import annotations
+
+import threading
+
+#: Seconds after which an identical failure of a task is logged in full again.
+FULL_EVERY = 60.0
+
+#: At most this many kinds of failures are remembered; those beyond are logged in full.
+_MOST_KINDS = 1000
+
+
+class Rate:
+    """
+    Admits at most a number of lines per second and counts the others.
+
+    Args:
+        rate: Lines per second of the clock; None means no limit.
+    """
+
+    def __init__(self, rate: float | None) -> None:
+        self._rate = rate
+        self._second = self._admitted = self._left_out = 0
+
+    def admit(self, timestamp: float) -> int | None:
+        """How many lines were left out since the last one; None if this one is left out."""
+        if self._rate is None:
+            return 0
+        if int(timestamp) != self._second:
+            self._second, self._admitted = int(timestamp), 0
+        if self._admitted >= self._rate:
+            self._left_out += 1
+            return None
+        self._admitted += 1
+        left_out, self._left_out = self._left_out, 0
+        return left_out
+
+
+class Repetitions:
+    """Which failures are like one that was logged in full within the last minute."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # Task, outcome and fingerprint to the time of the last full line, and the number of short ones since.
+        self._seen: dict[tuple[str, ...], tuple[float, int]] = {}
+
+    def number(self, failure: tuple[str, ...], timestamp: float) -> int:
+        """How many times a failure was repeated since its last full line, this time included; 0: log it in full."""
+        with self._lock:
+            at, number = self._seen.get(failure, (-FULL_EVERY, 0))
+            if timestamp - at < FULL_EVERY:
+                self._seen[failure] = at, number + 1
+                return number + 1
+            if len(self._seen) >= _MOST_KINDS:
+                self._seen = {key: seen for key, seen in self._seen.items() if timestamp - seen[0] < FULL_EVERY}
+            if len(self._seen) < _MOST_KINDS:
+                self._seen[failure] = timestamp, 0
+            return 0
