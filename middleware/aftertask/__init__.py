@@ -10,7 +10,7 @@ from __future__ import annotations
 from ._core.app import observe_functions
 from ._version import __version__ as __version__
 from .errors import AftertaskError, NameClash, NotSerializable, QueueFull, RegistryClash, TaskTimeout
-from .events import HazardFound, TaskEvent, TaskRun, current_run, get_run, progress
+from .events import HazardFound, TaskEvent, TaskRun, current_run, get_run, note, progress
 from .middleware import AftertaskMiddleware
 from .policies import Limit, Policy, Retry
 from .settings import Settings
@@ -33,6 +33,7 @@ __all__ = [
     "TaskTimeout",
     "current_run",
     "get_run",
+    "note",
     "observe_functions",
     "options",
     "progress",

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 from . import _clock
+from ._text import Redact, default_redact, redacted
 
 Outcome: TypeAlias = Literal[
     "succeeded",
@@ -32,6 +33,13 @@ _NOTABLE_THREAD_WAIT = 0.005
 
 #: The longest note that `progress()` keeps, in characters.
 _LONGEST_NOTE = 200
+
+#: `note()` keeps at most this many keys of a request, and as many of a run.
+_MOST_NOTES = 10
+
+
+#: A value that `note()` keeps.
+Note: TypeAlias = str | int | float | bool
 
 
 class SpanContext(Protocol):
@@ -128,6 +136,8 @@ class RequestInfo:
         dependencies: References to what FastAPI's dependencies gave, from the response until they have ended; by a
             tuple that starts with the dependency and ends with its scope, which an old FastAPI leaves out. Empty
             without injected `BackgroundTasks`.
+        notes: What `note()` attached to the request.
+        redact: `Settings.redact`.
         app: Identifies the app whose middleware serves the request.
     """
 
@@ -139,6 +149,8 @@ class RequestInfo:
     thread: int = 0
     scope: Any = None
     dependencies: Mapping[tuple[object, ...], Callable[[], object]] = MappingProxyType({})
+    notes: Mapping[str, Note] = MappingProxyType({})
+    redact: Redact = staticmethod(default_redact)
     app: object = None
 
 
@@ -165,6 +177,7 @@ class TaskRun:
         coroutine: The coroutine of the current attempt; its frame tells a blocked loop's stack which run it belongs to.
         backing_off: Whether the run waits for its next attempt.
         blocked_s: Seconds for which the run blocked the event loop, as far as that was noticed.
+        own_notes: What `note()` attached to this run alone.
         progress: The last progress the task reported; None if none.
         span_context: The span of the current attempt, set by `Tracing`; None without one.
     """
@@ -179,6 +192,7 @@ class TaskRun:
         "info",
         "origin",
         "outcome",
+        "own_notes",
         "parent",
         "progress",
         "queue_wait_s",
@@ -216,6 +230,7 @@ class TaskRun:
         self.coroutine: object = None
         self.backing_off = False
         self.blocked_s = 0.0
+        self.own_notes: Mapping[str, Note] = {}
         self.progress: Progress | None = None
         self.span_context: SpanContext | None = None
 
@@ -238,6 +253,11 @@ class TaskRun:
     def request_id(self) -> str | None:
         """The request's id, if an earlier middleware left one."""
         return self.request.request_id
+
+    @property
+    def notes(self) -> dict[str, Note]:
+        """What `note()` attached to the run and to its request; redacted."""
+        return {**self.request.notes, **self.own_notes}
 
     @property
     def engine(self) -> str:
@@ -275,6 +295,9 @@ class TaskRun:
 #: The innermost run that this code is part of. A leaked context may hold a finished one: `current_run()` looks.
 running: ContextVar[TaskRun | None] = ContextVar("aftertask_run", default=None)
 
+#: The request that this code is part of, also in a sync endpoint's thread.
+requesting: ContextVar[RequestInfo | None] = ContextVar("aftertask_request", default=None)
+
 #: Every run of this process that has not ended, in the order of scheduling.
 in_flight: dict[TaskRun, None] = {}
 
@@ -309,6 +332,44 @@ def progress(done: float, total: float | None = None, note: str | None = None) -
     if run is not None:
         text = None if note is None else str(note)[:_LONGEST_NOTE]
         run.progress = Progress(done, total, text, _clock.timestamp())
+
+
+def note(**keys: object) -> None:
+    """
+    Attach keys that show whose work a run is, such as `note(user_id=42)`.
+
+    In a request they belong to all of its runs, those added before included; inside a task to its run alone. They
+    appear as `notes` in log lines, alerts, `get_run` and `current_run`, also for a run that never started. Outside of a
+    request and a run, and in a worker process, the call does nothing.
+
+    Args:
+        keys: Numbers and flags stay what they are, anything else is kept as text, cut to 200 characters; None removes a
+            key. `Settings.redact` is applied to each. At most 10 keys are kept; further ones are left out.
+    """
+    run = current_run()
+    request = requesting.get() if run is None else run.request
+    if request is None:
+        return
+    kept = dict(request.notes if run is None else run.own_notes)
+    for key, value in keys.items():
+        if value is None:
+            kept.pop(key, None)
+        elif key in kept or len(kept) < _MOST_NOTES:
+            kept[key] = _noted(key, value, request.redact)
+    if run is None:
+        request.notes = kept
+    else:
+        run.own_notes = kept
+
+
+def _noted(key: str, value: object, redact: Redact) -> Note:
+    try:
+        text = str(value)[:_LONGEST_NOTE]
+    except Exception as error:
+        text = f"[it cannot be read: {type(error).__name__}]"
+    # With its key: `token=…` is recognised by it.
+    shown = redacted(f"{key}={text}", redact).removeprefix(f"{key}=")
+    return value if shown == text and isinstance(value, (int, float)) else shown
 
 
 async def get_run(id: str) -> TaskRun | None:

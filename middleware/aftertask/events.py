@@ -32,6 +32,7 @@ from ._events import (
 )
 from ._taskrun import (
     OUTCOMES,
+    Note,
     Outcome,
     Progress,
     RequestInfo,
@@ -40,6 +41,7 @@ from ._taskrun import (
     TaskRun,
     current_run,
     get_run,
+    note,
     progress,
 )
 
@@ -57,6 +59,7 @@ __all__ = [
     "HazardFound",
     "LoopBlocked",
     "Lost",
+    "Note",
     "Offloaded",
     "Outcome",
     "Pool",
@@ -78,6 +81,7 @@ __all__ = [
     "TimedOut",
     "current_run",
     "get_run",
+    "note",
     "progress",
 ]
 

@@ -21,6 +21,7 @@ from aftertask import (
     TaskTimeout,
     current_run,
     get_run,
+    note,
     observe_functions,
     options,
     progress,
@@ -53,7 +54,7 @@ assert_type(plain(3), str)
 smtp = Limit("smtp", 5, max_waiting=10)
 
 
-async def note(run: TaskRun, error: Exception) -> None:
+async def noted(run: TaskRun, error: Exception) -> None:
     assert_type(run.state, str)
 
 
@@ -67,10 +68,11 @@ async def note(run: TaskRun, error: Exception) -> None:
     run_on_error=True,
     idempotent=True,
     executor="thread",
-    on_error=note,
+    on_error=noted,
 )
 def governed() -> None:
     progress(1, 2, "half way")
+    note(user_id=42, plan="free")
 
 
 options(governed, limit=3, on_error=lambda run, error: run.task)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .._taskrun import current_run, running
+from .._taskrun import current_run, requesting, running
 from ..policies import Policy
 from ..tasks import is_async
 from .background import Work
@@ -80,6 +80,8 @@ class App:
         outer_record, outer_run, outer_serving = scope.get(KEY), running.get(), serving_here.get()
         scope[KEY] = request
         serving_here.set(Serving(request))
+        outer_request = requesting.get()
+        requesting.set(request)
         if outer_run is not None:
             running.set(None)
         error: BaseException | None = None
@@ -94,6 +96,7 @@ class App:
         finally:
             owed = request.guarded("end of the request", request.close, error)
             serving_here.set(outer_serving)
+            requesting.set(outer_request)
             if outer_run is not None:
                 running.set(outer_run)
             # The outermost record stays, and one that still owes runs: an error handler around us is still to respond.

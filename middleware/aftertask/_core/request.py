@@ -87,7 +87,7 @@ class Request(RequestInfo):
     _held: tuple[Callable[[], Awaitable[None]], ...] = ()
 
     def __init__(self, parts: Parts, scope: Scope, context: Context) -> None:
-        self.app = parts.emit
+        self.app, self.redact = parts.emit, parts.emit.redact
         self.scope = scope
         self.context = context
         self.thread = threading.get_ident()

@@ -256,6 +256,7 @@ def _described(runs: Sequence[TaskRun]) -> list[dict[str, Any]]:
             "age_s": round(now - (run.scheduled_s if run.started_s is None else run.started_s), 3),
             "http_route": run.http_route,
             **({} if run.progress is None else {"progress": run.progress.text}),
+            **({"notes": notes} if (notes := run.notes) else {}),
         }
         for run in runs[:_LISTED]
     ]

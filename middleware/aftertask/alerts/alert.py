@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from ..errors import AftertaskError
-from ..events import OUTCOMES
+from ..events import OUTCOMES, Note
 from ..policies import Severity
 
 Kind: TypeAlias = Literal[
@@ -94,6 +94,7 @@ class Alert:
             None and 0 if the alert is about no such series.
         owner: The task's owner; None if not set.
         http_method, http_route, request_id, run_id, trace_id: Of the first counted run; None if unknown.
+        notes: What `aftertask.note()` attached to the first counted run.
         trace_url: Link to that trace, built from `Settings.trace_url`; None without one.
         runbook_url: Link to the runbook, below `Settings.runbook_url`; None without one.
         stack: Traceback of the first counted run, or where a stuck run was; redacted. None if there is none.
@@ -125,6 +126,7 @@ class Alert:
     request_id: str | None = None
     run_id: str | None = None
     trace_id: str | None = None
+    notes: dict[str, Note] = field(default_factory=dict)
     trace_url: str | None = None
     runbook_url: str | None = None
     stack: str | None = None
@@ -166,6 +168,7 @@ class Alert:
             "Route": f"{self.http_method or ''} {self.http_route}".strip() if self.http_route else None,
             "Request": self.request_id,
             "Run": self.run_id,
+            "Notes": ", ".join(f"{key}={value}" for key, value in self.notes.items()),
             "Trace": self.trace_url or self.trace_id,
             "Runbook": self.runbook_url,
             "Also not run" if self.reason else "Not run because of it": counts_text(self.not_run),

@@ -108,6 +108,7 @@ def describe(
         request_id=run.request.request_id,
         run_id=run.id,
         trace_id=trace_id,
+        notes=run.notes,
         trace_url=None if trace_url is None or trace_id is None else trace_url.replace("{trace_id}", trace_id),
         runbook_url=_runbook(runbook_url, key.kind),
     )

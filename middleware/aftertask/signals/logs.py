@@ -42,7 +42,18 @@ from ._rates import Rate, Repetitions
 from .families import NO_TASK
 
 #: The keys of every line about a run, which the task's own lines get, too.
-KEYS = ("task", "run_id", "attempt", "engine", "http_route", "http_method", "request_id", "trace_id", "span_id")
+KEYS = (
+    "task",
+    "run_id",
+    "attempt",
+    "engine",
+    "http_route",
+    "http_method",
+    "request_id",
+    "trace_id",
+    "span_id",
+    "notes",
+)
 
 _UNBLOCK = (
     "make the task a plain `def`, which runs in a thread, or await something that does not block; "
@@ -71,6 +82,7 @@ def _all_keys(run: TaskRun) -> dict[str, Any]:
         "request_id": request.request_id,
         "trace_id": None if span is None else f"{span.trace_id:032x}",
         "span_id": None if span is None else f"{span.span_id:016x}",
+        "notes": run.notes or None,
     }
 
 
@@ -304,7 +316,7 @@ class Logs(Signal):
             contained=contained,
             repeated=repeated,
             explain=explain,
-            **(bound or run_keys(run)),
+            **(bound or run_keys(run)) | ({"notes": notes} if (notes := run.notes) else {}),
             **keys,
             progress=None if run.progress is None else run.progress.text,
         )
@@ -345,6 +357,7 @@ def _sentence(name: str, run: TaskRun, what: str) -> str:
     where = [" ".join(part for part in (request.http_method, request.http_route) if part)]
     if run.info.max_attempts > 1 and run.attempt:
         where.append(f"attempt {run.attempt} of {run.info.max_attempts}")
+    where += [f"{key}={value}" for key, value in run.notes.items()]
     place = ", ".join(part for part in where if part)
     said = f"{name} {run.task}: {what}" if what else f"{name} {run.task}"
     return f"{said} ({place})" if place else said
