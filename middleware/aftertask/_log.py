@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeAlias, cast
 
@@ -46,7 +46,7 @@ def log(
     level: Level,
     event: str,
     *,
-    message: str | None = None,
+    message: Callable[[], str] | None = None,
     timestamp: float | None = None,
     exc_info: BaseException | None = None,
     contained: bool = False,
@@ -60,7 +60,7 @@ def log(
     Args:
         level: Its level.
         event: Its name, such as `task.failed`.
-        message: The text of a stdlib record, for people; None means the event's name and the keys.
+        message: Makes the text of a stdlib record, for people; None means the event's name and the keys.
         timestamp: Seconds since the Unix epoch; None means now.
         exc_info: The exception that the line is about. Its text has not been redacted, so it is not handed to the app's
             structlog; a stdlib record prints the key `exception` in place of its traceback, if there is such a key.
@@ -77,20 +77,21 @@ def log(
         key: round(value, 6) if isinstance(value, float) else value for key, value in keys.items() if value is not None
     }
     keys["timestamp"] = _iso(_clock.timestamp() if timestamp is None else timestamp)
-    text = _text(event, keys) if message is None else message
     printed = None if repeated else exc_info
     try:
-        if _is_disabled():
+        if _stdlib.disabled and _is_disabled():
+            text = _text(event, keys, message)
             _log_although_disabled(level, event, {**keys, "record_text": text, "record_error": printed})
         elif structlog.is_configured():
             getattr(_app.logger(), level)(event, **keys)
         elif _stdlib.hasHandlers():
+            text = _text(event, keys, message)
             text = f"{text} [{_HIDDEN}]" if explain and _keys_are_hidden() else text
             getattr(_records, level)(event, record_text=text, record_error=printed, **keys)
         else:
             _write(level, event, keys)
         if contained or printed is not exc_info:
-            _report(level, event, {**keys, "record_text": text, "record_error": exc_info})
+            _report(level, event, {**keys, "record_text": _text(event, keys, message), "record_error": exc_info})
     except Exception as failed:
         _write(level, event, {**keys, "logging_error": type(failed).__name__})
         return failed
@@ -101,7 +102,7 @@ def enabled(level: Level) -> bool:
     """Whether a line of this level is written, as far as that can be found out before it is put together."""
     number = _NUMBERS[level]
     try:
-        if _is_disabled():
+        if _stdlib.disabled and _is_disabled():
             return number >= logging.WARNING
         if structlog.is_configured():
             return _enabled_by_app(number)
@@ -155,8 +156,10 @@ def _iso(timestamp: float) -> str:
     return datetime.fromtimestamp(timestamp, UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-def _text(event: str, keys: Mapping[str, object]) -> str:
-    """An event with its keys on one line, for people who read only messages; stacks are left out."""
+def _text(event: str, keys: Mapping[str, object], message: Callable[[], str] | None) -> str:
+    """A line for people who read only messages: an event with its keys, without stacks, if it has none of its own."""
+    if message is not None:
+        return message()
     shown = [(key, str(value)) for key, value in keys.items() if key != "timestamp"]
     pairs = [f"{key}={value[:_LONGEST_VALUE]}" for key, value in shown if "\n" not in value]
     return " ".join([event, *pairs])
@@ -196,8 +199,6 @@ _records = structlog.wrap_logger(
 
 def _is_disabled() -> bool:
     """Whether the app's configuration has disabled the logger that lines go to."""
-    if not _stdlib.disabled:
-        return False
     factory = structlog.get_config()["logger_factory"] if structlog.is_configured() else None
     return factory is None or isinstance(factory, structlog.stdlib.LoggerFactory)
 

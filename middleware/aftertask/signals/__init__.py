@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -12,9 +13,10 @@ from prometheus_client import CollectorRegistry
 from ..alerts import Alerts, Channel, Route
 from ..events import Signal
 from ..policies import Policy, Trace, is_pattern
-from .logs import Logs, RunFilter
+from ._filter import RunFilter
+from .logs import Logs
 from .metrics import Metrics
-from .tracing import Tracing
+from .tracing import Tracing, service_name
 
 __all__ = ["Logs", "Metrics", "RunFilter", "SignalSettings", "Tracing", "usual"]
 
@@ -61,6 +63,7 @@ def usual(settings: SignalSettings) -> list[Signal]:
                 settings.alerts,
                 trace_url=settings.trace_url,
                 runbook_url=settings.runbook_url,
+                service=functools.partial(service_name, settings.tracer_provider),
                 redact=settings.redact,
                 metrics=metrics,
             )

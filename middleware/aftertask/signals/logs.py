@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Mapping
 from contextvars import Token
@@ -36,9 +35,8 @@ from ..events import (
     TaskEvent,
     TaskRun,
     TimedOut,
-    current_run,
 )
-from ._rates import Rate, Repetitions
+from ._repetitions import Repetitions
 from .families import NO_TASK
 
 #: The keys of every line about a run, which the task's own lines get, too.
@@ -66,10 +64,11 @@ _MOST_HAZARDS = 1000
 
 def run_keys(run: TaskRun) -> dict[str, Any]:
     """The keys that identify a run in a log line; unknown ones are left out."""
-    return {key: value for key, value in _all_keys(run).items() if value is not None}
+    return {key: value for key, value in all_keys(run).items() if value is not None}
 
 
-def _all_keys(run: TaskRun) -> dict[str, Any]:
+def all_keys(run: TaskRun) -> dict[str, Any]:
+    """The same with None for unknown ones."""
     request = run.request
     span = run.span_context or request.span_context
     return {
@@ -102,7 +101,7 @@ class Logs(Signal):
     """
 
     def __init__(self, *, success_log_rate: float | None = None) -> None:
-        self._successes = Rate(success_log_rate)
+        self._successes = _Rate(success_log_rate)
         self._repetitions = Repetitions()
         self._hazards: set[tuple[str, str]] = set()
         self._has_explained = False
@@ -276,7 +275,7 @@ class Logs(Signal):
         failed = log(
             "warning",
             "loop.blocked",
-            message=f"loop.blocked {NO_TASK}: {what}" if run is None else _sentence("loop.blocked", run, what),
+            message=lambda: f"loop.blocked {NO_TASK}: {what}" if run is None else _sentence("loop.blocked", run, what),
             timestamp=report.timestamp,
             **({"task": NO_TASK} if run is None else run_keys(run)),
             blocked_s=report.blocked_s,
@@ -310,13 +309,13 @@ class Logs(Signal):
         failed = log(
             level,
             name,
-            message=_sentence(name, run, what),
+            message=lambda: _sentence(name, run, what),
             timestamp=event.timestamp,
             exc_info=error,
             contained=contained,
             repeated=repeated,
             explain=explain,
-            **(bound or run_keys(run)) | ({"notes": notes} if (notes := run.notes) else {}),
+            **(bound or run_keys(run)) | ({"notes": run.notes} if run.own_notes or run.request.notes else {}),
             **keys,
             progress=None if run.progress is None else run.progress.text,
         )
@@ -332,6 +331,32 @@ class Logs(Signal):
     def _forget(self, run: TaskRun) -> None:
         self._unbind(run)
         self._from_endpoint.pop(run, None)
+
+
+class _Rate:
+    """
+    Admits at most a number of lines per second and counts the others.
+
+    Args:
+        rate: Lines per second of the clock; None means no limit.
+    """
+
+    def __init__(self, rate: float | None) -> None:
+        self._rate = rate
+        self._second = self._admitted = self._left_out = 0
+
+    def admit(self, timestamp: float) -> int | None:
+        """How many lines were left out since the last one; None if this one is left out."""
+        if self._rate is None:
+            return 0
+        if int(timestamp) != self._second:
+            self._second, self._admitted = int(timestamp), 0
+        if self._admitted >= self._rate:
+            self._left_out += 1
+            return None
+        self._admitted += 1
+        left_out, self._left_out = self._left_out, 0
+        return left_out
 
 
 def _failure_keys(failure: Failure) -> dict[str, Any]:
@@ -361,21 +386,3 @@ def _sentence(name: str, run: TaskRun, what: str) -> str:
     place = ", ".join(part for part in where if part)
     said = f"{name} {run.task}: {what}" if what else f"{name} {run.task}"
     return f"{said} ({place})" if place else said
-
-
-class RunFilter(logging.Filter):
-    """
-    Adds the keys of the current run (`task`, `run_id`, `trace_id`, …) to every stdlib log record.
-
-    Add it to a handler: `handler.addFilter(RunFilter())`. Outside of a run the keys are None, so that a format may
-    name them.
-    """
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Add the keys that the record does not have; always True."""
-        run = current_run()
-        keys = dict.fromkeys(KEYS) if run is None else _all_keys(run)
-        for key, value in keys.items():
-            if not hasattr(record, key):
-                setattr(record, key, value)
-        return True

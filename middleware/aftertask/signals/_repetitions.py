@@ -1,4 +1,4 @@
-"""How many lines are logged: a maximum per second, and identical failures in full once a minute."""
+"""Which failures are logged in full: identical ones once a minute."""
 
 from __future__ import annotations
 
@@ -9,32 +9,6 @@ FULL_EVERY = 60.0
 
 #: At most this many kinds of failures are remembered; those beyond are logged in full.
 _MOST_KINDS = 1000
-
-
-class Rate:
-    """
-    Admits at most a number of lines per second and counts the others.
-
-    Args:
-        rate: Lines per second of the clock; None means no limit.
-    """
-
-    def __init__(self, rate: float | None) -> None:
-        self._rate = rate
-        self._second = self._admitted = self._left_out = 0
-
-    def admit(self, timestamp: float) -> int | None:
-        """How many lines were left out since the last one; None if this one is left out."""
-        if self._rate is None:
-            return 0
-        if int(timestamp) != self._second:
-            self._second, self._admitted = int(timestamp), 0
-        if self._admitted >= self._rate:
-            self._left_out += 1
-            return None
-        self._admitted += 1
-        left_out, self._left_out = self._left_out, 0
-        return left_out
 
 
 class Repetitions:
