@@ -150,7 +150,9 @@ def folder(tmp_path: Path) -> Path:
     """Three apps: one that does all wrong, one that is fine, one that is none."""
     (tmp_path / "bad.py").write_text(BAD.lstrip("\n"))
     (tmp_path / "good.py").write_text(GOOD)
-    (tmp_path / "bare.py").write_text("from fastapi import FastAPI\napp = FastAPI()\nnumber = 1\n")
+    (tmp_path / "bare.py").write_text(
+        "from fastapi import FastAPI\napp = FastAPI()\nnumber = 1\ndef fails(): raise OSError('no disk')\n"
+    )
     (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
     (tmp_path / "wrong.py").write_text(
         "from fastapi import FastAPI\nfrom aftertask import AftertaskMiddleware\n"
@@ -211,11 +213,14 @@ def test_settings_and_policies_are_printed_without_secrets(folder: Path) -> None
     """A webhook's URL is a secret."""
     done = check(folder, "bad:app")
     assert done.returncode == 1
-    assert "run_ids_header = x-runs" in done.stdout and "block_threshold = 0.25" in done.stdout
+    assert "run_ids_header = x-runs" in done.stdout and "block_threshold" not in done.stdout
     assert "mail.send: owner=growth, timeout=20, retry=4 attempts, limit=smtp:5" in done.stdout
     assert "hunter2" not in done.stdout and "verysecret" not in done.stdout
     assert f"bad.py:{at('time.sleep(1)')}: warning: mail.send is async and calls time.sleep()" in done.stdout
-    assert "1 note" not in done.stdout.splitlines()[-1] and "errors" in done.stdout.splitlines()[-1]
+    headline, *rest = done.stdout.splitlines()
+    assert headline.startswith("bad:app: ") and "errors" in headline and "1 note" not in headline
+    last_finding = max(number for number, line in enumerate(rest) if line.endswith("]"))
+    assert last_finding < rest.index("Tasks") < rest.index("Settings that differ from the defaults")
 
 
 def test_an_app_that_is_fine_passes(folder: Path) -> None:
@@ -223,7 +228,8 @@ def test_an_app_that_is_fine_passes(folder: Path) -> None:
     for arguments in (["good:app"], ["good:make", "--factory"], ["good:app", "--fail-on", "note"]):
         done = check(folder, *arguments)
         assert (done.returncode, done.stderr) == (0, ""), done.stdout
-        assert done.stdout.splitlines()[-1] == "0 errors, 0 warnings, 0 notes"
+        assert done.stdout.splitlines()[0] == f"{arguments[0]}: 0 errors, 0 warnings, 0 notes"
+        assert done.stdout.endswith("Settings that differ from the defaults\n  none\n")
 
 
 @pytest.mark.parametrize("app", ["shop.app", "minimal"])
@@ -252,7 +258,7 @@ def test_several_workers_need_a_directory(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_mistake_in_the_environment_is_a_finding(folder: Path) -> None:
-    """The app would not start with it."""
+    """With it the app answers no request."""
     (one,) = reported(folder, "wrong:app", AFTERTASK_TRACE="nonsense")["findings"]
     assert one["kind"] == "settings" and "AFTERTASK_TRACE" in one["message"]
 
@@ -260,7 +266,14 @@ def test_a_mistake_in_the_environment_is_a_finding(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["bad"], "name the app as module:app, got 'bad'"),
+        (["bad"], "name the app as module:app, such as bad:app, got 'bad'"),
+        (["good.py:app"], "name the module, not its file: good:app"),
+        (["some/where/good.py"], "name the module, not its file: good:app --app-dir some/where"),
+        (["good:made"], "the module 'good' has no 'made'; did you mean good:app?"),
+        (["good:make"], "good:make is a function without arguments: if it makes the app, add --factory"),
+        (["good:fine"], "good:fine is a function, but takes no scope, receive and send, so it is no ASGI app"),
+        (["good:app", "--factory"], "good:app cannot be called without arguments, as --factory does"),
+        (["bare:fails", "--factory"], "the factory bare:fails failed: OSError: no disk (bare.py:"),
         (["nowhere:app"], "there is no module 'nowhere' in"),
         (["bare:nothing"], "the module 'bare' has no 'nothing'"),
         (["bare:number"], "bare:number is no ASGI app but a int"),
@@ -329,6 +342,13 @@ def test_a_test_alert_is_sent_on_demand(folder: Path) -> None:
     done = check(folder, "alerting:app", "--send-test-alert")
     assert done.returncode == 1
     assert "GOT test" in done.stdout and "FAILED: OSError: no route" in done.stdout and ": accepted (" in done.stdout
+
+
+def test_a_test_alert_without_a_channel_is_a_failure(folder: Path) -> None:
+    """Who asks for one believes that there is a channel."""
+    done = check(folder, "good:app", "--send-test-alert")
+    assert done.returncode == 1
+    assert done.stderr.startswith("aftertask: no test alert was sent: no channel is configured; set AFTERTASK_ALERTS")
 
 
 def test_a_thousand_routes(folder: Path) -> None:

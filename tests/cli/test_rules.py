@@ -467,3 +467,14 @@ def test_limits_are_scaled_for_tests() -> None:
     assert "[30s]" in failing["expr"] and "> 4 - 0.5" in failing["expr"]
     oldest = next(rule for rule in rules if rule["alert"] == "AftertaskOldestQueuedTooOld")
     assert oldest["expr"].endswith("> 5") and oldest["for"] == "5s"
+
+
+def test_placeholder_addresses_are_one_warning(tmp_path: Path) -> None:
+    """The links would lead nowhere; with both options there is nothing to say."""
+    done = aftertask("rules", "export", tmp_path)
+    (line,) = done.stderr.splitlines()
+    assert "--runbook-url" in line and "--dashboard-url" in line and "placeholders" in line
+    done = aftertask("rules", "export", tmp_path, "--runbook-url", "https://wiki.example.org")
+    assert "--runbook-url" not in done.stderr and "--dashboard-url (where Grafana is)" in done.stderr
+    given = ("--runbook-url", "https://wiki.example.org", "--dashboard-url", "https://grafana.example.org")
+    assert aftertask("rules", "export", tmp_path, *given).stderr == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from starlette.applications import Starlette
 
 from .._text import default_redact
 from ..alerts import send_test
@@ -39,7 +41,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="For a program to read.")] = False,
     send_test_alert: Annotated[bool, typer.Option(help="Send a test alert to each channel, too.")] = False,
 ) -> None:
-    """Import an app and print its settings, its tasks' policies, and what is wrong or risky; code 1 if anything is."""
+    """Import an app and print what is wrong or risky, its settings, and its tasks' policies; code 1 if anything is."""
     if fail_on not in SEVERITIES:
         raise refusal(f"--fail-on must be note, warning or error, got {fail_on!r}")
     subject = Subject(_load(app, app_dir, factory), workers or int(os.environ.get("WEB_CONCURRENCY") or 1), _build)
@@ -50,34 +52,64 @@ def check(
     else:
         _print(app, subject, found, sent)
     bad = [one for one in found if SEVERITIES.index(one.severity) >= SEVERITIES.index(fail_on)]
-    if bad or any(not one["ok"] for one in sent):
+    if send_test_alert and not sent:
+        typer.echo(
+            "aftertask: no test alert was sent: no channel is configured; set AFTERTASK_ALERTS or Settings(alerts=[…])",
+            err=True,
+        )
+    if bad or any(not one["ok"] for one in sent) or (send_test_alert and not sent):
         raise typer.Exit(1)
 
 
 def _load(target: str, folder: Path, factory: bool) -> Any:
     name, _, path = target.partition(":")
+    if name.endswith(".py") or "/" in name or os.sep in name:
+        file = Path(name)
+        place = f" --app-dir {file.parent}" if file.parent != Path() else ""
+        raise refusal(f"name the module, not its file: {file.stem}:{path or 'app'}{place}")
     if not name or not path:
-        raise refusal(f"name the app as module:app, got {target!r}")
+        raise refusal(f"name the app as module:app, such as {name or 'main'}:app, got {target!r}")
     sys.path.insert(0, str(folder.resolve()))
     try:
-        found: Any = importlib.import_module(name)
+        module = importlib.import_module(name)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             raise refusal(
                 f"there is no module {name!r} in {folder.resolve()}; name its folder with --app-dir"
             ) from None
         raise refusal(f"{name!r} cannot be imported: {_short_error(error, folder)}") from None
+    found: Any = module
     for part in path.split("."):
         found = getattr(found, part, None)
         if found is None:
-            raise refusal(f"the module {name!r} has no {path!r}")
+            apps = [key for key, value in vars(module).items() if isinstance(value, Starlette)]
+            hint = f"; did you mean {name}:{apps[0]}?" if apps else ""
+            raise refusal(f"the module {name!r} has no {path!r}{hint}")
     if factory:
-        found = found()
+        if not callable(found) or not _takes(found, 0):
+            raise refusal(f"{target} cannot be called without arguments, as --factory does")
+        try:
+            found = found()
+        except Exception as error:
+            raise refusal(f"the factory {target} failed: {_short_error(error, folder)}") from None
+    elif inspect.isfunction(found) and not _takes(found, 3):
+        if _takes(found, 0):
+            raise refusal(f"{target} is a function without arguments: if it makes the app, add --factory")
+        raise refusal(f"{target} is a function, but takes no scope, receive and send, so it is no ASGI app")
     if not callable(found):
         raise refusal(
             f"{target} is no ASGI app but a {type(found).__name__}; a function that makes one needs --factory"
         )
     return found
+
+
+def _takes(func: Any, count: int) -> bool:
+    """Whether a function can be called with this many arguments."""
+    try:
+        inspect.signature(func).bind(*[None] * count)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _short_error(error: Exception, folder: Path) -> str:
@@ -121,24 +153,35 @@ def _as_json(app: str, subject: Subject, found: list[Finding], sent: list[dict[s
 
 
 def _print(app: str, subject: Subject, found: list[Finding], sent: list[dict[str, object]]) -> None:
+    count = {severity: sum(one.severity == severity for one in found) for severity in reversed(SEVERITIES)}
+    typer.echo(f"{app}: " + ", ".join(f"{number} {name}{'s' * (number != 1)}" for name, number in count.items()))
+    for one in found:
+        place = "" if one.file is None else f"{_short(one.file)}:{one.line}: "
+        typer.echo(f"\n{place}{one.severity}: {one.message} [{one.kind}]\n  {one.remedy}")
     if subject.settings is not None:
-        typer.echo(f"{app}\n\nSettings")
-        for name, value in _settings(subject.settings):
-            typer.echo(f"  {name} = {value}")
         typer.echo("\nTasks")
         for name in subject.tasks:
             policy = ", ".join(f"{key}={value}" for key, value in _policy(subject, name))
             typer.echo(f"  {name}: {policy or 'no policy'}")
         if not subject.tasks:
             typer.echo("  none is registered by @task, and none is added in the app's own modules")
-    for one in found:
-        place = "" if one.file is None else f"{_short(one.file)}:{one.line}: "
-        typer.echo(f"\n{place}{one.severity}: {one.message} [{one.kind}]\n  {one.remedy}")
+        typer.echo("\nSettings that differ from the defaults")
+        changed = _changed(subject.settings)
+        for name, value in _settings(subject.settings):
+            if name in changed:
+                typer.echo(f"  {name} = {value}")
+        if not changed:
+            typer.echo("  none")
     for tested in sent:
         result = "accepted" if tested["ok"] else f"FAILED: {tested['error']}"
         typer.echo(f"\ntest alert to {tested['channel']}: {result} ({tested['seconds']:.2f} s)")
-    count = {severity: sum(one.severity == severity for one in found) for severity in reversed(SEVERITIES)}
-    typer.echo("\n" + ", ".join(f"{number} {name}{'s' * (number != 1)}" for name, number in count.items()))
+
+
+def _changed(settings: Settings) -> set[str]:
+    """The settings that differ from the defaults."""
+    default = Settings()
+    names = [field.name for field in dataclasses.fields(settings)]
+    return {name for name in names if getattr(settings, name) != getattr(default, name)}
 
 
 def _short(file: str) -> str:

@@ -19,6 +19,8 @@ app = typer.Typer(help="Alert and recording rules for Prometheus.", no_args_is_h
 #: The files, and whether their alerts are on by default.
 FILES = {"aftertask.rules.yml": True, "aftertask-more.rules.yml": False}
 
+LOCAL_GRAFANA = "http://localhost:3000"
+
 _MATCHERS = re.compile(r'\w+(=|!=|=~|!~)"(?:[^"\\]|\\.)*"(?:\s*,\s*\w+(=|!=|=~|!~)"(?:[^"\\]|\\.)*")*')
 _LIMITS = tuple(field.name for field in fields(Limits) if field.name != "objective")
 
@@ -40,7 +42,7 @@ def export(
     runbook_url: Annotated[
         str, typer.Option(help="Where your people read the runbooks, which are written beside the rules.")
     ] = "runbooks",
-    dashboard_url: Annotated[str, typer.Option(help="Where Grafana is.")] = "http://localhost:3000",
+    dashboard_url: Annotated[str, typer.Option(help="Where Grafana is.")] = LOCAL_GRAFANA,
 ) -> None:
     """Write the rule files, and the runbooks that their alerts name, into a folder."""
     if selector and not _MATCHERS.fullmatch(selector):
@@ -53,6 +55,13 @@ def export(
     )
     wanted = {name: default for name, default in FILES.items() if default or every}
     write(folder_, {name: to_yaml(groups(options, default=default)) for name, default in wanted.items()})
+    placeholders = {
+        "--runbook-url": "where your people read the runbooks" if runbook_url == "runbooks" else None,
+        "--dashboard-url": "where Grafana is" if dashboard_url == LOCAL_GRAFANA else None,
+    }
+    missing = [f"{option} ({what})" for option, what in placeholders.items() if what]
+    if missing:
+        typer.echo(f"aftertask: the links in the alerts are placeholders; set {' and '.join(missing)}", err=True)
     pages = sorted(folder("runbooks").glob("*.md"))
     write(folder_ / "runbooks", {page.name: page.read_text("utf-8") for page in pages})
 
