@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from aftertask import AftertaskMiddleware, Settings, TaskEvent
+from aftertask import AftertaskMiddleware, Settings, TaskEvent, task
 from aftertask.events import Scheduled, Succeeded
 from aftertask.testing import Recorder, VirtualClock, recorded
 from kit import ClientFor
@@ -119,3 +119,16 @@ def test_the_fixtures_come_with_the_package(pytester: pytest.Pytester) -> None:
         """
     )
     pytester.runpytest_subprocess("-q").assert_outcomes(passed=1)
+
+
+def test_outcomes_have_the_full_name_of_a_registered_task(client_for: ClientFor) -> None:
+    """`mail.welcome` and `shop.welcome` are two tasks; one without a name of its own is called by its function's."""
+
+    @task(name="mail.welcome")
+    def welcome() -> None: ...
+
+    def plain() -> None: ...
+
+    recorder = Recorder()
+    client_for(welcome, plain, signals=[recorder]).get("/")
+    assert recorder.outcomes() == [("mail.welcome", "succeeded"), ("plain", "succeeded")]

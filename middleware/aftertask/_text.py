@@ -123,6 +123,13 @@ def own_frames(stack: str) -> str:
     return "".join([*shown, *frames[-1:]]) or stack
 
 
+def number_hint(value: object) -> str:
+    """How to write a number that was given as text; empty for anything else."""
+    if isinstance(value, str) and re.fullmatch(r"\s*-?\d+(\.\d+)?\s*", value):
+        return f"; write {value.strip()} without quotes"
+    return ""
+
+
 def is_library(code: CodeType) -> bool:
     """Whether this is not the app's own code but aftertask's, a library's or Python's."""
     return is_library_file(code.co_filename)

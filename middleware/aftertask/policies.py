@@ -7,12 +7,12 @@ import fnmatch
 import functools
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict, get_args
 
 from ._taskrun import TaskRun
-from ._text import type_name
+from ._text import number_hint, type_name
 from .errors import ProcessTaskError
 
 Trace = Literal["child", "link", "none"]
@@ -34,6 +34,12 @@ def matches(error: BaseException, classes: tuple[type[Exception], ...]) -> bool:
     if isinstance(error, ProcessTaskError):
         return any(type_name(kind) in error.type_names for kind in classes)
     return isinstance(error, classes)
+
+
+#: What other libraries call an option, and how it is written here.
+_SYNONYMS = dict.fromkeys(("retries", "max_retries", "attempts", "max_attempts"), "write retry=Retry(attempts=…)") | (
+    dict.fromkeys(("concurrency", "max_concurrency", "workers"), "write limit=…, a number or a Limit")
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +67,15 @@ class Retry:
     wait_max: float = 30.0
     on: ExceptionClasses = Exception
     give_up_on: ExceptionClasses = ()
+
+    def __new__(cls, *values: object, **named: object) -> Retry:
+        """Refuse what it does not take, with a hint."""
+        if values:
+            raise TypeError(f"Retry takes keywords only, got {values[0]!r}; write Retry(attempts={values[0]!r})")
+        for name in named:
+            if name not in cls.__dataclass_fields__:
+                raise TypeError(f"unknown argument {name!r} of Retry; {_hint(name, cls.__dataclass_fields__)}")
+        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         _check_whole("Retry.attempts", self.attempts, least=1, hint="; 1 means no retry")
@@ -101,7 +116,18 @@ class Limit:
     size: int
     max_waiting: int | None = None
 
+    def __new__(cls, *values: object, **named: object) -> Limit:
+        """Refuse what is no name and size, with a hint."""
+        given = {*("name", "size")[: len(values)], *named}
+        if given and not given >= {"name", "size"}:  # none are given where one is copied
+            raise TypeError(
+                "Limit takes a name and a size: write Limit('smtp', 5); for one task alone limit=5 is enough"
+            )
+        return object.__new__(cls)
+
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"Limit takes its name first, got {self.name!r}: write Limit('smtp', {self.name!r})")
         _check_text("Limit.name", self.name)
         _check_whole("Limit.size", self.size, least=1)
         if self.max_waiting is not None:
@@ -165,6 +191,13 @@ class Policy:
     slow_after: float | None = None
     stuck_after: float | None = None
 
+    def __new__(cls, *values: object, **named: object) -> Policy:
+        """Refuse what is no option, with a hint."""
+        if values:
+            raise TypeError(f"Policy takes keywords only, got {values[0]!r}; write Policy(timeout=…) and the like")
+        _refuse_unknown(named)
+        return object.__new__(cls)
+
     def __post_init__(self) -> None:
         for field, value in self.chosen().items():
             _CHECKS[field](f"Policy.{field}", value)
@@ -216,13 +249,21 @@ def policy_from(keywords: Mapping[str, Any]) -> Policy:
     Raises:
         TypeError: A keyword is unknown; the message suggests the closest one.
     """
-    known = list(PolicyOptions.__annotations__)
-    for name in keywords:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known options are {', '.join(sorted(known))}"
-            raise TypeError(f"unknown policy option {name!r}; {hint}")
+    _refuse_unknown(keywords)
     return Policy(**keywords)
+
+
+def _refuse_unknown(named: Mapping[str, object]) -> None:
+    for name in named:
+        if name not in PolicyOptions.__annotations__:
+            raise TypeError(
+                f"unknown policy option {name!r}; {_SYNONYMS.get(name) or _hint(name, PolicyOptions.__annotations__)}"
+            )
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
 
 
 class PolicyBook:
@@ -271,7 +312,8 @@ def exception_classes(field: str, value: object) -> tuple[type[Exception], ...]:
     """
     classes = value if isinstance(value, tuple) else (value,)
     if not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in classes):
-        raise TypeError(f"{field} must be exception classes, got {value!r}")
+        tuple_hint = "; write a tuple: (A, B)" if isinstance(value, (list, set, frozenset)) else ""
+        raise TypeError(f"{field} must be an exception class or a tuple of them, got {value!r}{tuple_hint}")
     return classes
 
 
@@ -287,14 +329,14 @@ def _check_flag(field: str, value: object) -> None:
 
 def _check_seconds(field: str, value: object, *, zero: bool = False) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{field} must be a number of seconds, got {value!r}")
+        raise TypeError(f"{field} must be a number of seconds, got {value!r}{number_hint(value)}")
     if not (value > 0 or (zero and value == 0)) or not math.isfinite(value):
         raise ValueError(f"{field} must be {'at least' if zero else 'more than'} 0 seconds, got {value!r}")
 
 
 def _check_whole(field: str, value: object, *, least: int | None = None, hint: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{field} must be a whole number, got {value!r}{hint}")
+        raise TypeError(f"{field} must be a whole number, got {value!r}{number_hint(value) or hint}")
     if least is not None and value < least:
         raise ValueError(f"{field} must be at least {least}, got {value!r}{hint}")
 
@@ -311,7 +353,8 @@ def _check_one_of(allowed: tuple[str, ...]) -> Callable[[str, object], None]:
 
 def _check_retry(field: str, value: object) -> None:
     if not isinstance(value, Retry):
-        raise TypeError(f"{field} must be a Retry, got {value!r}; write Retry(attempts=…)")
+        attempts = value if isinstance(value, int) else "…"
+        raise TypeError(f"{field} must be a Retry, got {value!r}; write Retry(attempts={attempts})")
 
 
 def _check_limit(field: str, value: object) -> None:

@@ -14,11 +14,11 @@ from typing import Any, Literal
 from opentelemetry.trace import TracerProvider
 from prometheus_client import REGISTRY, CollectorRegistry
 
-from ._text import default_redact
+from ._text import default_redact, number_hint
 from .alerts import Channel, Route
 from .alerts.checks import check_base_url, check_trace_url
 from .alerts.routing import routes, urls_in
-from .policies import ON_FAILURE, TRACES, Limit, OnFailure, Policy, Trace
+from .policies import ON_FAILURE, TRACES, Limit, OnFailure, Policy, PolicyOptions, Trace
 
 PREFIX = "AFTERTASK_"
 CONTEXTS = ("request", "endpoint")
@@ -97,8 +97,10 @@ class Settings:
     trace_url: str | None = None
     runbook_url: str | None = None
 
-    def __new__(cls, **values: Any) -> Settings:
+    def __new__(cls, *positional: object, **values: Any) -> Settings:
         """Refuse an unknown setting with a hint."""
+        if positional:
+            raise TypeError(f"Settings takes keywords only, got {positional[0]!r}; write Settings(metrics_path=…)")
         for name in values:
             if name not in cls.__dataclass_fields__:
                 raise TypeError(unknown_setting(name))
@@ -118,7 +120,9 @@ class Settings:
         _count("thread_limit", 0 if self.thread_limit is None else self.thread_limit, 1)
         drain = self.drain_timeout
         if drain is not None and (isinstance(drain, bool) or not isinstance(drain, (int, float)) or not drain > 0):
-            raise ValueError(f"Settings.drain_timeout must be more than 0 seconds, or None, got {drain!r}")
+            raise ValueError(
+                f"Settings.drain_timeout must be more than 0 seconds, or None, got {drain!r}{number_hint(drain)}"
+            )
         if not isinstance(self.shutdown_report, bool):
             raise TypeError(f"Settings.shutdown_report must be True or False, got {self.shutdown_report!r}")
         _at_least("block_threshold", self.block_threshold, 0.01)
@@ -127,7 +131,10 @@ class Settings:
                 raise TypeError(f"Settings.{name} must be a function, got {getattr(self, name)!r}")
         rate = self.success_log_rate
         if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate >= 0):
-            raise ValueError(f"Settings.success_log_rate must be a number of lines per second, or None, got {rate!r}")
+            raise ValueError(
+                f"Settings.success_log_rate must be a number of lines per second, or None, got {rate!r}"
+                f"{number_hint(rate)}"
+            )
         header = self.run_ids_header
         if header is not None and not (isinstance(header, str) and _HEADER_NAME.fullmatch(header)):
             raise ValueError(f"Settings.run_ids_header must be a header's name or None, got {header!r}")
@@ -156,7 +163,8 @@ class Settings:
                 try:
                     values[setting] = _FROM_TEXT[setting](text)
                 except ValueError as error:
-                    raise ValueError(f"{name}={text!r}: {error}") from None
+                    value = "" if setting == "alerts" else f"={text!r}"  # a channel's URL is a secret
+                    raise ValueError(f"{name}{value}: {error}") from None
         try:
             return cls(**{**values, **overrides})
         except ValueError as error:
@@ -166,6 +174,8 @@ class Settings:
 
 def unknown_setting(name: str) -> str:
     """The message about an unknown setting."""
+    if name in PolicyOptions.__annotations__:
+        return f"{name!r} is an option of a task: write Settings(policies={{'*': Policy({name}=…)}}) or @task({name}=…)"
     known = [item.name for item in fields(Settings)]
     close = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {close[0]!r}?" if close else f"known settings are {', '.join(known)}"
@@ -271,12 +281,14 @@ def _path(name: str, value: object) -> None:
 
 def _count(name: str, value: object, least: int) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise ValueError(f"Settings.{name} must be a whole number, at least {least}, got {value!r}")
+        raise ValueError(f"Settings.{name} must be a whole number, at least {least}, got {value!r}{number_hint(value)}")
 
 
 def _at_least(name: str, value: object, least: float) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least):
-        raise ValueError(f"Settings.{name} must be at least {least} seconds, or None, got {value!r}")
+        raise ValueError(
+            f"Settings.{name} must be at least {least} seconds, or None, got {value!r}{number_hint(value)}"
+        )
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -286,12 +298,18 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 def _policies(policies: object) -> Mapping[str, Policy]:
     if not isinstance(policies, Mapping):
-        raise TypeError(f"Settings.policies must map task names or patterns to Policy, got {policies!r}")
+        raise TypeError(
+            f"Settings.policies must map task names or patterns to Policy, got {type(policies).__name__}; "
+            "write policies={'mail.*': Policy(timeout=20)}"
+        )
     for name, policy in policies.items():
         if not isinstance(name, str) or not name:
             raise TypeError(f"Settings.policies: a key must be a task's name or a pattern, got {name!r}")
         if not isinstance(policy, Policy):
-            raise TypeError(f"Settings.policies[{name!r}] must be a Policy, got {policy!r}")
+            options = (
+                ", ".join(f"{key}={value!r}" for key, value in policy.items()) if isinstance(policy, dict) else "…"
+            )
+            raise TypeError(f"Settings.policies[{name!r}] must be a Policy, got {policy!r}; write Policy({options})")
     limits: dict[str, Limit] = {}
     for policy in policies.values():
         if isinstance(policy.limit, Limit) and limits.setdefault(policy.limit.name, policy.limit) is not policy.limit:
@@ -301,7 +319,8 @@ def _policies(policies: object) -> Mapping[str, Policy]:
 
 def _exclude(paths: object) -> tuple[str, ...]:
     if isinstance(paths, str) or not isinstance(paths, (list, tuple, set, frozenset)):
-        raise TypeError(f"Settings.exclude must be a list of paths, got {paths!r}")
+        hint = f"; write exclude=[{paths!r}]" if isinstance(paths, str) else ""
+        raise TypeError(f"Settings.exclude must be a list of paths, got {paths!r}{hint}")
     for path in paths:
         if not isinstance(path, str) or not path.startswith("/"):
             raise ValueError(f"Settings.exclude: a path must begin with a slash, got {path!r}")

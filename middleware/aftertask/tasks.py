@@ -72,6 +72,8 @@ def task(func: Any = None, /, **policy: Any) -> Any:
         NameClash: Another function is registered under this name.
         TypeError: A keyword is unknown, or the object cannot be a task.
     """
+    if isinstance(func, str):
+        raise TypeError(f"@task registers a function, got {func!r}; write @task(name={func!r})")
     chosen = policy_from(policy)
     if func is None:
         return functools.partial(_register, policy=chosen)

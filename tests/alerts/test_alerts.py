@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 from fastapi import BackgroundTasks, FastAPI, HTTPException
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
 from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
 
@@ -364,3 +366,32 @@ def test_a_run_cancelled_with_its_request_is_not_cut_off(alerts_for: AlertsFor, 
     alerts.cancelled(Cancelled(quiet, NOW + 10, 1, 1.0, "cancelled"))
     alerts.close()
     assert inbox.all == []
+
+
+@pytest.mark.parametrize(
+    ("resource", "variable", "expected"),
+    [("shop", "other", "shop"), (None, "other", "other"), (None, None, None)],
+)
+def test_the_service_is_opentelemetrys(
+    resource: str | None, variable: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`service.name` of the provider's resource, else the variable; never `unknown_service`."""
+    for name in ("OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES"):
+        monkeypatch.delenv(name, raising=False)
+    attributes = {"service.name": "unknown_service:python" if resource is None else resource}
+    provider = TracerProvider(resource=Resource(attributes))
+    if variable is not None:
+        monkeypatch.setenv("OTEL_SERVICE_NAME", variable)
+    inbox = Inbox()
+    app = FastAPI()
+    chosen = Settings(registry=CollectorRegistry(), alerts=[inbox], tracer_provider=provider)
+    app.add_middleware(AftertaskMiddleware, settings=chosen)
+
+    @app.get("/")
+    async def endpoint(tasks: BackgroundTasks) -> None:
+        tasks.add_task(mail)
+
+    with TestClient(app, raise_server_exceptions=False) as client:
+        client.get("/")
+    (alert,) = inbox.wait()
+    assert alert.service == expected

@@ -101,7 +101,7 @@ class Alert:
         not_run: Tasks that did not run for the same cause: skipped after these failures, or dropped with these runs.
             Task name to number of runs.
         suppressed: What this channel's rate limit held back; None if nothing.
-        service: `OTEL_SERVICE_NAME`; None if not set.
+        service: `service.name` of OpenTelemetry's resource, else `OTEL_SERVICE_NAME`; None if neither is set.
         host: Name of the machine.
         pid: Id of the process.
     """

@@ -110,13 +110,25 @@ def channel_from_url(url: str) -> Channel:
     scheme, separator, _ = url.strip().partition("://")
     if not separator or not re.fullmatch(_SCHEME, scheme):
         raise ValueError(
-            "an alert channel must be a URL such as https://example.org/hook or slack://…, got one without a scheme"
+            "an alert channel must be a URL such as https://example.org/hook or slack://…, got one without a scheme: a "
+            "webhook's address begins with https://, and a chat has a scheme of its own"
         )
     return Webhook(url) if scheme.lower() in ("http", "https") else Apprise(url)
 
 
 def urls_in(text: str) -> list[str]:
-    """The URLs in a comma-separated list; a comma that no new URL follows is part of the URL."""
+    """
+    The URLs in a comma-separated list; a comma that no new URL follows is part of the URL.
+
+    Raises:
+        ValueError: They are separated by something else, or one has no scheme; the message shows no secret.
+    """
+    if re.search(rf"[;|\s]\s*{_SCHEME}://", re.sub(r",\s+", ",", text.strip())):
+        raise ValueError("the URLs must be separated by commas: https://…,slack://…")
+    if re.search(r",\s+\S", re.sub(rf",\s+(?={_SCHEME}://)", ",", text)):
+        raise ValueError(
+            "after a comma comes an entry without a scheme: begin each with https://, slack:// and the like"
+        )
     return [part.strip() for part in re.split(rf",(?=\s*{_SCHEME}://)", text) if part.strip()]
 
 

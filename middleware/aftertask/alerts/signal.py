@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from .. import _clock
 from .._core.process import on_exit, on_fork
@@ -53,6 +54,7 @@ class Alerts(Signal):
         repeat_after: Seconds from a group's first message to its second; doubled for each further one.
         repeat_max: Upper bound of that time, in seconds.
         resolve_after: Seconds without a bad run after which a task that has succeeded is resolved.
+        service: Finds the service's name when an alert is made; None, or if it returns None, means `OTEL_SERVICE_NAME`.
         redact: As `Settings.redact`; applied to what a channel raises before it is logged.
         metrics: The `Metrics` signal, which counts deliveries; None: they are only logged.
 
@@ -72,6 +74,7 @@ class Alerts(Signal):
         repeat_after: float = 300.0,
         repeat_max: float = 3600.0,
         resolve_after: float = 300.0,
+        service: Callable[[], str | None] | None = None,
         redact: Callable[[str], str] = default_redact,
         metrics: AlertMetrics | None = None,
     ) -> None:
@@ -84,6 +87,7 @@ class Alerts(Signal):
         check_seconds("Alerts.resolve_after", resolve_after)
         self._burst, self._burst_window, self._runbook_url = burst, burst_window, runbook_url
         self._describe = functools.partial(describe, trace_url=trace_url, runbook_url=runbook_url)
+        self._service = service
         timing = Timing(
             repeat_after=repeat_after, repeat_max=max(repeat_after, repeat_max), resolve_after=resolve_after
         )
@@ -235,10 +239,13 @@ class Alerts(Signal):
         run, level = event.run, severity(event)
         return [sender for sender in self._senders if sender.route.accepts(level, run.info.owner, run.task)]
 
-    @staticmethod
     def _send(
-        senders: list[Sender], key: GroupKey, count: int, describe: Callable[[], Alert], timestamp: float
+        self, senders: list[Sender], key: GroupKey, count: int, describe: Callable[[], Alert], timestamp: float
     ) -> None:
-        once = functools.cache(describe)
+        @functools.cache
+        def once() -> Alert:
+            alert, name = describe(), None if self._service is None else self._service()
+            return alert if name is None else replace(alert, service=name)
+
         for sender in senders:
             sender.add(key, count, once, timestamp)

@@ -34,6 +34,18 @@ _RESERVED = frozenset(
     {"content-type", "content-length", "host", "webhook-id", "webhook-timestamp", "webhook-signature"}
 )
 
+#: The hosts of chats, whose webhooks want a JSON of their own, and Apprise's URL for each.
+#: Source: https://github.com/caronc/apprise/wiki
+_CHATS = {
+    "hooks.slack.com": "slack://TokenA/TokenB/TokenC, the last three parts of its path",
+    "discord.com": "discord://WebhookID/WebhookToken, the last two parts of its path",
+    "discordapp.com": "discord://WebhookID/WebhookToken, the last two parts of its path",
+    "webhook.office.com": "msteams://…",
+    "logic.azure.com": "workflows://…",
+    "chat.googleapis.com": "gchat://Workspace/Key/Token",
+    "api.telegram.org": "tgram://BotToken/ChatID",
+}
+
 _BAD_SECRET = (
     "Webhook.secret must be 'whsec_' and the base64 of 24 to 64 random bytes; make one with: "
     "python -c \"import base64, secrets; print('whsec_' + base64.b64encode(secrets.token_bytes(32)).decode())\""
@@ -157,6 +169,12 @@ def _host(url: object) -> str:
         raise ValueError("Webhook.url is malformed: it needs a host, and allows no spaces or non-ASCII characters")
     if parts.username is not None or parts.password is not None:
         raise ValueError("Webhook.url must not contain a user or password; use headers={'Authorization': …}")
+    chat = next((url for name, url in _CHATS.items() if host == name or host.endswith(f".{name}")), None)
+    if chat is not None:
+        raise ValueError(
+            f"{host} is a chat, which does not accept the JSON of a Webhook: use {chat} (as Apprise(…) or in "
+            "AFTERTASK_ALERTS; needs pip install 'aftertask[alerts]')"
+        )
     return parts.netloc
 
 

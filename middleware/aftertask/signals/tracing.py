@@ -255,3 +255,11 @@ def _log_exception(span: Span, failure: Failure) -> None:
             attributes=_exception(failure),
         )
     )
+
+
+def service_name(provider: TracerProvider | None) -> str | None:
+    """`service.name` of a provider's resource, by default of the global one; None if it has none of its own."""
+    resource = getattr(api.get_tracer_provider() if provider is None else provider, "resource", None)
+    name = getattr(resource, "attributes", {}).get("service.name")
+    # OpenTelemetry's SDK names a service without a name `unknown_service:python`.
+    return name if isinstance(name, str) and not name.startswith("unknown_service") else None

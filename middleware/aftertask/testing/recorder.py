@@ -54,10 +54,15 @@ class Recorder:
         return [event.run for event in self.of(Scheduled, task)]
 
     def outcomes(self) -> list[tuple[str, str]]:
-        """The last part of each ended run's task name and its outcome, in the order in which they ended."""
+        """
+        Each ended run's task and its outcome, in the order in which they ended.
+
+        A task that `@task` or `Settings.policies` names has its full name, such as `mail.welcome`, any other that of
+        its function alone.
+        """
         with self._changed:
             ended = [event for event in self.events if isinstance(event, _ENDS)]
-        return [(event.run.task.rpartition(".")[2], str(event.run.outcome)) for event in ended]
+        return [(_shown(event.run), str(event.run.outcome)) for event in ended]
 
     def clear(self) -> None:
         """Forget the events so far; `wait_idle` still waits for runs in flight."""
@@ -95,6 +100,10 @@ class Recorder:
     async def idle(self, timeout: float = 10.0) -> None:
         """`wait_idle`, for a test on the event loop."""
         await anyio.to_thread.run_sync(self.wait_idle, timeout, abandon_on_cancel=True)
+
+
+def _shown(run: TaskRun) -> str:
+    return run.task if run.info.registered else run.task.rpartition(".")[2]
 
 
 def _is_named(run: TaskRun, task: str | None) -> bool:
