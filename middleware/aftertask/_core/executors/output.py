@@ -63,7 +63,8 @@ def followed() -> Iterator[Output | None]:
     reader = _Reader(open(handle, encoding="utf-8"))  # noqa: SIM115  # closed below
     # The lines are logged in the context of the run, so that they get its keys.
     context = copy_context()
-    start_thread("worker-output", lambda: context.run(reader.follow))
+    with contextlib.suppress(RuntimeError):  # no thread can be started: the lines come when the attempt is over
+        start_thread("worker-output", lambda: context.run(reader.follow))
     try:
         yield Output(path, logging.getLogger().getEffectiveLevel(), plain)
     finally:
