@@ -161,13 +161,27 @@ def test_a_contained_failure_undoes_nothing(store: Store) -> None:
 
 
 @pytest.mark.parametrize(("run_after", "scope", "ends_first"), CELLS)
-@pytest.mark.parametrize("what", ["reads", "commits", "fails", "mails"])
-def test_no_false_alarm(store: Store, what: str, run_after: str, scope: str | None, ends_first: bool) -> None:
-    """Nothing was written, or it was committed by hand, or the dependency has ended: there is no hazard."""
+@pytest.mark.parametrize("what", ["reads", "commits"])
+def test_nothing_to_commit_is_no_hazard(
+    store: Store, what: str, run_after: str, scope: str | None, ends_first: bool
+) -> None:
+    """Nothing was written, or it was committed by hand before."""
     if what == "commits" and not store.commits_by_hand:
         pytest.skip("a connection of engine.begin() cannot be committed by hand")
-    if what in ("fails", "mails") and not ends_first:
-        pytest.skip("no false alarm: see the tests above")
+    assert_no_hazard(store, what, run_after, scope)
+
+
+@pytest.mark.parametrize(("run_after", "scope", "ends_first"), [cell for cell in CELLS if cell.values[2]])
+@pytest.mark.parametrize("what", ["fails", "mails"])
+def test_a_dependency_that_has_ended_is_no_hazard(
+    store: Store, what: str, run_after: str, scope: str | None, ends_first: bool
+) -> None:
+    """Whatever the task does."""
+    assert_no_hazard(store, what, run_after, scope)
+
+
+def assert_no_hazard(store: Store, what: str, run_after: str, scope: str | None) -> None:
+    """One request, and nothing is found."""
     shop = Shop(store, run_after, scope)
     with shop.client() as client:
         assert client.post(f"/{what}").status_code == 200
