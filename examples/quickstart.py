@@ -1,11 +1,11 @@
 """
 The smallest app. Run it, send one request, and look:
 
-    uvicorn minimal:app --app-dir examples
+    uvicorn quickstart:app --app-dir examples
     curl -X POST 'http://127.0.0.1:8000/signup?email=ada@example.org'
 
-You will see one JSON line on stderr, `task.succeeded` for `minimal.send_welcome_email`, and the metrics of that task at
-http://127.0.0.1:8000/metrics.
+You will see one JSON line on stderr, `task.succeeded` for `quickstart.send_welcome_email`, and the metrics of that task
+at http://127.0.0.1:8000/metrics.
 """
 
 from fastapi import BackgroundTasks, FastAPI
