@@ -18,13 +18,25 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from live.servers import Server, eventually, free_port, uvicorn
+from live.servers import Receiver, Server, eventually, free_port, process, uvicorn
 
 pytestmark = pytest.mark.timeout(60)
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 SHOP = EXAMPLES / "shop"
+
+
+class Hook(Receiver):
+    """A webhook's receiver, and the alerts it got."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alerts: list[dict[str, str]] = []
+
+    def take(self, body: bytes) -> None:
+        """One alert."""
+        self.alerts.append(json.loads(body))
 
 
 def wait_for(server: Server, text: str) -> str:
@@ -142,6 +154,132 @@ def test_the_example_of_two_workers_has_one_scrape(tmp_path: Path) -> None:
         line = 'aftertask_tasks_finished_total{engine="local",outcome="succeeded",task="two_workers.ship"} '
         whole = f"{line}{processes.total()}.0"
         eventually(lambda: whole in httpx2.get(f"{server.url}/metrics").text, what=f"{whole!r} in a scrape")
+
+
+@pytest.mark.long
+def test_the_example_of_signup_mail_retries_alerts_and_sends(tmp_path: Path) -> None:
+    """Without a mail server three attempts fail and the webhook is called; with one the mail arrives."""
+    port = free_port()
+    with Hook() as hook:
+        env = {"SMTP_PORT": str(port), "AFTERTASK_ALERTS": f"{hook.url}/hook"}
+        with uvicorn("signup_mail:app", EXAMPLES, tmp_path / "log", **env) as server:
+
+            def sign_up() -> None:
+                answer = httpx2.post(f"{server.url}/signup", params={"email": "ada@example.org"}, timeout=30)
+                assert answer.json() == {"status": "ok"}
+
+            sign_up()
+            text = wait_for(server, "task.failed")
+            events = [json.loads(line)["event"] for line in text.splitlines() if '"task.' in line]
+            assert events == ["task.retrying", "task.retrying", "task.failed"]
+            (alert,) = eventually(lambda: hook.alerts, what="the alert")
+            assert (alert["task"], alert["owner"], alert["http_route"]) == ("mail.welcome", "growth", "/signup")
+            assert "send_welcome_mail" in alert["stack"]
+            listen = (sys.executable, "-m", "aiosmtpd", "-n", "-l", f"127.0.0.1:{port}")
+            with process(*listen, log=tmp_path / "mails", env={"PYTHONUNBUFFERED": "1"}) as smtp:
+
+                def has_arrived() -> bool:
+                    sign_up()
+                    assert smtp.poll() is None
+                    return "Subject: Welcome" in (tmp_path / "mails").read_text()
+
+                eventually(has_arrived, what="the mail")
+                wait_for(server, "task.succeeded")
+
+
+@pytest.mark.long
+def test_the_example_of_report_upload_stores_what_its_task_found(tmp_path: Path) -> None:
+    """The row is there when the task runs; the task that gets the upload itself fails with a hint."""
+    env = {"DATABASE_URL": f"sqlite:///{tmp_path / 'reports.db'}"}
+    with uvicorn("report_upload:app", EXAMPLES, tmp_path / "log", **env) as server:
+        files = {"file": ("sales.csv", b"city,amount\nParis,3\nParis,5\nRome,4\n")}
+        report = httpx2.post(f"{server.url}/reports", files=files, timeout=30).json()["id"]
+        found = eventually(
+            lambda: (row := httpx2.get(f"{server.url}/reports/{report}").json())["rows"] and row, what="the report"
+        )
+        assert found == {"rows": 3, "total": 12.0}
+        wait_for(server, '"reports.mail"')
+        assert httpx2.post(f"{server.url}/trap", files=files, timeout=30).status_code == 202
+        text = wait_for(server, '"task.failed"')
+        failed = next(json.loads(line) for line in text.splitlines() if '"task.failed"' in line)
+        assert failed["task"] == "reports.trap" and "the upload is closed" in failed["hint"]
+
+
+@pytest.mark.long
+def test_the_example_of_compensation_cleans_up(tmp_path: Path) -> None:
+    """The money is released if the order fails, and only then."""
+    with uvicorn("compensation:app", EXAMPLES, tmp_path / "log") as server:
+        orders = f"{server.url}/orders"
+        assert httpx2.post(orders, params={"article": "hat", "stock": 0}, timeout=30).status_code == 409
+        text = wait_for(server, "released payment-for-hat")
+        assert "task.dropped" in text
+        assert httpx2.post(orders, params={"article": "scarf", "stock": 1}, timeout=30).status_code == 200
+        eventually(lambda: server.log.read_text().count('"task.succeeded"') == 3, what="three successes")
+        assert "released payment-for-scarf" not in server.log.read_text()
+
+
+@pytest.mark.long
+def test_the_example_of_limits_lets_urgent_tasks_overtake(tmp_path: Path) -> None:
+    """After the first task, which had the slot for itself, all urgent ones come first."""
+    with uvicorn("limits_and_priorities:app", EXAMPLES, tmp_path / "log") as server, ThreadPoolExecutor(10) as threads:
+        posts = [threads.submit(httpx2.post, f"{server.url}/users/{user}", timeout=30) for user in range(1, 11)]
+        assert {post.result().status_code for post in posts} == {200}
+        sent = eventually(
+            lambda: len(order := httpx2.get(f"{server.url}/order").json()) == 10 and order, what="ten mails"
+        )
+    kinds = [each.split()[0] for each in sent]
+    assert Counter(kinds) == {"password": 5, "newsletter": 5}
+    # Those that were sent before all ten were waiting had none to overtake.
+    assert kinds[-2:] == ["newsletter"] * 2
+
+
+@pytest.mark.long
+def test_the_example_of_blocking_is_found_once_and_mended_three_times(tmp_path: Path) -> None:
+    """The line that blocks is named by the running app and by the check; the mended tasks block nothing."""
+    with uvicorn("blocking:app", EXAMPLES, tmp_path / "log") as server:
+        for kind in ("thread", "process", "client", "blocking"):
+            httpx2.post(f"{server.url}/{kind}", timeout=30)
+            wait_for(server, f'"task": "pages.{kind}"')
+        text = wait_for(server, '"loop.blocked"')
+        blocked = [json.loads(line) for line in text.splitlines() if '"loop.blocked"' in line]
+        named = [line for line in blocked if line["task"].startswith("pages.")]
+        assert [line["task"] for line in named] == ["pages.blocking"]
+        assert "blocking.py" in named[0]["where"] and "fetch_blocking" in named[0]["stack"]
+    check = [sys.executable, "-m", "aftertask.cli", "check", "blocking:app", "--app-dir", str(EXAMPLES)]
+    done = subprocess.run(check, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 1 and "time.sleep" in done.stdout and "pages.blocking" in done.stdout
+
+
+@pytest.mark.long
+def test_the_example_of_batch_progress_counts_its_shards(tmp_path: Path) -> None:
+    """The progress grows while the job is in flight, and the job is unknown afterwards."""
+    with uvicorn("batch_progress:app", EXAMPLES, tmp_path / "log") as server:
+        job = httpx2.post(f"{server.url}/jobs", params={"shards": 6}, timeout=30).headers["x-run-id"]
+        seen: list[str] = []
+
+        def has_ended() -> bool:
+            answer = httpx2.get(f"{server.url}/jobs/{job}", timeout=30)
+            if answer.status_code == 200 and answer.json()["progress"]:
+                seen.append(answer.json()["progress"])
+            return answer.status_code == 404
+
+        eventually(has_ended, seconds=50, what="the end of the job")
+        assert seen and all(re.fullmatch(r"[1-6]/6 shards", each) for each in seen)
+        wait_for(server, '"task.succeeded"')
+
+
+def test_the_example_of_testing_passes() -> None:
+    """Its tests pass as its comment says."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(EXAMPLES / "testing.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+    assert "4 passed" in done.stdout, done.stdout
+
+
+def test_each_example_runs_in_a_test() -> None:
+    """No example is forgotten here."""
+    here = Path(__file__).read_text()
+    for path in EXAMPLES.glob("*.py"):
+        assert f'"{path.stem}:app"' in here or f'"{path.name}"' in here, path.name
 
 
 def test_the_shop_counts_the_responses_that_its_customers_got(tmp_path: Path) -> None:
