@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
 
-.PHONY: test check long demo bench upstream realworld versions grafana dashboards format clean
+.PHONY: test check long docs demo bench upstream realworld versions grafana dashboards format clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,8 +20,11 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-long: upstream ## what takes minutes: upstream suites, real servers, slow tests
+long: upstream docs ## what takes minutes: upstream suites, real servers, the documentation, slow tests
 	$(BIN)/python -m pytest -q -m long
+
+docs: $(STAMP) ## the documentation as a website in site/; a broken link is an error
+	$(BIN)/zensical build --clean --strict
 
 demo: $(STAMP) ## a small shop under uvicorn with its own traffic; `make demo SECONDS=20` stops by itself
 	$(BIN)/python examples/shop/demo.py $(if $(SECONDS),--seconds $(SECONDS))
@@ -55,4 +58,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
