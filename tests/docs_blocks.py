@@ -13,7 +13,9 @@ from __future__ import annotations
 import ast
 import asyncio
 import base64
+import contextlib
 import inspect
+import io
 import json
 import multiprocessing
 import os
@@ -25,7 +27,6 @@ import traceback
 import types
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -118,25 +119,15 @@ def execute(page: Path) -> None:
         assert code == 0, f"the page's own tests ended with {code!r}"
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """What the blocks print goes nowhere."""
-    with open(os.devnull, "w") as sink:
-        kept, sys.stdout = sys.stdout, sink
-        try:
-            yield
-        finally:
-            sys.stdout = kept
-
-
 def child(page: Path, answer: Any) -> None:
-    """Run a page in this process, and send what went wrong, or None."""
+    """Run a page in this process, and send what went wrong with what was printed, or None."""
     warnings.simplefilter("error")
+    printed = io.StringIO()
     try:
-        with quiet():
+        with contextlib.redirect_stdout(printed):
             execute(page)
     except BaseException:
-        answer.send(traceback.format_exc())
+        answer.send(f"{traceback.format_exc()}\n{printed.getvalue()[-3000:]}")
     else:
         answer.send(None)
 
