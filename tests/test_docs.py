@@ -52,14 +52,14 @@ def ran() -> dict[str, str | None]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
     found: dict[str, str | None] = json.loads(done.stdout)
     return found
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_python_block_runs(page: Path, ran: dict[str, str | None]) -> None:
     """As it is printed; an app that gets the middleware in a block is started, and the tests of a page pass."""
@@ -147,6 +147,12 @@ def test_the_manifests_are_yaml_and_their_query_is_promql() -> None:
     limit = int(container["command"][container["command"].index("--timeout-graceful-shutdown") + 1])
     variables = {each["name"]: each["value"] for each in container["env"]}
     assert pod["terminationGracePeriodSeconds"] > 5 + limit + int(variables["AFTERTASK_DRAIN_TIMEOUT"])
+
+
+def test_the_lines_in_the_readme_are_those_of_the_tutorial() -> None:
+    """Those are compared with what a real server writes."""
+    shown = re.search(r"```json\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert shown and shown[1] in (DOCS / "tutorial.md").read_text()
 
 
 # --- pages and links
