@@ -53,7 +53,7 @@ def events() -> Iterator[Recorder]:
 def test_a_signup_sends_a_mail(events: Recorder) -> None:
     """`TestClient` returns when the tasks have ended, so there is nothing to wait for."""
     TestClient(app).post("/signup", params={"email": "ada@example.org"})
-    assert events.outcomes() == [("welcome", "succeeded")]
+    assert events.outcomes() == [("mail.welcome", "succeeded")]
     assert outbox == ["ada@example.org"]
 
 

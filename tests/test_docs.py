@@ -131,7 +131,7 @@ def test_the_page_about_noise_does_what_it_says() -> None:
         client = TestClient(space["app"], raise_server_exceptions=False)
         client.post("/orders")
         client.post("/internal/orders")
-    assert events.outcomes() == [("declined", "failed")]
+    assert events.outcomes() == [("orders.declined", "failed")]
     assert not any(getattr(event, "bad", False) for event in events.events)
 
 
