@@ -15,7 +15,7 @@ import one_task
 import overview
 from aftertask.cli._rules import Options, groups, to_yaml
 from aftertask.cli.rules import FILES
-from panels import build
+from boards import build
 
 BOARDS = (overview.BOARD, one_task.BOARD, capacity.BOARD, engine.BOARD)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from aftertask.cli._rules import Limits
-from panels import BYTES, COUNT, ORANGE, RATE, RED, SECONDS, SHARE, Ask, Board, Panel, Row, quantiles
+from panels import BYTES, COUNT, ORANGE, PER_MINUTE, RED, SECONDS, SHARE, Ask, Board, Panel, Row, quantiles
 
 LIMITS = Limits()
 
@@ -12,7 +12,7 @@ def late(seconds: int) -> str:
     """PromQL: the share of the runs that waited longer than this; clients write its edge as 10 or 10.0."""
     return (
         f'1 - sum(rate(aftertask_queue_wait_seconds_bucket{{le=~"{seconds}(\\\\.0)?"}}[$__rate_interval])) / '
-        "(sum(rate(aftertask_queue_wait_seconds_count[$__rate_interval])) > 0) or vector(0)"
+        "(sum(rate(aftertask_queue_wait_seconds_count[$__rate_interval])) > 0)"
     )
 
 
@@ -28,43 +28,41 @@ LOAD = Row(
             "is the one to speed up, limit or move elsewhere.",
             asks=[
                 Ask(
-                    query="topk(10, sum by (task) (rate(aftertask_attempt_duration_seconds_sum[$__rate_interval])))",
+                    query="topk(10, sum by (task) "
+                    "(rate(aftertask_attempt_duration_seconds_sum[$__rate_interval])) > 0)",
                     legend="{{task}}",
                 )
             ],
         ),
         Panel(
-            title="Offered and finished",
-            unit=RATE,
-            description="If offered stays above finished, more comes in than goes out, and waits grow. Add "
+            title="Scheduled vs. finished",
+            unit=PER_MINUTE,
+            description="If scheduled stays above finished, more comes in than goes out, and waits grow. Add "
             "instances, or reduce the work.",
             asks=[
-                Ask(
-                    query="sum(rate(aftertask_tasks_scheduled_total[$__rate_interval])) or vector(0)", legend="offered"
-                ),
-                Ask(
-                    query="sum(rate(aftertask_tasks_finished_total[$__rate_interval])) or vector(0)", legend="finished"
-                ),
+                Ask(query=f"60 * sum(rate(aftertask_tasks_{word}_total[$__rate_interval])) or vector(0)", legend=word)
+                for word in ("scheduled", "finished")
             ],
         ),
         Panel(
             title="In flight by state",
             unit=COUNT,
+            empty="None in flight",
             stacked=True,
             description="queued grows: too little capacity, or one run holds up its siblings. backoff grows: a "
             "dependency is down. scheduled: responses that are still being sent.",
-            asks=[Ask(query="sum by (state) (aftertask_tasks_inflight)", legend="{{state}}")],
+            asks=[Ask(query="sum by (state) (aftertask_tasks_inflight) > 0", legend="{{state}}")],
         ),
         Panel(
             title="Oldest waiting, by instance",
+            empty="None waits",
             unit=SECONDS,
             lines=True,
             steps=[(60, ORANGE), (LIMITS.queued_seconds, RED)],
             description="How long the oldest queued run has waited; has a value even while nothing starts. One "
             "instance only: restart it, after a look at its stacks.",
             asks=[
-                Ask(query="max by (instance) (aftertask_oldest_queued_age_seconds)", legend="{{instance}}"),
-                Ask(query="max(aftertask_oldest_queued_age_seconds) or vector(0)", legend="oldest of all"),
+                Ask(query="max by (instance) (aftertask_oldest_queued_age_seconds) > 0", legend="{{instance}}"),
             ],
         ),
         Panel(
@@ -78,6 +76,8 @@ LOAD = Row(
             title="Waited longer than",
             unit=SHARE,
             high=1,
+            lines=True,
+            steps=[(LIMITS.wait_share, RED)],
             description="Share of the runs that started late. Its alert: over 5 % waited more than 10 s.",
             asks=[Ask(query=late(seconds), legend=f"{seconds} s") for seconds in (1, 10, 60)],
         ),
@@ -89,6 +89,7 @@ LIMITED = Row(
     panels=[
         Panel(
             title="Limits in use",
+            empty="No limits configured",
             unit=SHARE,
             high=1,
             description="Slots in use of each limit. 100 % and runs waiting: the limit holds the work up; raise it if "
@@ -102,15 +103,17 @@ LIMITED = Row(
             ],
         ),
         Panel(
-            title="Runs that wait for a limit",
+            title="Runs waiting for a limit",
             unit=COUNT,
+            empty="No run waits for a limit",
             stacked=True,
             description="Runs that are accepted and have no slot. Growing without end: runs that hold a slot do not "
             "finish, or the limit is too low.",
-            asks=[Ask(query="sum by (limiter) (aftertask_concurrency_waiting)", legend="{{limiter}}")],
+            asks=[Ask(query="sum by (limiter) (aftertask_concurrency_waiting) > 0", legend="{{limiter}}")],
         ),
         Panel(
-            title="Threads",
+            title="Thread pool usage",
+            empty="No thread pool used",
             unit=SHARE,
             high=1,
             lines=True,
@@ -125,11 +128,22 @@ LIMITED = Row(
             ],
         ),
         Panel(
-            title="Calls that wait for a thread",
+            title="Calls waiting for a thread",
+            empty="No call waits for a thread",
             unit=COUNT,
             stacked=True,
             description="Above 0 for long: the pool is exhausted. For the task see busy seconds.",
-            asks=[Ask(query="sum by (pool) (aftertask_threadpool_waiting)", legend="{{pool}}")],
+            asks=[Ask(query="sum by (pool) (aftertask_threadpool_waiting) > 0", legend="{{pool}}")],
+        ),
+        Panel(
+            title="Abandoned threads",
+            unit=COUNT,
+            empty="No abandoned threads",
+            stacked=True,
+            to_task=True,
+            description="Threads that continue past their task's timeout. A thread cannot be stopped: give the call in "
+            "it a timeout of its own.",
+            asks=[Ask(query="topk(10, sum by (task) (aftertask_abandoned_threads) > 0)", legend="{{task}}")],
         ),
     ],
 )
@@ -138,7 +152,8 @@ LOOP = Row(
     title="Event loop and process",
     panels=[
         Panel(
-            title="How late the event loop is",
+            title="Event loop lag (p99)",
+            empty="No loop is watched",
             unit=SECONDS,
             lines=True,
             steps=[(LIMITS.lag_seconds, RED)],
@@ -154,27 +169,30 @@ LOOP = Row(
         ),
         Panel(
             title="Event loop blocked by",
+            empty="Never blocked",
             unit=SHARE,
             to_task=True,
-            description="Share of the time in which the loop was blocked, by the task to blame; __none__: by no task. "
+            description="Share of the time in which the loop was blocked, by the task to blame. "
             "Make that task a plain def, or use an async client.",
             asks=[
                 Ask(
                     query="topk(10, sum by (task) "
-                    "(rate(aftertask_event_loop_blocked_seconds_total[$__rate_interval])))",
+                    "(rate(aftertask_event_loop_blocked_seconds_total[$__rate_interval])) > 0)",
                     legend="{{task}}",
                 )
             ],
         ),
         Panel(
             title="Memory",
+            empty="Not measured",
             unit=BYTES,
             description="Resident memory, by instance, from prometheus-client (one process only). A sawtooth that ends "
             "at the limit: the process is killed, and its runs with it.",
             asks=[Ask(query="sum by (instance) (process_resident_memory_bytes)", legend="{{instance}}")],
         ),
         Panel(
-            title="Processor",
+            title="CPU",
+            empty="Not measured",
             unit=COUNT,
             description="Processors in use, by instance, from prometheus-client (one process only). At 1, a Python "
             "process can do no more: add processes.",

@@ -1,40 +1,41 @@
-"""Engine and safety: what never ran, how aftertask itself is doing, and whether its counts add up."""
+"""Internals: what will make tasks fail, aftertask's own alerts, how it is doing, and whether its counts add up."""
 
 from __future__ import annotations
 
-from panels import COUNT, RATE, RED, SECONDS, Ask, Board, Panel, Row
+from panels import COUNT, PER_MINUTE, RED, SECONDS, WHOLE, Ask, Board, Column, Panel, Row, per_minute
 
 SAFETY = Row(
-    title="What never ran, and what will fail",
+    title="What never started, and what will fail",
     panels=[
         Panel(
-            title="Never ran, by reason",
-            unit=RATE,
+            title="Runs never started, by reason",
+            unit=PER_MINUTE,
+            empty="Every run started",
             stacked=True,
             description="own_background: the response has a background of its own, so FastAPI leaves injected tasks "
             "out. client_gone: the client left while the response was sent. shutdown: let the server wait longer.",
             asks=[
                 Ask(
-                    query="sum by (outcome, reason) (rate(aftertask_tasks_not_run_total[$__rate_interval]))",
+                    query=per_minute("aftertask_tasks_not_run_total", "outcome, reason"),
                     legend="{{outcome}} {{reason}}",
                 )
             ],
         ),
         Panel(
             title="Hazards",
-            kind="stat",
-            height=8,
-            description="Findings of what makes background tasks fail, in the shown time; the log line task.hazard "
-            "has the remedy for each. 0: none was found.",
-            asks=[
-                Ask(
-                    query="sum by (task, kind) (increase(aftertask_hazards_total[$__range])) > 0 "
-                    "or vector(0) unless on () (sum(increase(aftertask_hazards_total[$__range])) > 0)",
-                    legend="{{task}} {{kind}}",
-                    now=True,
-                )
+            kind="table",
+            empty="No hazards found",
+            to_task=True,
+            description="Findings in the shown time of what makes background tasks fail; the log line task.hazard "
+            "has the remedy for each.",
+            asks=[Ask(query="sum by (job, task, kind) (increase(aftertask_hazards_total[$__range])) > 0", now=True)],
+            columns=[
+                Column(of="task", name="Task", width=290),
+                Column(of="kind", name="Hazard"),
+                Column(of="Value", name="Found", unit=WHOLE, steps=[(0.5, RED)]),
+                Column(of="job", name="Job"),
             ],
-            steps=[(0.5, RED)],
+            sort_by="Found",
         ),
     ],
 )
@@ -43,41 +44,71 @@ OWN = Row(
     title="aftertask's own alerts",
     panels=[
         Panel(
-            title="Own alerts by channel and status",
-            unit=RATE,
+            title="Alert channels",
+            kind="table",
+            empty="No channel configured",
+            description="What each channel delivered in the shown time, and when last. failed: check its address and "
+            "token. Slow: other alerts wait for it.",
+            asks=[
+                Ask(query=query, now=True)
+                for query in (
+                    'sum by (job, channel) (increase(aftertask_alerts_total{status="sent"}[$__range]))',
+                    'sum by (job, channel) (increase(aftertask_alerts_total{status="failed"}[$__range]))',
+                    # The newest minute of the shown time in which the channel delivered.
+                    "time() - max_over_time(timestamp(sum by (job, channel) "
+                    '(increase(aftertask_alerts_total{status="sent"}[2m])) > 0)[$__range:1m])',
+                    "histogram_quantile(0.95, sum by (le, job, channel) "
+                    "(increase(aftertask_alert_delivery_seconds_bucket[$__range]))) >= 0",
+                    "sum by (job, channel) (aftertask_alert_queue_length)",
+                )
+            ],
+            columns=[
+                Column(of="channel", name="Channel"),
+                Column(of="Value #A", name="Delivered", unit=WHOLE),
+                Column(of="Value #B", name="Failed", unit=WHOLE, steps=[(0.5, RED)], cell=True),
+                Column(of="Value #C", name="Last delivered", unit=SECONDS, empty="none delivered"),
+                Column(of="Value #D", name="Time p95", unit=SECONDS, empty="none delivered"),
+                Column(of="Value #E", name="Waiting", unit=WHOLE),
+                Column(of="job", name="Job"),
+            ],
+            sort_by="Failed",
+        ),
+        Panel(
+            title="Alerts by channel and status",
+            unit=PER_MINUTE,
+            empty="No alerts",
             stacked=True,
-            description="What became of each alert. failed: check the channel's address and token. deduplicated, "
-            "rate_limited: merged into another message. dropped: the app ended first.",
+            bars=True,
+            description="What became of each alert. failed: check the channel's address and token. rate_limited: over "
+            "the channel's rate. dropped: the app ended first.",
             asks=[
                 Ask(
-                    query="sum by (channel, status) (rate(aftertask_alerts_total[$__rate_interval]))",
+                    query=per_minute("aftertask_alerts_total", "channel, status", '{status!="deduplicated"}'),
                     legend="{{channel}} {{status}}",
                 )
             ],
         ),
         Panel(
-            title="Time to deliver an alert",
-            kind="stat",
-            height=8,
-            unit=SECONDS,
-            description="95th percentile in the shown time, of the attempt that delivered it; 0 if none was delivered. "
-            "Seconds: the channel is slow, and other alerts wait for it.",
+            title="Deduplicated alerts",
+            unit=PER_MINUTE,
+            empty="None deduplicated",
+            stacked=True,
+            bars=True,
+            description="Alerts that repeat one that was sent a short while ago, and are counted in the next message. "
+            "Many: one cause; nothing is lost.",
             asks=[
                 Ask(
-                    query="histogram_quantile(0.95, sum by (le, channel) "
-                    "(increase(aftertask_alert_delivery_seconds_bucket[$__range]))) >= 0 "
-                    "or sum by (channel) (aftertask_alert_queue_length) * 0",
+                    query=per_minute("aftertask_alerts_total", "channel", '{status="deduplicated"}'),
                     legend="{{channel}}",
-                    now=True,
                 )
             ],
-            steps=[(5, RED)],
         ),
         Panel(
-            title="Alerts waiting for delivery",
+            title="Alerts awaiting delivery",
             unit=COUNT,
+            empty="No alert waits",
             description="Growing: the channel cannot be reached. Tasks do not wait for it.",
-            asks=[Ask(query="sum by (channel) (aftertask_alert_queue_length)", legend="{{channel}}")],
+            asks=[Ask(query="sum by (channel) (aftertask_alert_queue_length) > 0", legend="{{channel}}")],
         ),
     ],
 )
@@ -102,73 +133,65 @@ ITSELF = Row(
         ),
         Panel(
             title="Errors inside aftertask",
-            unit=RATE,
+            unit=PER_MINUTE,
+            empty="No errors",
             description="All contained: tasks are not affected, but a signal may be missing. The log line "
             "signal.failed has the exception; file a bug with it.",
-            asks=[
-                Ask(
-                    query="sum by (component) (rate(aftertask_self_errors_total[$__rate_interval]))",
-                    legend="{{component}}",
-                )
-            ],
+            asks=[Ask(query=per_minute("aftertask_self_errors_total", "component"), legend="{{component}}")],
         ),
         Panel(
             title="Events left out",
-            unit=RATE,
+            unit=PER_MINUTE,
+            empty="No event left out",
             description="Events that did not fit into a full queue, so that they are missing in a signal.",
-            asks=[
-                Ask(query="sum by (sink) (rate(aftertask_events_dropped_total[$__rate_interval]))", legend="{{sink}}")
-            ],
+            asks=[Ask(query=per_minute("aftertask_events_dropped_total", "sink"), legend="{{sink}}")],
         ),
         Panel(
-            title="Values folded into __other__",
-            unit=RATE,
-            description="Label values beyond the limits. Register the tasks that matter; do not create exception "
-            "classes at run time.",
-            asks=[
-                Ask(query="sum by (label) (rate(aftertask_label_overflow_total[$__rate_interval]))", legend="{{label}}")
-            ],
+            title="Label overflow",
+            unit=PER_MINUTE,
+            empty="Every label fits",
+            description="Label values beyond the limits, folded into __other__. Register the tasks that matter; do not "
+            "create exception classes at run time.",
+            asks=[Ask(query=per_minute("aftertask_label_overflow_total", "label"), legend="{{label}}")],
         ),
         Panel(
             title="Versions",
             kind="table",
+            empty="No instance",
             description="Which version runs where. Two versions for long: a deploy has stopped halfway.",
             asks=[
                 Ask(query="max by (job, instance, version, python, starlette) (aftertask_build_info)", now=True),
             ],
-            columns={
-                "job": "Job",
-                "instance": "Instance",
-                "version": "aftertask",
-                "python": "Python",
-                "starlette": "Starlette",
-                "Value": None,
-                "Value #A": None,
-                "Time": None,
-            },
+            columns=[
+                Column(of="instance", name="Instance"),
+                Column(of="version", name="aftertask"),
+                Column(of="python", name="Python"),
+                Column(of="starlette", name="Starlette"),
+                Column(of="job", name="Job"),
+            ],
         ),
         Panel(
-            title="Tasks known",
+            title="Known tasks",
             kind="table",
+            width=24,
+            empty="No tasks",
             to_task=True,
             description="Every task that has a series of its own, its owner, engine and executor.",
-            asks=[Ask(query="max by (task, engine, owner, executor) (aftertask_task_info)", now=True)],
-            columns={
-                "task": "Task",
-                "engine": "Engine",
-                "owner": "Owner",
-                "executor": "Executor",
-                "Value": None,
-                "Value #A": None,
-                "Time": None,
-            },
+            asks=[Ask(query="max by (job, task, engine, owner, executor) (aftertask_task_info)", now=True)],
+            columns=[
+                Column(of="task", name="Task", width=290),
+                Column(of="owner", name="Owner"),
+                Column(of="executor", name="Executor"),
+                Column(of="engine", name="Engine"),
+                Column(of="job", name="Job"),
+            ],
         ),
     ],
 )
 
 BOARD = Board(
     uid="aftertask-engine",
-    title="Background tasks: engine and safety",
-    description="What never ran, how aftertask itself is doing, and whether its counts add up.",
+    title="Background tasks: internals",
+    description="What will fail, aftertask's own alerts, how it is doing, and whether its counts add up.",
     rows=[SAFETY, OWN, ITSELF],
 )

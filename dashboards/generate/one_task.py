@@ -2,42 +2,55 @@
 
 from __future__ import annotations
 
-from overview import BAD, bad_share
-from panels import COUNT, RATE, SECONDS, SHARE, Ask, Board, Panel, Row, quantiles
+from overview import BAD, LIMITS, bad_share
+from panels import COUNT, PER_MINUTE, RED, SECONDS, SHARE, Ask, Board, Panel, Row, per_minute, quantiles
 
 FAILS = Row(
     title="$task",
-    repeat="task",
     panels=[
         Panel(
             title="Runs by outcome",
-            unit=RATE,
+            unit=PER_MINUTE,
             stacked=True,
             description="All of this task's runs that ended. skipped: an earlier sibling failed; dropped: the request "
             "ended without running it.",
-            asks=[
-                Ask(
-                    query="sum by (outcome) (rate(aftertask_tasks_finished_total[$__rate_interval]))",
-                    legend="{{outcome}}",
-                )
-            ],
+            asks=[Ask(query=per_minute("aftertask_tasks_finished_total", "outcome"), legend="{{outcome}}")],
         ),
         Panel(
             title="Errors by type",
-            unit=RATE,
+            unit=PER_MINUTE,
+            empty="No errors",
             stacked=True,
-            description="Attempts that raised, by exception class; each dot leads to the trace of one. A timeout is a "
-            "dependency, a TypeError is code.",
+            description="Attempts that raised, by exception class. A timeout is a dependency, a TypeError is code. "
+            "The traces of failed attempts are the dots of the durations below.",
+            asks=[Ask(query=per_minute("aftertask_attempt_errors_total", "error_type"), legend="{{error_type}}")],
+        ),
+        Panel(
+            title="Failure rate",
+            unit=SHARE,
+            high=1,
+            lines=True,
+            steps=[(LIMITS.failing_share, RED)],
+            description=f"Share of the runs that ended badly ({BAD.replace('|', ', ')}), without expected failures "
+            "and a client's mistakes. Its alert: over 25 % and three runs in 30 minutes.",
+            asks=[Ask(query=bad_share(window), legend=f"over {window}") for window in ("5m", "30m")],
+        ),
+        Panel(
+            title="Runs never started, by reason",
+            unit=PER_MINUTE,
+            empty="Every run started",
+            stacked=True,
+            description="Runs that ended without having started. A client causes http_exception and validation; the "
+            "others are for the app to fix.",
             asks=[
                 Ask(
-                    query="sum by (error_type) (rate(aftertask_attempt_errors_total[$__rate_interval]))",
-                    legend="{{error_type}}",
-                    exemplars=True,
+                    query=per_minute("aftertask_tasks_not_run_total", "outcome, reason"),
+                    legend="{{outcome}} {{reason}}",
                 )
             ],
         ),
         Panel(
-            title="Attempt duration, where and how often",
+            title="Attempt duration distribution",
             kind="heatmap",
             unit=SECONDS,
             description="Each column is a moment, each cell a duration, darker where more attempts took that long. Two "
@@ -51,7 +64,7 @@ FAILS = Row(
             ],
         ),
         Panel(
-            title="Attempt duration of good and bad attempts",
+            title="Attempt duration by result",
             unit=SECONDS,
             description="Errors that take as long as the timeout of a client are that client's; errors at once are "
             "code. Dots are traces.",
@@ -83,66 +96,51 @@ FAILS = Row(
             asks=quantiles("aftertask_queue_wait_seconds"),
         ),
         Panel(
-            title="From scheduled to ended",
+            title="End-to-end time",
             unit=SECONDS,
             description="How long a user waits for the work, retries and back-off included. Far above the attempt's "
             "duration: waits or retries. Dots are traces.",
             asks=quantiles("aftertask_end_to_end_seconds"),
         ),
         Panel(
-            title="Attempts per run",
-            unit=COUNT,
-            description="1: none is retried. Close to the maximum number of attempts: retries do not help, so look at "
-            "the errors.",
+            title="Retries per attempt",
+            unit=SHARE,
+            high=1,
+            lines=True,
+            steps=[(LIMITS.retry_share, RED)],
+            description="Share of the attempts that are followed by another; the line is its alert's. High: retries do "
+            "not help, so look at the errors.",
             asks=[
                 Ask(
-                    query="sum(rate(aftertask_attempt_duration_seconds_count[$__rate_interval])) / "
-                    "(sum(rate(aftertask_end_to_end_seconds_count[$__rate_interval])) > 0)",
-                    legend="attempts",
+                    query="sum(rate(aftertask_retries_total[$__rate_interval])) / "
+                    "(sum(rate(aftertask_attempt_duration_seconds_count[$__rate_interval])) > 0)",
+                    legend="retries",
                 )
             ],
         ),
         Panel(
-            title="Oldest running, and the timeout",
+            title="Oldest run vs. timeout",
             unit=SECONDS,
+            empty="None in flight",
             description="Falls to 0 when the run ends. Growing without end: the run is stuck; the log line "
             "task.stuck has its stack.",
             asks=[
                 Ask(query="max(aftertask_oldest_running_age_seconds) or vector(0)", legend="oldest running"),
                 Ask(query="max(aftertask_oldest_queued_age_seconds) or vector(0)", legend="oldest waiting"),
-                Ask(query="max(aftertask_task_timeout_seconds)", legend="timeout"),
+                Ask(query="max(aftertask_task_timeout_seconds > 0)", legend="timeout"),
             ],
         ),
         Panel(
             title="In flight",
             unit=COUNT,
+            empty="None in flight",
             stacked=True,
-            description="backoff: runs that wait for their next attempt. Threads left behind continue past the timeout "
+            description="backoff: runs that wait for their next attempt. Abandoned threads continue past the timeout "
             "and cannot be stopped.",
             asks=[
-                Ask(query="sum by (state) (aftertask_tasks_inflight)", legend="{{state}}"),
-                Ask(query="sum(aftertask_abandoned_threads)", legend="threads left behind"),
+                Ask(query="sum by (state) (aftertask_tasks_inflight) > 0", legend="{{state}}"),
+                Ask(query="sum(aftertask_abandoned_threads) > 0", legend="abandoned threads"),
             ],
-        ),
-        Panel(
-            title="Never ran, and ended badly",
-            unit=RATE,
-            description="Runs that never started, by reason, and all runs that count as bad for the service level.",
-            asks=[
-                Ask(
-                    query="sum by (outcome, reason) (rate(aftertask_tasks_not_run_total[$__rate_interval]))",
-                    legend="{{outcome}} {{reason}}",
-                ),
-                Ask(query="sum(rate(aftertask_tasks_bad_total[$__rate_interval]))", legend="bad"),
-            ],
-        ),
-        Panel(
-            title="Bad share",
-            unit=SHARE,
-            high=1,
-            description=f"Share of the runs that ended badly ({BAD.replace('|', ', ')}), without expected failures "
-            "and a client's mistakes. Its alert: over 25 % and three runs in 30 minutes.",
-            asks=[Ask(query=f"{bad_share('30m')} or vector(0)", legend="over 30m")],
         ),
     ],
 )
@@ -154,8 +152,8 @@ ELSEWHERE = Row(
         Panel(
             kind="logs",
             width=24,
-            height=12,
             title="Log lines of the task",
+            empty="No log lines",
             description="aftertask's and the task's own, which carry the same keys. The stream's label service_name "
             "must be the name of the job in Prometheus.",
             asks=[Ask(query='{service_name=~"${job:pipe}"} | json | task=~"${task:pipe}"')],
@@ -163,8 +161,8 @@ ELSEWHERE = Row(
         Panel(
             kind="traces",
             width=24,
-            height=12,
             title="Slow attempts",
+            empty="No traces",
             unit=SECONDS,
             description="Attempts that took over a second. Open one to see in which call.",
             asks=[Ask(query='{ span.aftertask.task.name =~ "${task:pipe}" && span:duration > 1s }')],
@@ -176,5 +174,6 @@ BOARD = Board(
     uid="aftertask-task",
     title="Background tasks: one task",
     description="For a task's developer: why is it slow, why does it fail. Choose the task above.",
+    one_task=True,
     rows=[FAILS, ELSEWHERE],
 )

@@ -21,15 +21,19 @@ from typer.testing import CliRunner
 
 from aftertask.cli._promql import EMITTED
 from aftertask.cli.app import app
+from aftertask.events import OUTCOMES
 from aftertask.signals import families
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "dashboards"
 BOARDS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
-KNOWN_UNITS = {value for name, value in vars(units).items() if isinstance(value, str) and not name.startswith("_")}
+#: Of panels and of columns: what a person reads at once, so no operations per second.
+PANEL_UNITS = {units.Short, units.PercentUnit, units.Seconds, units.BytesIEC, "suffix:/min"}
+COLUMN_UNITS = {units.LocaleFormat, units.PercentUnit, units.Seconds, units.DateTimeFromNow}
 
 #: Emitted by others: prometheus-client of the process, Prometheus of its alerts.
-FOREIGN = {"process_resident_memory_bytes", "process_cpu_seconds_total", "ALERTS"}
+FOREIGN = {"process_resident_memory_bytes", "process_cpu_seconds_total", "up", "ALERTS", "ALERTS_FOR_STATE"}
+ALERT_LABELS = {"alertname", "alertstate", "severity", "task"}
 TARGET_LABELS = {"job", "instance"}
 
 each_board = pytest.mark.parametrize("name", list(BOARDS))
@@ -44,6 +48,16 @@ def panels(board: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield panel
 
 
+def properties(panel: dict[str, Any], wanted: str) -> dict[str, Any]:
+    """One property of the series or columns that a panel has overrides for, by their name."""
+    return {
+        override["matcher"]["options"]: each["value"]
+        for override in panel["fieldConfig"]["overrides"]
+        for each in override["properties"]
+        if each["id"] == wanted
+    }
+
+
 def of_prometheus(board: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Title, query and target, of every panel on Prometheus."""
     for panel in panels(board):
@@ -54,7 +68,7 @@ def of_prometheus(board: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, A
 
 def parsed(query: str) -> promql.Expr:
     """A query with something in the place of Grafana's variables."""
-    for name, value in (("$__rate_interval", "1m"), ("$__range", "1h"), ("$slo", "0.99")):
+    for name, value in (("$__rate_interval", "1m"), ("$__interval", "1m"), ("$__range", "1h"), ("$slo", "0.99")):
         query = query.replace(name, value)
     return promql.parse(query)
 
@@ -71,16 +85,16 @@ def nodes(node: Any) -> Iterator[Any]:
 
 
 def selectors(query: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """The metrics that a query asks for, with their matchers."""
+    """The metrics that a query asks for, with their matchers; of two for one label the first, a variable's."""
     for node in nodes(parsed(query)):
         if isinstance(node, promql.VectorSelector):
-            yield str(node.name), {matcher.name: matcher.value for matcher in node.matchers.matchers}
+            yield str(node.name), {matcher.name: matcher.value for matcher in reversed(node.matchers.matchers)}
 
 
 def labels_of(metric: str) -> set[str]:
     """The labels that a sample of a metric has."""
     if metric in FOREIGN:
-        return TARGET_LABELS | ({"alertname", "alertstate", "task"} if metric == "ALERTS" else set())
+        return TARGET_LABELS | (ALERT_LABELS if metric.startswith("ALERTS") else set())
     return {*EMITTED[metric].labels, *TARGET_LABELS, *(("le",) if metric.endswith("_bucket") else ())}
 
 
@@ -131,11 +145,14 @@ def test_a_key_that_grafana_does_not_know_is_found() -> None:
 
 @each_board
 def test_each_panel_says_what_it_shows_and_what_to_do(name: str) -> None:
-    """Title, description of some length, a unit that Grafana has, a query."""
+    """Title, description of some length, a unit of the list, a query, and words for where there is no value."""
     for panel in panels(BOARDS[name]):
         assert panel["title"] and len(panel["description"]) > 40, panel["title"]
-        assert panel["fieldConfig"]["defaults"]["unit"] in KNOWN_UNITS, panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"] in PANEL_UNITS, panel["title"]
+        assert set(properties(panel, "unit").values()) <= COLUMN_UNITS, panel["title"]
         assert panel["targets"], panel["title"]
+        empty = panel["fieldConfig"]["defaults"]["noValue"]
+        assert empty[0].isupper() and len(empty) > 3, panel["title"]
     titles = [panel["title"] for panel in panels(BOARDS[name])]
     assert len(titles) == len(set(titles))
 
@@ -174,12 +191,13 @@ def test_no_data_source_is_wired_in(name: str) -> None:
 
 @each_board
 def test_variables_come_from_our_own_metrics(name: str) -> None:
-    """And are asked for anew with another time range."""
+    """And are asked for anew with another time range; one task is one task."""
     for variable in BOARDS[name]["templating"]["list"]:
         if variable["type"] == "query":
             metric, label = re.fullmatch(r"label_values\((\w+)(?:\{.*\})?, (\w+)\)", variable["definition"]).groups()  # type: ignore[union-attr]
             assert label in labels_of(metric)
-            assert variable["refresh"] == 2 and variable["multi"] and variable["includeAll"]
+            several = (name, label) != ("aftertask-task", "task")
+            assert variable["refresh"] == 2 and variable["multi"] == variable["includeAll"] == several
 
 
 @each_board
@@ -206,7 +224,7 @@ def test_every_query_asks_for_what_we_emit(name: str) -> None:
             assert metric in EMITTED or metric in FOREIGN, f"{title}: no metric is called {metric}"
             labels = labels_of(metric)
             assert set(matchers) <= labels, f"{title}: {metric} has no label {set(matchers) - labels}"
-            shown = {"job"} if metric == "ALERTS" else {"job", "instance", "engine", "task"} & labels
+            shown = {"job"} if metric.startswith("ALERTS") else {"job", "instance", "engine", "task"} & labels
             assert {label: f"${label}" for label in shown}.items() <= matchers.items(), f"{title}: {metric}"
             available |= labels
         for node in nodes(parsed(query)):
@@ -224,12 +242,118 @@ def test_rates_are_taken_of_counters_over_the_right_time(name: str) -> None:
             if window == "$__range":
                 assert target["instant"] and function == "increase", title
             elif window != "$__rate_interval":
-                assert window in ("30m", "1h", "6h"), f"{title}: {window}"
+                assert window in ("2m", "5m", "30m", "1h", "6h"), f"{title}: {window}"
         counters = set(re.findall(r"aftertask_\w+_total(?=\{)", query)) - set(
             re.findall(r"(?:rate|increase|resets)\((aftertask_\w+_total)\{", query)
         )
         assert not counters or title == "Accounting drift", f"{title}: {counters} without a rate"
         assert target["range"] != target["instant"]
+
+
+@each_board
+def test_the_legends_show_the_culprit_first(name: str) -> None:
+    """Sorted by the last value, with the maximum, in a panel of some height; zeros are neither drawn nor listed."""
+    for panel in panels(BOARDS[name]):
+        if panel["type"] != "timeseries":
+            continue
+        options, drawn = panel["options"], panel["fieldConfig"]["defaults"]
+        legend = {"calcs": ["lastNotNull", "max"], "sortBy": "Last *", "sortDesc": True, "displayMode": "table"}
+        assert legend.items() <= options["legend"].items(), panel["title"]
+        assert options["tooltip"] == {"mode": "multi", "sort": "desc", "hideZeros": True}, panel["title"]
+        assert drawn["color"] == {"mode": "palette-classic-by-name"}, panel["title"]
+        assert 0 < drawn["custom"]["axisSoftMax"] <= 1, panel["title"]
+        assert panel["gridPos"]["h"] >= 10, panel["title"]
+        for target in panel["targets"]:
+            of_many = re.fullmatch(
+                r".*\{\{(task|outcome|reason|error_type|channel|status|state)\}\}", target["legendFormat"]
+            )
+            assert not of_many or re.search(r"> 0\)?$", target["expr"]), panel["title"]
+
+
+@each_board
+def test_colours_mean_the_same_everywhere(name: str) -> None:
+    """Outcomes, states, quantiles and limits have theirs; what is in flight is neither good nor bad."""
+    found: dict[str, set[str]] = {}
+    for panel in panels(BOARDS[name]):
+        if panel["type"] != "timeseries":
+            continue
+        colours = {key: value["fixedColor"] for key, value in properties(panel, "color").items()}
+        for target in panel["targets"]:
+            legend = target["legendFormat"]
+            if legend == "{{outcome}}":
+                assert set(colours) >= set(OUTCOMES), panel["title"]
+                assert len(set(colours.values())) == len(colours), panel["title"]
+                assert colours["succeeded"] == "green" and colours["failed"] == "red"
+            elif legend == "{{state}}":
+                assert set(colours) >= set(families.STATES), panel["title"]
+                assert not {"green", "red", "orange"} & set(colours.values()), panel["title"]
+            elif legend.startswith("p") or legend in ("SLO", "timeout"):
+                found.setdefault(legend, set()).add(colours[legend])
+            if legend in ("SLO", "timeout"):
+                assert properties(panel, "custom.lineStyle")[legend]["fill"] == "dash"
+                assert properties(panel, "custom.fillOpacity")[legend] == 0
+            if legend == "{{task}}":
+                assert properties(panel, "displayName") == {"__none__": "no task"}, panel["title"]
+    assert all(len(colours) == 1 for colours in found.values()), found
+
+
+@each_board
+def test_titles_are_plain_and_short(name: str) -> None:
+    """A tile's fits at 1600 pixels, six in a row; no title has a code word."""
+    for panel in panels(BOARDS[name]):
+        assert len(panel["title"]) <= (20 if panel["type"] == "stat" else 32), panel["title"]
+        assert ("__" not in panel["title"] and panel["title"][0].isupper()) or panel["title"].startswith("aftertask")
+    top = [panel for panel in BOARDS["aftertask-overview"]["panels"] if panel["gridPos"]["y"] == 1]
+    assert [panel["type"] for panel in top] == ["stat"] * 6
+    assert all(target["range"] for panel in top for target in panel["targets"])
+
+
+@each_board
+def test_marks_are_moments_of_what_their_query_has(name: str) -> None:
+    """Only where a thing begins, since a region covers every graph; each label of a mark's text is in its query."""
+    marks = {mark["name"]: mark for mark in BOARDS[name]["annotations"]["list"]}
+    assert set(marks) == {"Process starts", "Alerts"}
+    for mark in marks.values():
+        assert " unless " in mark["expr"] and "offset $__interval" in mark["expr"], mark["name"]
+        named = {*re.findall(r"\{\{(\w+)\}\}", mark["titleFormat"]), *mark["tagKeys"].split(",")}
+        metrics = {metric for metric, _ in selectors(mark["expr"])}
+        groups = [
+            set(node.modifier.labels)
+            for node in nodes(parsed(mark["expr"]))
+            if isinstance(node, promql.AggregateExpr) and node.modifier is not None
+        ]
+        available = set.intersection(*(groups or [labels_of(metric) for metric in metrics]))
+        assert named <= available, mark["name"]
+    assert {"alertname", "task", "instance", "severity"} <= {
+        *re.findall(r"\w+", marks["Alerts"]["titleFormat"] + "," + marks["Alerts"]["tagKeys"])
+    }
+
+
+@each_board
+def test_a_table_has_whole_names_and_no_filters(name: str) -> None:
+    """Counts have no decimals, an empty cell says so, and rows of several jobs are not merged."""
+    for panel in panels(BOARDS[name]):
+        if panel["type"] != "table" or panel["datasource"]["type"] != "prometheus":
+            continue
+        assert panel["fieldConfig"]["defaults"]["custom"]["filterable"] is False
+        renamed = panel["transformations"][1]["options"]["renameByName"]
+        assert set(properties(panel, "noValue")) == set(renamed.values()), panel["title"]
+        assert renamed["job"] == "Job", panel["title"]
+        assert all("job" in target["expr"].split("by (")[1].split(")")[0] for target in panel["targets"]), panel[
+            "title"
+        ]
+        for column, unit in properties(panel, "unit").items():
+            assert unit != units.LocaleFormat or properties(panel, "decimals")[column] == 0, column
+
+
+@each_board
+def test_what_is_rarely_set_is_hidden(name: str) -> None:
+    """SLO, traces, logs, and the engine as long as there is one; the SLO has a value also without a choice."""
+    variables = {variable["name"]: variable for variable in BOARDS[name]["templating"]["list"]}
+    hidden = {key for key, variable in variables.items() if variable.get("hide") == 2}
+    assert hidden == {"slo", "tempo", "loki", "engine"}
+    assert variables["slo"]["current"] == variables["slo"]["options"][0]
+    assert variables["slo"]["current"]["value"] == variables["slo"]["query"] == "0.99"
 
 
 def test_every_metric_that_we_tell_is_shown() -> None:
