@@ -126,7 +126,7 @@ TASKS = Panel(
             "sum by (job, task) (increase(aftertask_retries_total[$__range])) / "
             "(sum by (job, task) (increase(aftertask_attempt_duration_seconds_count[$__range])) > 0)",
             "max by (job, task) (aftertask_oldest_running_age_seconds) > 0",
-            'sum by (job, task) (increase(aftertask_event_loop_blocked_seconds_total{task!="__none__"}[$__range])) > 0',
+            'sum by (job, task) (increase(aftertask_event_loop_blocked_seconds_total{task!="__none__"}[$__range]))',
             "time() - max by (job, task) (aftertask_last_success_timestamp_seconds > 0)",
             "time() - max by (job, task) (aftertask_last_failure_timestamp_seconds > 0)",
             "max by (job, task, owner) (aftertask_task_info)",
