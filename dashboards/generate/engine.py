@@ -54,9 +54,9 @@ OWN = Row(
                 for query in (
                     'sum by (job, channel) (increase(aftertask_alerts_total{status="sent"}[$__range]))',
                     'sum by (job, channel) (increase(aftertask_alerts_total{status="failed"}[$__range]))',
-                    # The newest minute of the shown time in which the channel delivered.
+                    # The newest interval of the shown time in which the channel delivered.
                     "time() - max_over_time(timestamp(sum by (job, channel) "
-                    '(increase(aftertask_alerts_total{status="sent"}[2m])) > 0)[$__range:1m])',
+                    '(increase(aftertask_alerts_total{status="sent"}[$__rate_interval])) > 0)[$__range:$__interval])',
                     "histogram_quantile(0.95, sum by (le, job, channel) "
                     "(increase(aftertask_alert_delivery_seconds_bucket[$__range]))) >= 0",
                     "sum by (job, channel) (aftertask_alert_queue_length)",

@@ -83,6 +83,7 @@ def life(minutes: int, **over: str) -> dict[str, str]:
         f'aftertask_alerts_total{{{I},channel="hook",status="failed"}}': ("alerts_failed", flat),
         f'aftertask_alerts_total{{{I},channel="hook",status="sent"}}': ("alerts_sent", flat),
     }
+    series |= {f"up{{{I}}}": ("up", f"1x{minutes}"), f'aftertask_build_info{{{I}}}': ("built", f"1x{minutes}")}
     keys = {key for key, _ in series.values()}
     assert set(over) <= keys, f"no series is called {set(over) - keys}"
     return {name: over.get(key, values) for name, (key, values) in series.items()}
@@ -122,6 +123,10 @@ CASES: dict[str, Case] = {
     ),
     "one failure of two runs": Case(life(120, succeeded="0x30 1x90", failed="0x40 1x80", bad="0x40 1x80"), {60: set()}),
     "a loss in a series that does not begin at 0": Case(life(60, lost="_x30 1x30"), {45: set()}),
+    "TargetDown": Case(
+        life(90, up="1x10 0x30 1x50", built="1x10 stale _x29 1x50"), {11: set(), 15: {"TargetDown"}, 45: set()}
+    ),
+    "TargetDown not for the targets of others": Case({f"up{{{I}}}": "0x60"}, {30: set()}),
     "ErrorBudgetBurn": Case(
         outage(60, 120, 600, bad=3),
         {59: set(), 100: {"ErrorBudgetBurn", "TaskFailing"}, 250: {"ErrorBudgetBurn"}, 779: set()},
