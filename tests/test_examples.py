@@ -286,7 +286,7 @@ def test_the_shop_counts_the_responses_that_its_customers_got(tmp_path: Path) ->
     """The same seed makes the same requests; each 409, 422 and 500 is one dropped batch, by its reason."""
     with uvicorn("app:app", SHOP, tmp_path / "log") as server:
         traffic = [sys.executable, str(SHOP / "traffic.py"), "--url", server.url, "--rate", "200", "--seconds", "15"]
-        traffic += ["--count", "90", "--seed", "4"]
+        traffic += ["--count", "90", "--seed", "4", "--faults", "all"]
         saw: list[dict[int, int]] = []
         for _ in range(2):
             done = subprocess.run(traffic, capture_output=True, text=True, timeout=20)
@@ -314,10 +314,30 @@ def test_the_shop_counts_the_responses_that_its_customers_got(tmp_path: Path) ->
         eventually(lambda: want.items() <= dropped().items(), what=f"{want} in a scrape")
 
 
+def test_a_good_day_has_no_bad_runs_and_an_incident_has_many(tmp_path: Path) -> None:
+    """So that the dashboards open green, and then show something; a customer's mistake is not ours."""
+    with uvicorn("app:app", SHOP, tmp_path / "log") as server:
+
+        def bad_share() -> float:
+            totals: Counter[str] = Counter()
+            for family in text_string_to_metric_families(httpx2.get(f"{server.url}/metrics", timeout=20).text):
+                for sample in family.samples:
+                    totals[sample.name] += sample.value
+            assert totals["aftertask_tasks_finished_total"] > 100
+            return totals["aftertask_tasks_bad_total"] / totals["aftertask_tasks_finished_total"]
+
+        traffic = [sys.executable, str(SHOP / "traffic.py"), "--url", server.url, "--rate", "200", "--seconds", "60"]
+        traffic += ["--count", "200", "--seed", "4"]
+        subprocess.run(traffic, check=True, stdout=subprocess.DEVNULL, timeout=80)
+        assert bad_share() < 0.01
+        subprocess.run([*traffic, "--incident", "0"], check=True, stdout=subprocess.DEVNULL, timeout=80)
+        eventually(lambda: bad_share() > 0.15, what="the incident in a scrape")
+
+
 def test_the_demo_ends_by_itself_and_shows_every_outcome() -> None:
     """`make demo SECONDS=…` prints its address, live lines, and a table from the real /metrics."""
     done = subprocess.run(
-        [sys.executable, str(SHOP / "demo.py"), "--seconds", "7"], capture_output=True, text=True, timeout=40
+        [sys.executable, str(SHOP / "demo.py"), "--seconds", "9"], capture_output=True, text=True, timeout=40
     )
     assert done.returncode == 0, done.stderr
     assert re.search(r"its metrics at http://127\.0\.0\.1:\d+/metrics", done.stdout)

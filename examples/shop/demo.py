@@ -31,9 +31,11 @@ HERE = Path(__file__).parent
 TABLE_EVERY = 5.0
 LINE_EVERY = 1.0
 FOREVER = 10.0**6
+INCIDENT_AFTER = 20.0
 COLUMNS = ("scheduled", "succeeded", "failed", "skipped", "dropped", "cancelled", "in flight")
 LOOK = """\
-The shop is at {url}, its metrics at {url}/metrics. In another terminal:
+The shop is at {url}, its metrics at {url}/metrics. All is well for a while; then, for a minute every eight
+minutes, its mail server is down. In another terminal:
   curl -s {url}/metrics | grep ^aftertask_tasks_
   curl -s -H 'Accept: application/openmetrics-text' {url}/metrics | grep trace_id   # the traces behind the figures
   curl -i -X POST '{url}/orders/7?fault=mail'   # a 200, and a mail that never went: see task.failed below
@@ -216,6 +218,7 @@ def show(url: str, seconds: float, client: httpx2.Client) -> None:
     server = [sys.executable, "-m", "uvicorn", "app:app", "--app-dir", str(HERE), "--host", "127.0.0.1"]
     server += ["--port", url.rpartition(":")[2], "--log-level", "error", "--no-access-log"]
     traffic = [sys.executable, str(HERE / "traffic.py"), "--url", url, "--seconds", str(seconds)]
+    traffic += ["--incident", str(min(INCIDENT_AFTER, seconds / 3))]
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with (
         Receiver() as receiver,

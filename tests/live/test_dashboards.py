@@ -133,7 +133,9 @@ def load(tmp_path: Path) -> Iterator[tuple[Server, Spans]]:
             for name in ("hold", "behind", "hang", "limited", "limited", "thread", "thread", "thread"):
                 fire_and_forget(shop, name)
             traffic = [sys.executable, str(ROOT / "examples" / "shop" / "traffic.py"), "--url", shop.url]
-            customers = subprocess.Popen([*traffic, "--seconds", "60", "--rate", "30"], stdout=subprocess.DEVNULL)
+            customers = subprocess.Popen(
+                [*traffic, "--faults", "all", "--seconds", "60", "--rate", "30"], stdout=subprocess.DEVNULL
+            )
             try:
 
                 def all_there() -> bool:
