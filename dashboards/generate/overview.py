@@ -69,7 +69,7 @@ NOW = Row(
             description="Runs per minute that ended badly, over the last 5 minutes. Their users had a success "
             "response: find out which work has to be done again.",
             asks=[Ask(query="60 * sum(rate(aftertask_tasks_bad_total[5m])) or vector(0)")],
-            steps=[(1e-9, ORANGE), (1, RED)],
+            steps=[(0.5, ORANGE), (5, RED)],
         ),
         Panel(
             kind="stat",

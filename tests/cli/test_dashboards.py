@@ -356,6 +356,14 @@ def test_what_is_rarely_set_is_hidden(name: str) -> None:
     assert variables["slo"]["current"]["value"] == variables["slo"]["query"] == "0.99"
 
 
+def test_runbooks_name_panels_that_exist() -> None:
+    """What stands in italics is the title of a panel, or what Prometheus calls a page."""
+    titles = {panel["title"] for board in BOARDS.values() for panel in panels(board)} | {"Status → Targets"}
+    for page in sorted((FOLDER / "runbooks").glob("*.md")):
+        named = set(re.findall(r"(?<!\*)\*([A-Z][^*]*)\*(?!\*)", page.read_text()))
+        assert {" ".join(each.split()) for each in named} <= titles, page.name
+
+
 def test_every_metric_that_we_tell_is_shown() -> None:
     """On some panel of some dashboard."""
     asked = {

@@ -83,7 +83,7 @@ def life(minutes: int, **over: str) -> dict[str, str]:
         f'aftertask_alerts_total{{{I},channel="hook",status="failed"}}': ("alerts_failed", flat),
         f'aftertask_alerts_total{{{I},channel="hook",status="sent"}}': ("alerts_sent", flat),
     }
-    series |= {f"up{{{I}}}": ("up", f"1x{minutes}"), f'aftertask_build_info{{{I}}}': ("built", f"1x{minutes}")}
+    series |= {f"up{{{I}}}": ("up", f"1x{minutes}"), f"aftertask_build_info{{{I}}}": ("built", f"1x{minutes}")}
     keys = {key for key, _ in series.values()}
     assert set(over) <= keys, f"no series is called {set(over) - keys}"
     return {name: over.get(key, values) for name, (key, values) in series.items()}
