@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from string import Template
@@ -13,6 +13,7 @@ import yaml
 
 from ..signals import families
 from ._promql import is_emitted, select
+from ._yaml import dump
 
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _DURATION = re.compile(r"(?<=\[)(\d+)([smhd])(?=[\]:])")
@@ -231,34 +232,27 @@ def _alert(alert: Alert, options: Options) -> dict[str, object]:
     }
 
 
-def groups(options: Options, *, default: bool) -> dict[str, object]:
+def groups(options: Options, *, default: bool) -> dict[str, list[dict[str, object]]]:
     """One file of rules: those that are on by default with what they record, or those behind the switch."""
     written = [_alert(alert, options) for alert in alerts() if alert.default == default]
     if not default:
         return {"groups": [{"name": "aftertask.more", "rules": written}]}
-    recorded = [
+    recorded: list[dict[str, object]] = [
         {
             "record": f"job:aftertask_tasks_bad:ratio_rate{window}",
             "expr": _write(f"{_bad('job', 'rate', window)}\n/\n({counted('job', 'rate', window)} > 0)", options),
         }
         for window in WINDOWS
     ]
-    recording = {"name": "aftertask.recording", "interval": duration(30 * options.scale), "rules": recorded}
+    recording: dict[str, object] = {
+        "name": "aftertask.recording",
+        "interval": duration(30 * options.scale),
+        "rules": recorded,
+    }
     return {"groups": [recording, {"name": "aftertask.alerts", "rules": written}]}
 
 
-class _Dumper(yaml.SafeDumper):
-    """YAML as people write it: a text of several lines as a block."""
-
-
-def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
-
-
-_Dumper.add_representer(str, _text)
-
-
-def to_yaml(document: dict[str, object]) -> str:
+def to_yaml(document: Mapping[str, object]) -> str:
     """A file of rules as text."""
-    head = "# Written by `aftertask rules export`, which sets selector, service level, limits and addresses.\n"
-    return head + yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=1000, allow_unicode=True)
+    head = "Written by `aftertask rules export`, which sets selector, service level, limits and addresses."
+    return dump(head, document)

@@ -7,8 +7,12 @@ from typing import Annotated
 
 import typer
 
+from ._kubernetes import Labels, Name, Namespace, Wanted, config_map, meta
 from ._output import write
 from ._shipped import folder
+
+#: The label that the sidecar of Grafana's chart looks for, unless it is set up otherwise.
+SIDECAR = {"grafana_dashboard": "1"}
 
 app = typer.Typer(help="Dashboards for Grafana.", no_args_is_help=True)
 
@@ -21,6 +25,14 @@ def root() -> None:
 @app.command()
 def export(
     folder_: Annotated[Path, typer.Argument(metavar="DIR", help="Where the files go; made if it is missing.")],
+    kubernetes: Wanted = False,
+    name: Name = "aftertask",
+    namespace: Namespace = "",
+    label: Labels = None,
 ) -> None:
     """Write the dashboards' JSON into a folder, for provisioning or for Grafana's import."""
-    write(folder_, {path.name: path.read_text("utf-8") for path in sorted(folder().glob("*.json"))})
+    about = meta(kubernetes, name, namespace, label, SIDECAR)
+    boards = {path.name: path.read_text("utf-8") for path in sorted(folder().glob("*.json"))}
+    if about is not None:
+        boards = {Path(file).stem + ".yaml": config_map(about, file, text) for file, text in boards.items()}
+    write(folder_, boards)

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import typer
 
+from ._kubernetes import Labels, Name, Namespace, Wanted, meta, prometheus_rule
 from ._output import refusal, write
 from ._rules import Limits, Options, groups, to_yaml
 from ._shipped import folder
@@ -43,8 +44,13 @@ def export(
         str, typer.Option(help="Where your people read the runbooks, which are written beside the rules.")
     ] = "runbooks",
     dashboard_url: Annotated[str, typer.Option(help="Where Grafana is.")] = LOCAL_GRAFANA,
+    kubernetes: Wanted = False,
+    name: Name = "aftertask",
+    namespace: Namespace = "",
+    label: Labels = None,
 ) -> None:
     """Write the rule files, and the runbooks that their alerts name, into a folder."""
+    about = meta(kubernetes, name, namespace, label, {})
     if selector and not _MATCHERS.fullmatch(selector):
         raise refusal(f'--selector must be label matchers without braces, such as job="api", got {selector!r}')
     for option, url in (("--runbook-url", runbook_url), ("--dashboard-url", dashboard_url)):
@@ -54,7 +60,12 @@ def export(
         limits=_limits(slo, limit or []), selector=selector, runbooks=runbook_url, dashboards=dashboard_url
     )
     wanted = {name: default for name, default in FILES.items() if default or every}
-    write(folder_, {name: to_yaml(groups(options, default=default)) for name, default in wanted.items()})
+    documents = {file: groups(options, default=default) for file, default in wanted.items()}
+    if about is None:
+        write(folder_, {file: to_yaml(document) for file, document in documents.items()})
+    else:
+        every_group = [group for document in documents.values() for group in document["groups"]]
+        write(folder_, {"aftertask-rules.yaml": prometheus_rule(about, every_group)})
     placeholders = {
         "--runbook-url": "where your people read the runbooks" if runbook_url == "runbooks" else None,
         "--dashboard-url": "where Grafana is" if dashboard_url == LOCAL_GRAFANA else None,

@@ -1,0 +1,83 @@
+"""Rules and dashboards as objects of Kubernetes: for the Prometheus operator and the sidecar of Grafana's chart."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from ._output import refusal
+from ._yaml import dump
+
+Wanted = Annotated[bool, typer.Option("--kubernetes", help="As objects of Kubernetes instead of plain files.")]
+Name = Annotated[str, typer.Option("--name", help="With --kubernetes: the name, or how the names begin.")]
+Namespace = Annotated[str, typer.Option("--namespace", help="With --kubernetes: the namespace; none: kubectl's.")]
+Labels = Annotated[
+    list[str] | None, typer.Option("--label", help="With --kubernetes: KEY=VALUE, for each object. May be repeated.")
+]
+
+_PART = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+_VALUE = r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?"
+_LABEL = re.compile(rf"({_PART}(\.{_PART})*/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?={_VALUE}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meta:
+    """
+    What each object is called.
+
+    Attributes:
+        name: The name, or how the names begin.
+        namespace: Empty for the one that kubectl uses.
+        labels: On each object.
+    """
+
+    name: str
+    namespace: str
+    labels: Mapping[str, str]
+
+    def of(self, suffix: str = "") -> dict[str, object]:
+        """The metadata of one object."""
+        namespace = {"namespace": self.namespace} if self.namespace else {}
+        return {"name": self.name + suffix, **namespace, "labels": dict(self.labels)}
+
+
+def meta(wanted: bool, name: str, namespace: str, given: list[str] | None, default: Mapping[str, str]) -> Meta | None:
+    """
+    The options of a command; None without `--kubernetes`.
+
+    Raises:
+        typer.Exit: An option that Kubernetes would refuse, or that does nothing.
+    """
+    if not wanted:
+        if namespace or given or name != "aftertask":
+            raise refusal("--name, --namespace and --label need --kubernetes")
+        return None
+    for option, value in (("--name", name), ("--namespace", namespace)):
+        if (value or option == "--name") and not (re.fullmatch(_PART, value) and len(value) <= 63):
+            raise refusal(f"{option} must be up to 63 lower-case letters, digits and hyphens, got {value!r}")
+    labels = dict(default)
+    for each in given or []:
+        key, _, value = each.partition("=")
+        if not _LABEL.fullmatch(each) or len(value) > 63 or len(key.rpartition("/")[2]) > 63:
+            raise refusal(f"--label must be KEY=VALUE as Kubernetes takes it, such as release=monitoring, got {each!r}")
+        labels[key] = value
+    return Meta(name=name, namespace=namespace, labels=labels)
+
+
+def prometheus_rule(about: Meta, groups: list[dict[str, object]]) -> str:
+    """Groups of rules for the Prometheus operator."""
+    head = "Written by `aftertask rules export --kubernetes`."
+    kind = {"apiVersion": "monitoring.coreos.com/v1", "kind": "PrometheusRule"}
+    return dump(head, {**kind, "metadata": about.of(), "spec": {"groups": groups}})
+
+
+def config_map(about: Meta, file: str, text: str) -> str:
+    """A dashboard for the sidecar of Grafana's chart."""
+    head = "Written by `aftertask dashboards export --kubernetes`."
+    suffix = "-" + file.removesuffix(".json").removeprefix("aftertask-")
+    kind = {"apiVersion": "v1", "kind": "ConfigMap"}
+    return dump(head, {**kind, "metadata": about.of(suffix), "data": {file: text}})
