@@ -75,7 +75,7 @@ def for_a_while(world: World, seconds: float, faults: tuple[str, ...] = ()) -> N
 
 
 #: A machine that is busy with other tests is late itself; promtool proves these.
-MACHINE = "alert': 'AftertaskEventLoop"
+MACHINE = "alert': 'Aftertask(EventLoop|TargetDown)"
 #: Two windows of the error budget look back for minutes even when shortened; `make long` waits for them.
 SLOW = "'window': '[13]d'"
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from live.grafana import BOARDS, Grafana, panels
 from live.monitoring import api, instant, prometheus
 from live.servers import Server, Spans, eventually, uvicorn
 
@@ -22,7 +21,6 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(180)]
 
 ROOT = Path(__file__).parents[2]
 APPS = Path(__file__).parent / "apps"
-BOARDS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "dashboards").glob("*.json"))}
 
 #: What is 0 in a run in which nothing of the kind happens, and says so by a series; everything else has to be above it.
 ZERO = {"Accounting drift", "Alerts firing"}
@@ -33,58 +31,6 @@ EMPTY = {
     *("Errors inside aftertask", "Label overflow", "Events left out", "Alerts", "Event loop blocked by"),
     *("Alerts awaiting delivery", "Calls waiting for a thread", "Hazards", "Deduplicated alerts"),
 }
-
-
-def panels(board: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """All panels but the headings, those in folded rows too."""
-    for panel in board["panels"]:
-        yield from panel["panels"] if panel["type"] == "row" else [panel]
-
-
-class Grafana:
-    """What Grafana does to a query before it asks: variables in, the more than one value of each as alternatives."""
-
-    def __init__(self, server: Server, board: dict[str, Any], **chosen: str) -> None:
-        self.server = server
-        # With a scrape a second, as Grafana reckons it: max(interval + scrape, 4 x scrape).
-        self.values = {"__rate_interval": "4s", "__interval": "1s", "__range": "90s", "slo": "0.99"}
-        for variable in board["templating"]["list"]:
-            if variable["type"] == "query":
-                found = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["definition"])
-                assert found is not None
-                series = api(server, "series", **{"match[]": self.filled(found[1])})
-                values = sorted({each[found[2]] for each in series})
-                assert values, f"{variable['name']} has no value"
-                if variable["name"] in chosen:
-                    assert chosen[variable["name"]] in values
-                    values = [chosen[variable["name"]]]
-                alternatives = "|".join(re.escape(value).replace("\\", "\\\\") for value in values)
-                self.values[variable["name"]] = f"({alternatives})"
-
-    def filled(self, query: str) -> str:
-        """The query as it is asked."""
-        for name in sorted(self.values, key=len, reverse=True):
-            query = query.replace(f"${name}", self.values[name])
-        assert "$" not in query, query
-        return query
-
-    def ask(self, target: dict[str, Any]) -> list[list[float]]:
-        """Each series' values, without those that are no number."""
-        query = self.filled(target["expr"])
-        now = time.time()
-        if target["instant"]:
-            result = [[each["value"]] for each in instant(self.server, query)]
-        else:
-            data = api(self.server, "query_range", query=query, start=str(now - 90), end=str(now), step="1")
-            result = [each["values"] for each in data["result"]]
-        return [[float(value) for _, value in each if not math.isnan(float(value))] for each in result]
-
-    def exemplars(self, target: dict[str, Any]) -> set[str]:
-        """The traces that a query's dots lead to."""
-        now = time.time()
-        query = self.filled(target["expr"])
-        data = api(self.server, "query_exemplars", query=query, start=str(now - 60), end=str(now))
-        return {exemplar["labels"]["trace_id"] for each in data for exemplar in each["exemplars"]}
 
 
 def check(grafana: Grafana, panel: dict[str, Any], spans: Spans) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
+import time
 from pathlib import Path
 
 from fastapi import BackgroundTasks
@@ -69,6 +70,12 @@ def thread() -> None:
     go_threads.wait(100)
 
 
+@task(name="faults.block")
+async def block() -> None:
+    """Keeps the event loop from everything else."""
+    time.sleep(0.5)  # noqa: ASYNC251 - this is the fault
+
+
 @app.post("/faults/{name}")
 async def fault(name: str, tasks: BackgroundTasks) -> JSONResponse:
     """One run of a fault; `behind` has another one that waits behind it."""
@@ -77,6 +84,7 @@ async def fault(name: str, tasks: BackgroundTasks) -> JSONResponse:
         tasks.add_task(audit, "behind")
         return JSONResponse({}, background=tasks)
     every = {"fail": fail, "retry": retry, "hold": hold, "limited": limited, "hang": hang, "thread": thread}
+    every["block"] = block
     return JSONResponse({}, background=BackgroundTask(every[name]))
 
 
