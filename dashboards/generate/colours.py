@@ -69,11 +69,8 @@ def overrides(legends: list[str]) -> Iterator[tuple[str, list[models.DynamicConf
                     models.DynamicConfigValue(id_val="custom.fillOpacity", value=0),
                 ],
             )
-        if "{{task}}" in legend:
-            yield (
-                legend.replace("{{task}}", "__none__"),
-                [models.DynamicConfigValue(id_val="displayName", value=legend.replace("{{task}}", "no task"))],
-            )
+        if legend == "{{task}}":
+            yield "__none__", [models.DynamicConfigValue(id_val="displayName", value="no task")]
 
 
 def _colour(colour: str) -> models.DynamicConfigValue:

@@ -144,9 +144,9 @@ TASKS = Panel(
             cell=True,
         ),
         Column(of="Value #C", name="Runs", unit=WHOLE, width=80),
-        Column(of="Value #D", name="Wait p95", unit=SECONDS),
-        Column(of="Value #E", name="Run p95", unit=SECONDS),
-        Column(of="Value #F", name="Retries", unit=SHARE, steps=[(LIMITS.retry_share, RED)]),
+        Column(of="Value #D", name="Wait p95", unit=SECONDS, width=75),
+        Column(of="Value #E", name="Run p95", unit=SECONDS, width=75),
+        Column(of="Value #F", name="Retries", unit=SHARE, width=70, steps=[(LIMITS.retry_share, RED)]),
         Column(
             of="Value #G",
             name="Running for",
