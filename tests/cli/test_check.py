@@ -232,7 +232,7 @@ def test_an_app_that_is_fine_passes(folder: Path) -> None:
         assert done.stdout.endswith("Settings that differ from the defaults\n  none\n")
 
 
-@pytest.mark.parametrize("app", ["shop.app", "minimal"])
+@pytest.mark.parametrize("app", ["shop.app", "quickstart", "signup_mail", "compensation"])
 def test_the_examples_pass(app: str) -> None:
     """The examples have no error; what they do wrong on purpose may be a note."""
     folder = ROOT / "examples"
