@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ._core.app import App
 from ._core.emit import Emitter
-from ._core.route import route_path
+from ._core.route import mounted_apps, route_path
 from ._mistakes import log_mistakes
 from ._text import default_redact
 from .events import Signal, TaskEvent
@@ -29,6 +29,21 @@ _REFUSED = (
 
 #: The mistakes that were written to stderr: Starlette builds the middleware anew for each request.
 _refused: set[str] = set()
+
+
+class Companion:
+    """
+    Base class of an app that is mounted inside the observed one and shows what is observed, such as the board.
+
+    Attributes:
+        signal: Gets the events of the app from the start.
+    """
+
+    signal: Signal
+
+    def attach(self, emit: Emitter, settings: Settings | None) -> None:
+        """The middleware has been built, with `signal` among its signals; called again if it is built anew."""
+        raise NotImplementedError
 
 
 class AftertaskMiddleware:
@@ -88,11 +103,14 @@ class AftertaskMiddleware:
         self._metrics_path, self._registry = settings.metrics_path, settings.registry
         self._excluded = _excluded(settings.exclude)
         hazards = Hazards(settings.block_threshold)
-        chosen = list(usual(settings) if signals is None else signals)
+        companions = [each for each in mounted_apps(app) if isinstance(each, Companion)]
+        chosen = [*(usual(settings) if signals is None else signals), *(each.signal for each in companions)]
         wanted = hazards.wanted_by(chosen)
         emit = Emitter([Hints(hazards), *chosen, hazards] if wanted else chosen, settings.redact)
         if wanted:
             hazards.attach(emit)
+        for companion in companions:
+            companion.attach(emit, settings)
         return App(
             emit,
             policies=settings.policies,

@@ -30,16 +30,25 @@ class Emitter:
         all_signals = list(signals)
         for signal in all_signals:
             _check(signal)
-        self.signals: Sequence[Signal] = [signal for signal in all_signals if isinstance(signal, Signal)]
+        self.signals: list[Signal] = [signal for signal in all_signals if isinstance(signal, Signal)]
         self._handlers: dict[type[TaskEvent], list[tuple[str, Handler]]] = {kind: [] for kind in EVENTS}
         for signal in all_signals:
-            name = code_name(signal)
-            for kind in EVENTS:
-                handler = _handler(signal, kind)
-                if handler is not None:
-                    self._handlers[kind].append((name, handler))
+            self._connect(signal)
         self.admissions = [signal for signal in self.signals if overrides(signal, "admit")]
         self._on_batch = [signal for signal in self.signals if overrides(signal, "batch_started")]
+
+    def _connect(self, signal: Signal | Callable[[TaskEvent], object]) -> None:
+        name = code_name(signal)
+        for kind in EVENTS:
+            handler = _handler(signal, kind)
+            if handler is not None:
+                self._handlers[kind].append((name, handler))
+
+    def add(self, signal: Signal) -> None:
+        """Emit events from now on to this signal, too, such as the record of a board that was mounted late."""
+        if signal not in self.signals:
+            self.signals.append(signal)
+            self._connect(signal)
 
     def wants(self, kind: type[TaskEvent]) -> bool:
         """Whether any signal wants this kind of event."""

@@ -16,6 +16,9 @@ from ..tasks import attribute
 #: Apps within apps, or middleware around an app, are followed no deeper than this: they may contain themselves.
 _DEEPEST = 10
 
+#: Middleware around an app is followed no further than this.
+_MOST_MIDDLEWARE = 100
+
 
 def http_route(scope: Mapping[str, Any]) -> str | None:
     """
@@ -158,3 +161,19 @@ def _routes_below(route: Any) -> Sequence[Any]:
             break
         routes, app = attribute(app, "routes"), attribute(app, "app")
     return routes if isinstance(routes, Sequence) else ()
+
+
+def mounted_apps(app: object) -> Iterator[object]:
+    """Every app that is mounted somewhere below this one and shows no routes, and what is inside such an app."""
+    routes: Any = None
+    for _ in range(_MOST_MIDDLEWARE):
+        routes = attribute(app, "routes")
+        if routes or app is None:
+            break
+        app = attribute(app, "app")
+    for mounted, _ in _walk(routes if isinstance(routes, Sequence) else ()):
+        for _ in range(_DEEPEST):
+            if mounted is None:
+                break
+            yield mounted
+            mounted = attribute(mounted, "app")
