@@ -1,0 +1,184 @@
+"""What the board keeps of a run: text and numbers, nothing that holds the run, its arguments or its result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .._taskrun import Progress, TaskInfo, TaskRun
+
+#: Longer names of tasks are cut to this many characters.
+LONGEST_NAME = 200
+
+
+@dataclass(slots=True, eq=False)
+class Origin:
+    """The request that scheduled a run; the runs of one request share it, and are thereby siblings."""
+
+    method: str | None
+    route: str | None
+    request_id: str | None
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One attempt, what it raised (redacted; None if nothing, or no longer kept), and the delay until the next."""
+
+    number: int
+    started: float
+    duration_s: float | None = None
+    error_type: str | None = None
+    message: str | None = None
+    stack: str | None = None
+    hint: str | None = None
+    delay_s: float | None = None
+
+
+@dataclass(slots=True)
+class Note:
+    """Something that was noticed about a run: it is slow or stuck, or has a hazard."""
+
+    at: float
+    kind: str
+    text: str
+    stack: str | None
+
+
+class Step(NamedTuple):
+    """A part of a run's time: `response`, `wait`, `attempt`, `failed`, `backoff` or `end`; None while it lasts."""
+
+    kind: str
+    label: str
+    started: float
+    took_s: float | None
+    detail: str | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """
+    A run, in flight or ended; moments are seconds since the Unix epoch, None where they are still to come.
+
+    `number` counts the ended runs of the process, `raised` is the class of the exception that ended its request, and
+    `caused_by` the id and task of the run because of which it was skipped.
+    """
+
+    id: str
+    task: str
+    info: TaskInfo
+    origin: Origin
+    parent: str | None
+    scheduled: float
+    queued: float | None
+    queue_wait_s: float | None
+    thread_wait_s: float | None
+    blocked_s: float
+    progress: Progress | None
+    trace_id: str | None
+    state: str
+    attempts: list[Attempt]
+    notes: list[Note]
+    number: int = 0
+    bad: bool = False
+    ended: float | None = None
+    reason: str | None = None
+    raised: str = ""
+    caused_by: tuple[str, str] | None = None
+
+    @property
+    def last(self) -> Attempt | None:
+        """The current or last attempt; None before the first."""
+        return self.attempts[-1] if self.attempts else None
+
+    @property
+    def changed(self) -> float:
+        """When its state last changed."""
+        if self.ended is not None or self.last is None:
+            return self.ended or self.queued or self.scheduled
+        return self.last.started + (self.last.duration_s or 0.0)
+
+    def took_s(self, now: float) -> float | None:
+        """Seconds that the last attempt took or has taken so far; None before the first."""
+        if self.last is None:
+            return None
+        return max(0.0, now - self.last.started) if self.last.duration_s is None else self.last.duration_s
+
+    def waited_s(self, now: float) -> float | None:
+        """Seconds that it waited for its turn, or has waited so far; None if the response is not sent yet."""
+        if self.queue_wait_s is not None or self.queued is None or self.ended is not None:
+            return self.queue_wait_s
+        return max(0.0, now - self.queued)
+
+    def drop_stacks(self) -> None:
+        """Keep no stack: this run may be one of thousands."""
+        for attempt in self.attempts:
+            attempt.stack = None
+        for note in self.notes:
+            note.stack = None
+
+    def steps(self) -> Iterator[Step]:
+        """The parts of its time, in order."""
+        first = self.attempts[0].started if self.attempts else self.ended
+        sent = first if self.queued is None else self.queued
+        yield Step("response", "Response", self.scheduled, None if sent is None else max(0.0, sent - self.scheduled))
+        if self.queued is not None:
+            yield Step("wait", "Queue", self.queued, None if first is None else max(0.0, first - self.queued))
+        for attempt in self.attempts:
+            kind, detail = "attempt", None
+            if attempt.error_type is not None:
+                kind, detail = "failed", f"{attempt.error_type}: {attempt.message}"
+            yield Step(kind, f"Attempt {attempt.number}", attempt.started, attempt.duration_s, detail)
+            if attempt.delay_s is not None:
+                yield Step("backoff", "Back-off", attempt.started + (attempt.duration_s or 0.0), attempt.delay_s)
+        if self.ended is not None:
+            reason = None if self.reason is None else words(self.reason)
+            yield Step("end", words(self.state).capitalize(), self.ended, 0.0, reason)
+
+
+class Trail(NamedTuple):
+    """What was noticed about a run that has not ended."""
+
+    attempts: list[Attempt]
+    notes: list[Note]
+
+
+def entry_of(run: TaskRun, origin: Origin, trail: Trail | None) -> Entry:
+    """A run as it is now; for one that has ended, the caller adds how."""
+    attempts = [] if trail is None else list(trail.attempts)
+    if run.started_s is not None and (not attempts or attempts[-1].number < run.attempt):
+        attempts.append(Attempt(run.attempt, _unix(run, run.started_s)))
+    span = run.span_context or run.request.span_context
+    return Entry(
+        id=run.id,
+        task=short(run.task),
+        info=run.info,
+        origin=origin,
+        parent=None if run.parent is None else run.parent.id,
+        scheduled=run.timestamp,
+        queued=None if run.queued_s is None else _unix(run, run.queued_s),
+        queue_wait_s=run.queue_wait_s,
+        thread_wait_s=run.thread_wait_s,
+        blocked_s=run.blocked_s,
+        progress=run.progress,
+        trace_id=None if span is None else f"{span.trace_id:032x}",
+        state=run.state,
+        attempts=attempts,
+        notes=[] if trail is None else list(trail.notes),
+    )
+
+
+def short(name: str) -> str:
+    """A name that can be part of an address: cut if it is very long, without halves of characters."""
+    name = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+    return name if name.isascii() else name.encode("utf-8", "replace").decode()
+
+
+def words(name: str) -> str:
+    """An identifier as words."""
+    return name.replace("_", " ")
+
+
+def _unix(run: TaskRun, seconds: float) -> float:
+    """A monotonic time of a run as seconds since the Unix epoch."""
+    return run.timestamp + (seconds - run.scheduled_s)
