@@ -23,6 +23,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from starlette.background import BackgroundTask
 
 from aftertask import AftertaskMiddleware, task
+from aftertask.board import Board
 
 
 class CardDeclined(Exception):
@@ -173,3 +174,5 @@ async def reindex(tasks: BackgroundTasks) -> dict[str, str]:
 
 
 app.mount("/admin", admin)
+# For the demo: open to this machine only. An app of yours says who may: Board(authorize=…).
+app.mount("/aftertask", Board(insecure=True))
