@@ -34,6 +34,8 @@ FOREVER = 10.0**6
 INCIDENT_AFTER = 20.0
 COLUMNS = ("scheduled", "succeeded", "failed", "skipped", "dropped", "cancelled", "in flight")
 LOOK = """\
+Open {url}/aftertask/ in a browser: what is happening, what failed, and why.
+
 The shop is at {url}, its metrics at {url}/metrics. All is well for a while; then, for a minute every eight
 minutes, its mail server is down. In another terminal:
   curl -s {url}/metrics | grep ^aftertask_tasks_
