@@ -102,7 +102,8 @@ def uvicorn(app: str, folder: Path, log: Path, *options: str, ready: str = "/met
 def program(name: str, path: str | None = None) -> str:
     """A server's program, also on another path; its absence is a failure where servers are required, else a skip."""
     if (path := shutil.which(name, path=path)) is None:
-        word = f"no {name} here; Debian's packages are called prometheus, prometheus-alertmanager and postgresql"
+        packages = "chromium, prometheus, prometheus-alertmanager and postgresql"
+        word = f"no {name} here; Debian's packages are called {packages}"
         if os.environ.get("AFTERTASK_TEST_REQUIRE_SERVERS"):
             pytest.fail(word)
         pytest.skip(word)
