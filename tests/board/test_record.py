@@ -153,7 +153,7 @@ def test_more_changes_than_an_answer_holds(board_for: BoardFor) -> None:
     client.get("/")
     client.get("/")
     answer = client.get("/board/api/changes", params={"after": cursor}).json()
-    assert len(answer["runs"]) == 500 and answer["gap"] is True
+    assert len(answer["runs"]) == 200 and answer["gap"] is True
 
 
 # --- hostile text

@@ -37,7 +37,6 @@ from ._source import Source
 
 RIGHTS = ("view", "args", "act")
 
-#: Returns the rights it grants, or a response to send instead, such as a redirect to a login page.
 Granted: TypeAlias = Collection[str] | Response | None
 Authorize: TypeAlias = Callable[[Request], Granted | Awaitable[Granted]]
 
@@ -56,7 +55,6 @@ _STATIC = {"board.css": "text/css", "board.js": "text/javascript", "icon.svg": "
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
 _LOOPBACK_NAME = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?")
 _LONGEST_QUERY = 2_000
-
 #: Seconds for which a rendered page is shared, and how many are.
 _FRESH, _MOST_RENDERED = 0.5, 32
 
@@ -166,7 +164,7 @@ class Board(Companion):
         try:
             response = await self._handle(visit)
         except HTTPException as error:
-            response = self._error(visit, error.status_code, error.detail)
+            response = await self._error(visit, error.status_code, error.detail)
         response.headers.update(HEADERS)
         return response
 
@@ -188,10 +186,10 @@ class Board(Companion):
                 status, message = 405, "This method is not allowed here."
         raise HTTPException(status, message)
 
-    def _error(self, visit: Visit, status: int, message: str) -> Response:
+    async def _error(self, visit: Visit, status: int, message: str) -> Response:
         if visit.path.startswith("/api/"):
             return _json({"error": message}, status)
-        return Response(self._html(visit, "error.html", status=status, message=message), status, media_type="text/html")
+        return await self._page(visit, "error.html", {"message": message}, status)
 
     def _unchanged(self, visit: Visit) -> Response | None:
         """To the script of a page: nothing if nothing has changed, or what has just been sent to another such page."""
@@ -204,36 +202,34 @@ class Board(Companion):
         is_fresh = monotonic() - made < _FRESH and was != seen
         return Response(html, media_type="text/html") if is_fresh else None
 
-    def _page(self, visit: Visit, template: str, **values: object) -> Response:
-        current = self._source.cursor()
-        html = self._html(visit, template, cursor=current, **values)
+    async def _page(self, visit: Visit, template: str, values: dict[str, object], status: int = 200) -> Response:
+        at, current = monotonic(), self._source.cursor() if status == 200 else ""
+        values |= {"cursor": current, "status": status, "now": _clock.timestamp(), "process": os.getpid()}
+        values |= {"base": visit.base, "rights": visit.rights, "here": visit.path, "version": self._version}
+        html = await self._render(template, values)
         if len(self._rendered) >= _MOST_RENDERED:
             self._rendered.clear()
-        self._rendered[str(visit.request.url), visit.rights] = monotonic(), current, html
-        return Response(html, media_type="text/html")
-
-    def _html(self, visit: Visit, template: str, **values: object) -> str:
-        common = {"cursor": "", "now": _clock.timestamp(), "process": os.getpid(), "version": self._version}
-        common |= {"base": visit.base, "rights": visit.rights, "here": visit.path}
-        return self._render(template, **{**common, **values})
+        if status == 200:
+            self._rendered[str(visit.request.url), visit.rights] = at, current, html
+        return Response(html, status, media_type="text/html")
 
     async def _now(self, visit: Visit) -> Response:
         known(visit.parameters)
-        overview, tasks = await self._source.overview(), await self._source.tasks()
-        return self._page(visit, "now.html", **overview, tasks=tasks, channels=self._channels(), tested=self._tested)
+        values = {"tasks": await self._source.tasks(), "channels": self._channels(), "tested": self._tested}
+        return await self._page(visit, "now.html", values | await self._source.overview())
 
     async def _runs(self, visit: Visit) -> Response:
         query = RunQuery.of(visit.parameters)
         runs, before = await self._source.runs(query)
-        values = {"query": query, "tasks": await self._source.tasks(), "states": STATES}
-        return self._page(visit, "runs.html", runs=runs, before=before, **values)
+        values = {"tasks": await self._source.tasks(), "query": query, "runs": runs, "before": before, "states": STATES}
+        return await self._page(visit, "runs.html", values)
 
     async def _run(self, visit: Visit, id: str) -> Response:
         known(visit.parameters)
         run = await self._known(id)
         trace = self._trace_url and run.trace_id and self._trace_url.replace("{trace_id}", run.trace_id)
         siblings, stack = await self._source.siblings(run), await self._source.stack(id)
-        return self._page(visit, "run.html", run=run, siblings=siblings, stack=stack, trace=trace)
+        return await self._page(visit, "run.html", {"run": run, "siblings": siblings, "stack": stack, "trace": trace})
 
     async def _known(self, id: str) -> Entry:
         run = await self._source.run(id)

@@ -18,7 +18,6 @@ IN_FLIGHT = ("scheduled", "queued", "running", "backoff")
 
 #: What `state` may be, besides nothing.
 STATES = ("in_flight", "bad", *IN_FLIGHT, *OUTCOMES)
-
 _CURSOR = re.compile(r"[0-9a-f]{1,32}\.[0-9]{1,15}\.[0-9a-f]{1,32}")
 
 

@@ -18,9 +18,8 @@ from ._tally import WIDTH, Tally, quantile
 
 #: Of more runs in flight than this, only the newest are looked at.
 _MOST_IN_FLIGHT = 5_000
-
 #: The longest lists: of the first page, of the siblings of a run, and of changes.
-_RUNNING, _FAILURES, _SIBLINGS, _CHANGES = 10, 10, 100, 500
+_RUNNING, _FAILURES, _SIBLINGS, _CHANGES = 10, 10, 100, 200
 
 
 class TaskLine(NamedTuple):
