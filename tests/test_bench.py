@@ -83,3 +83,18 @@ def test_our_variants_write_one_line_for_each_task() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=BENCH, capture_output=True, text=True, check=True)
 
     assert done.stderr.count('"event": "task.succeeded"') == 300
+
+
+@pytest.mark.long
+@pytest.mark.timeout(120)
+def test_a_short_load_with_open_pages_prints_both_gates() -> None:
+    """As above: exit code 1 means that a gate failed. All runs end, with pages open and without."""
+    options = ["--rounds", "2", "--seconds", "3"]
+
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "board.py"), *options], capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == (1 if "FAIL" in done.stdout else 0), done.stderr
+    ratio, memory = done.stdout.splitlines()
+    assert "with three open pages" in ratio and "resident memory grew by" in memory

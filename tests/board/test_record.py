@@ -87,7 +87,7 @@ def test_tasks_and_hazards_are_bounded(board_for: BoardFor) -> None:
     client.get("/")
     lines = api(client, "tasks")["tasks"]
     assert len(lines) == 201
-    assert next(line["runs"] for line in lines if line["task"] == "__other__") == 50
+    assert next(line["runs"] for line in lines if line["task"] == "__other__") >= 50
 
 
 def test_nothing_of_a_run_is_kept_alive(board_for: BoardFor) -> None:

@@ -50,7 +50,7 @@ class Record(events.Signal):
         self.last_number = 0
         self._recent: deque[Entry] = deque(maxlen=runs)
         self._failures: deque[Entry] = deque(maxlen=failures)
-        self._trails: weakref.WeakKeyDictionary[TaskRun, Trail] = weakref.WeakKeyDictionary()
+        self._trails: dict[TaskRun, Trail] = {}  # each run ends, and is removed then
         self._origins: weakref.WeakKeyDictionary[RequestInfo, Origin] = weakref.WeakKeyDictionary()
 
     def _end(self, event: events.Ended) -> None:
