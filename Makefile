@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
 
-.PHONY: test check long docs demo bench upstream realworld versions grafana dashboards format clean
+.PHONY: test check long docs demo screenshots bench upstream realworld versions grafana dashboards format clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,9 @@ docs: $(STAMP) ## the documentation as a website in site/; a broken link is an e
 
 demo: $(STAMP) ## a small shop under uvicorn with its own traffic; `make demo SECONDS=20` stops by itself
 	$(BIN)/python examples/shop/demo.py $(if $(SECONDS),--seconds $(SECONDS))
+
+screenshots: $(STAMP) ## the pictures of the README and the docs, from the running demo, with Debian's Chromium
+	$(BIN)/python docs/screenshots.py
 
 bench: $(STAMP) ## what observing a task costs, beside the same signals written by hand
 	$(BIN)/python tests/bench/overhead.py
