@@ -8,16 +8,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
-from typing import Any
 
-from ._core.route import with_included
+from ._core.route import routes_of, with_included
 from ._log import log
 from .policies import Limit, is_pattern
 from .settings import Settings
 from .tasks import attribute, code_name, registered_tasks, registration
-
-#: Apps within apps, or middleware around an app, are followed no deeper than this: they may contain themselves.
-_DEEPEST = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +39,7 @@ def log_mistakes(app: object, settings: Settings) -> None:
 
 
 def _of_routes(app: object, metrics_path: str | None) -> Iterator[Mistake]:
-    for route in with_included(_routes(app)):
+    for route in with_included(routes_of(app)):
         endpoint = attribute(route, "endpoint")
         if registration(endpoint) is not None:
             advice = (
@@ -58,14 +54,6 @@ def _of_routes(app: object, metrics_path: str | None) -> Iterator[Mistake]:
                 "or choose another Settings.metrics_path (None for no endpoint)"
             )
             yield Mistake("metrics_path_taken", path, advice)
-
-
-def _routes(app: object) -> Any:
-    for _ in range(_DEEPEST):
-        if app is None or (routes := attribute(app, "routes")):
-            break
-        app = attribute(app, "app")
-    return routes if app is not None else ()
 
 
 def _unused_policies(settings: Settings) -> Iterator[Mistake]:

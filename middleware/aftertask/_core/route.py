@@ -163,15 +163,19 @@ def _routes_below(route: Any) -> Sequence[Any]:
     return routes if isinstance(routes, Sequence) else ()
 
 
-def mounted_apps(app: object) -> Iterator[object]:
-    """Every app that is mounted somewhere below this one and shows no routes, and what is inside such an app."""
+def routes_of(app: object) -> Any:
+    """The routes of an app, also where middleware is around it; none if it shows none."""
     routes: Any = None
     for _ in range(_MOST_MIDDLEWARE):
-        routes = attribute(app, "routes")
-        if routes or app is None:
+        if app is None or (routes := attribute(app, "routes")):
             break
         app = attribute(app, "app")
-    for mounted, _ in _walk(routes if isinstance(routes, Sequence) else ()):
+    return routes or ()
+
+
+def mounted_apps(app: object) -> Iterator[object]:
+    """Every app that is mounted somewhere below this one and shows no routes, and what is inside such an app."""
+    for mounted, _ in _walk(routes_of(app)):
         for _ in range(_DEEPEST):
             if mounted is None:
                 break
