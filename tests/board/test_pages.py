@@ -17,7 +17,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
 
-from aftertask import AftertaskMiddleware, Limit, Policy, Retry, Settings, options, progress, task
+from aftertask import AftertaskMiddleware, Limit, Policy, Retry, Settings, note, options, progress, task
 from aftertask.board import Board
 from aftertask.testing import VirtualClock
 from board.conftest import BoardFor
@@ -285,3 +285,14 @@ def test_a_policy_is_shown(board_for: BoardFor) -> None:
     client = board_for(works, policies={"*works": Policy(timeout=20, priority=3)})
     client.get("/")
     assert "timeout 20.0 s, priority 3" in page(client, f"/runs/{run_id(client)}")
+
+
+def test_what_was_noted_is_shown_and_found(board_for: BoardFor) -> None:
+    """Whose work a run is."""
+
+    async def noting() -> None:
+        note(customer="c-4711")
+
+    client = board_for(noting, works)
+    client.get("/")
+    assert "customer c-4711" in page(client, f"/runs/{run_id(client, q='C-4711')}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -148,7 +150,7 @@ def test_every_action_is_logged(board_for: BoardFor, caplog: pytest.LogCaptureFi
     rights.append("act")
     client.post("/board/channels/page/test")
     client.post("/board/channels/page/test", headers=SAME)
-    found = [record for record in caplog.records if record.message == "board.action"]
+    found = [record for record in caplog.records if record.message.startswith("board.action")]
     assert [(line.action, line.channel, line.user, line.allowed) for line in found] == [  # type: ignore[attr-defined]
         ("alert_test", "page", "ada", False),
         ("alert_test", "page", "ada", False),
@@ -324,3 +326,10 @@ def test_errors_of_the_api_are_json(board_for: BoardFor) -> None:
     """With one key."""
     response = board_for(works).get("/board/api/runs?limit=0")
     assert json.loads(response.text) == {"error": "limit must be a whole number from 1 to 200, got '0'"}
+
+
+def test_without_jinja_the_way_out_is_named() -> None:
+    """It is an extra."""
+    code = "import sys; sys.modules['jinja2'] = None\nimport aftertask.board"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "aftertask.board needs Jinja2: pip install 'aftertask[board]'" in done.stderr

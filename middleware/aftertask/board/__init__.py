@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
-from ._app import Authorize, Board
+try:
+    from ._app import Authorize, Board
+except ModuleNotFoundError as error:
+    if error.name != "jinja2":
+        raise
+    raise ImportError("aftertask.board needs Jinja2: pip install 'aftertask[board]'") from error
 
 __all__ = ["Authorize", "Board"]

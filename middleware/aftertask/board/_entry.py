@@ -61,7 +61,7 @@ class Entry:
     A run, in flight or ended; moments are seconds since the Unix epoch, None where they are still to come.
 
     `number` counts the ended runs of the process, `raised` is the class of the exception that ended its request, and
-    `caused_by` the id and task of the run because of which it was skipped.
+    `caused_by` the id and task of the run because of which it was skipped; `whose` is what `note()` attached.
     """
 
     id: str
@@ -76,6 +76,7 @@ class Entry:
     blocked_s: float
     progress: Progress | None
     trace_id: str | None
+    whose: dict[str, str | int | float | bool]
     state: str
     attempts: list[Attempt]
     notes: list[Note]
@@ -162,6 +163,7 @@ def entry_of(run: TaskRun, origin: Origin, trail: Trail | None) -> Entry:
         blocked_s=run.blocked_s,
         progress=run.progress,
         trace_id=None if span is None else f"{span.trace_id:032x}",
+        whose=run.notes,
         state=run.state,
         attempts=attempts,
         notes=[] if trail is None else list(trail.notes),

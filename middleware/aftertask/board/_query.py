@@ -88,6 +88,7 @@ def cursor(given: Mapping[str, str], name: str) -> str | None:
 def _texts(entry: Entry) -> Iterator[str | None]:
     origin = entry.origin
     yield from (entry.id, entry.reason, entry.trace_id, origin.request_id, origin.method, origin.route)
+    yield from map(str, entry.whose.values())
     for attempt in entry.attempts:
         yield from (attempt.error_type, attempt.message)
 

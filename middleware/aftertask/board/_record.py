@@ -96,7 +96,7 @@ class Record(events.Signal):
         attempt = Attempt(event.attempt, event.timestamp - event.duration_s, event.duration_s, delay_s=event.delay_s)
         _add_failure(attempt, event.failure)
         with self.lock:
-            attempts = self._trail(event.run).attempts
+            attempts = self._trails.setdefault(event.run, Trail([], [])).attempts
             for earlier in attempts:
                 earlier.stack = None
             attempts[:] = [*attempts, attempt][-_ATTEMPTS:]
@@ -126,7 +126,7 @@ class Record(events.Signal):
         with self.lock:
             self.version += 1
             if run.outcome is None:
-                notes = self._trail(run).notes
+                notes = self._trails.setdefault(run, Trail([], [])).notes
             else:  # a trap is found in what a run has returned
                 notes = next((entry.notes for entry in reversed(self._recent) if entry.id == run.id), [])
                 note.stack = None
@@ -163,11 +163,6 @@ class Record(events.Signal):
         oldest = recent[0].number if recent else 0
         return [*reversed(recent), *(entry for entry in reversed(failures) if entry.number < oldest)]
 
-    def failures(self) -> list[Entry]:
-        """The bad and failed runs that are kept, the last to end first."""
-        with self.lock:
-            return list(reversed(self._failures))
-
     def in_flight(self, runs: list[TaskRun]) -> list[Entry]:
         """These runs as they are now."""
         with self.lock:
@@ -180,9 +175,6 @@ class Record(events.Signal):
             origin = self._origins[request] = Origin(request.http_method, request.http_route, request.request_id)
         origin.route = request.http_route  # it may be found late
         return entry_of(run, origin, self._trails.get(run))
-
-    def _trail(self, run: TaskRun) -> Trail:
-        return self._trails.setdefault(run, Trail([], []))
 
 
 def _add_failure(attempt: Attempt, failure: events.Failure) -> None:

@@ -90,6 +90,7 @@ def templates() -> Callable[[str, dict[str, object]], Awaitable[str]]:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
+        auto_reload=False,
         undefined=StrictUndefined,
         finalize=visible,
         trim_blocks=True,
@@ -112,7 +113,7 @@ def templates() -> Callable[[str, dict[str, object]], Awaitable[str]]:
 
 _TIMES = frozenset({"scheduled", "queued", "started", "ended", "at", "last_success", "last_bad", "failing_since"})
 TASK = "task owner in_flight runs bad_runs p50_s p95_s wait_p95_s last_success last_bad failing_since"
-_RUN = "id task state bad scheduled queued ended reason trace_id"
+_RUN = "id task state bad scheduled queued ended reason trace_id whose"
 _ATTEMPT = "number started duration_s error_type message stack hint delay_s"
 
 

@@ -105,7 +105,7 @@ class Source:
             "states": Counter(run.state for run in flying),
             "queued": record.in_flight(queued[-1:]),
             "running": record.in_flight(running[:_RUNNING]),
-            "failures": _grouped(record.failures())[:_FAILURES],
+            "failures": _grouped(record.ended())[:_FAILURES],
             "lag": record.lag.until(_clock.timestamp()),
             "last_lag_s": record.last_lag,
             "pools": [(pool, threads) for (_, threads), pool in list(record.pools.items())],
@@ -121,10 +121,10 @@ class Source:
         return self._record.in_flight(self._in_flight()) + self._record.ended()
 
 
-def _grouped(failures: list[Entry]) -> list[tuple[Entry, int]]:
+def _grouped(ended: list[Entry]) -> list[tuple[Entry, int]]:
     """The last of each kind of bad run, and their number; what was skipped is left out, what was dropped comes last."""
     groups: dict[tuple[object, ...], tuple[Entry, int]] = {}
-    for entry in failures:
+    for entry in ended:
         if entry.bad and entry.state != "skipped":
             key = entry.task, entry.state, entry.reason, entry.raised, entry.last and entry.last.error_type
             last, times = groups.get(key, (entry, 0))
