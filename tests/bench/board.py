@@ -54,7 +54,8 @@ async def page(client: httpx2.AsyncClient, path: str) -> None:
 async def measure(url: str, rounds: int, seconds: float) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """What the app measured in each round without and with open pages."""
     found = []
-    async with httpx2.AsyncClient(base_url=url, timeout=30, trust_env=False) as client:
+    apart = httpx2.Limits(max_keepalive_connections=0)  # or a connection may be reused as the server closes it
+    async with httpx2.AsyncClient(base_url=url, timeout=30, limits=apart, trust_env=False) as client:
         await traffic(client, 6)  # the record is full then
         for _ in range(rounds):
             both = []
