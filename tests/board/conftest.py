@@ -32,6 +32,7 @@ def board_for(registry: CollectorRegistry) -> Iterator[BoardFor]:
         rights: Any = ("view", "act"),
         board: Board | None = None,
         signals: Any = None,
+        backend: str = "asyncio",
         **settings: Any,
     ) -> TestClient:
         async def endpoint(request: Request) -> PlainTextResponse:
@@ -43,7 +44,7 @@ def board_for(registry: CollectorRegistry) -> Iterator[BoardFor]:
             routes=[Route("/", endpoint), Mount("/board", board)],
             middleware=[Middleware(AftertaskMiddleware, settings=chosen, signals=signals)],
         )
-        client = TestClient(app, raise_server_exceptions=False, client=("127.0.0.1", 50000))
+        client = TestClient(app, raise_server_exceptions=False, backend=backend)
         client.__enter__()
         clients.append(client)
         return client

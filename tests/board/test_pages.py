@@ -18,6 +18,7 @@ from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
 
 from aftertask import AftertaskMiddleware, Limit, Policy, Retry, Settings, note, options, progress, task
+from aftertask.alerts import Alert
 from aftertask.board import Board
 from aftertask.testing import VirtualClock
 from board.conftest import BoardFor
@@ -296,3 +297,17 @@ def test_what_was_noted_is_shown_and_found(board_for: BoardFor) -> None:
     client = board_for(noting, works)
     client.get("/")
     assert "customer c-4711" in page(client, f"/runs/{run_id(client, q='C-4711')}")
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_the_board_works_on_either_event_loop(board_for: BoardFor, backend: str) -> None:
+    """Its pages, the API and an action."""
+
+    def channel(alert: Alert) -> None: ...
+
+    client = board_for(works, breaks, backend=backend, alerts=[channel])
+    client.get("/")
+    assert "1 task failing" in page(client) and "breaks" in page(client, "/runs")
+    assert "Attempt 1" in page(client, f"/runs/{run_id(client, state='failed')}")
+    client.post("/board/channels/channel/test", headers={"sec-fetch-site": "same-origin"}, follow_redirects=False)
+    assert "accepted" in page(client)

@@ -18,6 +18,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import RedirectResponse
 from starlette.routing import Mount
 from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
 from aftertask import AftertaskMiddleware, Settings
@@ -262,7 +263,12 @@ def test_insecure_is_for_this_machine_only(client: str, headers: dict[str, str],
         routes=[Mount("/board", Board(insecure=True))],
         middleware=[Middleware(AftertaskMiddleware, settings=Settings(metrics_path=None))],
     )
-    assert TestClient(app, client=(client, 50000)).get("/board/", headers=headers).status_code == status
+
+    async def from_there(scope: Scope, receive: Receive, send: Send) -> None:
+        scope["client"] = (client, 50000)
+        await app(scope, receive, send)
+
+    assert TestClient(from_there).get("/board/", headers=headers).status_code == status
 
 
 def test_a_websocket_is_refused(board_for: BoardFor) -> None:
