@@ -71,8 +71,10 @@ elif tool == "taskflow":
     TaskAdmin(app, TaskManager(), auto_install=True)
 elif tool == "aftertask":
     from aftertask import AftertaskMiddleware, Settings
+    from aftertask.board import Board
     settings = Settings(on_failure="continue" if "continue" in sys.argv else "stop")
     app.add_middleware(AftertaskMiddleware, settings=settings)
+    app.mount("/board", Board(authorize=lambda request: {"view"}))
 
 def boom(): raise ValueError("the disk is full")
 def after(): ran.append("after")
@@ -111,7 +113,7 @@ if tool == "taskflow":
 print("SEEN", json.dumps({
     "shown": shown, "ran": ran, "scrape": [line for line in scrape.splitlines() if line.startswith("aftertask_tasks_")],
     "span of boom": named,
-    "page": page.status_code == 200 and "html" in client.get("/tasks/dashboard").headers.get("content-type", ""),
+    "page": any("html" in client.get(path).headers.get("content-type", "") for path in ("/tasks/dashboard", "/board/")),
 }))
 """
 
@@ -176,7 +178,7 @@ def python() -> Path:
     if not made.exists():
         subprocess.run([sys.executable, "-m", "venv", CACHE], check=True)
         install = [CACHE / "bin" / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-        subprocess.run([*install, "-e", f"{ROOT}[fastapi]", *NEEDS], check=True)
+        subprocess.run([*install, "-e", f"{ROOT}[board,fastapi]", *NEEDS], check=True)
         made.touch()
     return CACHE / "bin" / "python"
 
