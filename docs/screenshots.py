@@ -1,7 +1,7 @@
 """
 The pictures of the README and of board.md, taken from the running demo with Debian's Chromium.
 
-    python docs/screenshots.py                   # or make screenshots; takes about three minutes
+    python docs/screenshots.py                   # or make screenshots; takes about a minute and a half
     python docs/screenshots.py --seconds 30      # the demo runs for less time before the first one
 """
 
@@ -82,7 +82,7 @@ def take(board: str, folder: Path, chromium: str) -> None:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=170, help="of the demo before the first picture")
+    parser.add_argument("--seconds", type=float, default=75, help="of the demo before the first picture")
     parser.add_argument("--folder", type=Path, default=DOCS / "images")
     options = parser.parse_args()
     if (chromium := shutil.which("chromium")) is None:
