@@ -64,12 +64,12 @@ def clock() -> Iterator[VirtualClock]:
         yield clock
 
 
-@pytest.fixture(params=["response", "request"])
+@pytest.fixture(params=["response", pytest.param("request", marks=pytest.mark.long)])
 def env(request: pytest.FixtureRequest) -> Iterator[Env]:
     """
     An app under the middleware; at the end of the test each run has ended exactly once.
 
-    Each test runs with both values of `Settings.run_after`.
+    Each test runs with both values of `Settings.run_after`; with `request` in `make long`, which has the time.
     """
     env = Env()
     env.settings["run_after"] = request.param

@@ -282,6 +282,7 @@ def test_each_example_runs_in_a_test() -> None:
         assert f'"{path.stem}:app"' in here or f'"{path.name}"' in here, path.name
 
 
+@pytest.mark.long
 def test_the_shop_counts_the_responses_that_its_customers_got(tmp_path: Path) -> None:
     """The same seed makes the same requests; each 409, 422 and 500 is one dropped batch, by its reason."""
     with uvicorn("app:app", SHOP, tmp_path / "log") as server:
@@ -314,6 +315,7 @@ def test_the_shop_counts_the_responses_that_its_customers_got(tmp_path: Path) ->
         eventually(lambda: want.items() <= dropped().items(), what=f"{want} in a scrape")
 
 
+@pytest.mark.long
 def test_a_good_day_has_no_bad_runs_and_an_incident_has_many(tmp_path: Path) -> None:
     """So that the dashboards open green, and then show something; a customer's mistake is not ours."""
     with uvicorn("app:app", SHOP, tmp_path / "log") as server:
@@ -334,6 +336,7 @@ def test_a_good_day_has_no_bad_runs_and_an_incident_has_many(tmp_path: Path) -> 
         eventually(lambda: bad_share() > 0.15, what="the incident in a scrape")
 
 
+@pytest.mark.long
 def test_the_demo_ends_by_itself_and_shows_every_outcome() -> None:
     """`make demo SECONDS=…` prints its address, live lines, and a table from the real /metrics."""
     done = subprocess.run(

@@ -263,7 +263,10 @@ def test_each_alert_has_a_case_in_which_it_fires_and_ends() -> None:
         assert any(alert not in list(case.firing.values())[-1] for case in cases), f"{alert} never ends"
 
 
-@pytest.mark.parametrize(("window", "minutes"), [("1h", 60), ("6h", 360), ("1d", 1440), ("3d", 4320)])
+LONGEST = pytest.param("3d", 4320, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize(("window", "minutes"), [("1h", 60), ("6h", 360), ("1d", 1440), LONGEST])
 def test_each_window_of_the_error_budget_has_its_factor(window: str, minutes: int, tmp_path: Path) -> None:
     """A burn just above a window's factor fires that window's alert, and one just below it does not."""
     factor = next(factor for long, _, factor, _, _ in _rules.BURNS if long == window)
