@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aftertask.alerts import Alert
@@ -275,7 +275,12 @@ STEPS = st.lists(
 )
 
 
+#: It works again, which cannot be delivered before it fails again.
+FAILS_AGAIN = [("fail", 3, 0.0), ("deliver", 0, 1.0), ("fail", 3, 0.0), ("succeed", 3, 0.0), ("break", 0, 300.0)]
+
+
 @given(STEPS, st.integers(1, 3))
+@example([*FAILS_AGAIN, ("fail", 3, 0.0)], 1)
 @settings(max_examples=200, deadline=None)
 def test_every_bad_run_is_reported_exactly_once(steps: list[tuple[str, int, float]], rate: int) -> None:
     """In any order of failures, skipped runs, successes, deliveries and outages."""

@@ -153,7 +153,9 @@ class AlertQueue:
         if now - sent_s > self._timing.repeat_max:  # nothing since: it is news again
             self._sent.pop(key, None)
         self._pending[key] = _Pending(alert, max(now + self._timing.group_wait, sent_s + wait))
-        self._pending.pop(_resolved(key.task), None)  # it is no longer true
+        untrue = self._pending.pop(_resolved(key.task), None)
+        for repeat in () if untrue is None else untrue.repeats:
+            self._return(*repeat, now)
 
     def add_not_run(self, cause: GroupKey, task: str) -> bool:
         """Attach a run that did not start to the pending alert about its cause; False if there is none."""
