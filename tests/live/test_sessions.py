@@ -35,14 +35,14 @@ def pipelined(server: Server, *paths: str) -> list[bytes]:
         return statuses
 
 
-def seen(server: Server, tasks: int) -> dict[str, Any]:
-    """What so many tasks saw, once they have ended."""
+def seen(server: Server, tasks: int, rows: int) -> dict[str, Any]:
+    """What this many tasks saw, once they have ended and this many rows are committed, which may be afterwards."""
 
     def all_of_them() -> Any:
         found = httpx2.get(f"{server.url}/seen", timeout=10).json()
-        return found if len(found["tasks"]) == tasks else None
+        return found if (len(found["tasks"]), len(found["rows"])) == (tasks, rows) else None
 
-    return eventually(all_of_them, what="the tasks ending")  # type: ignore[no-any-return]  # JSON
+    return eventually(all_of_them, what="the tasks ending, and the commits")  # type: ignore[no-any-return]  # JSON
 
 
 @pytest.mark.parametrize("http", ["h11", "httptools"])
@@ -51,7 +51,7 @@ def test_two_requests_in_flight_on_one_connection(tmp_path: Path, http: str) -> 
     env = {"SESSIONS_FILE": str(tmp_path / "shop.db"), "AFTERTASK_RUN_AFTER": "request"}
     with uvicorn("sessions:app", APPS, tmp_path / "log", "--http", http, **env) as server:
         assert pipelined(server, "/orders/1", "/orders/2") == [b"200", b"200"]
-        assert seen(server, 2) == {
+        assert seen(server, 2, 2) == {
             "tasks": {number: {"alone": False, "rows": [1, 2], "held": 0} for number in ("1", "2")},
             "rows": [1, 2],
         }
@@ -64,7 +64,7 @@ def test_by_default_the_second_waits_for_the_connection_in_vain(tmp_path: Path, 
     env = {"SESSIONS_FILE": str(tmp_path / "shop.db")}
     with uvicorn("sessions:app", APPS, tmp_path / "log", "--http", http, **env) as server:
         assert pipelined(server, "/orders/1", "/orders/2") == [b"200", b"500"]
-        assert seen(server, 1) == {"tasks": {"1": {"alone": True, "rows": [], "held": 1}}, "rows": [1]}
+        assert seen(server, 1, 1) == {"tasks": {"1": {"alone": True, "rows": [], "held": 1}}, "rows": [1]}
         eventually(lambda: '"kind": "runs_before_commit"' in server.log.read_text(), what="the hazard")
 
 
@@ -95,7 +95,7 @@ def test_every_server(tmp_path: Path, command: tuple[str, ...], run_after: str) 
             return
         for number in (1, 2):
             assert httpx2.post(f"{server.url}/orders/{number}", timeout=20).status_code == 200
-        found = seen(server, 2)
+        found = seen(server, 2, 3)
         assert found["rows"] == [1, 2, 3]
         assert [(task["alone"], task["rows"], task["held"]) for task in found["tasks"].values()] == [
             (False, [1, 2, 3], 0)
