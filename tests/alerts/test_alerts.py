@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -395,3 +397,29 @@ def test_the_service_is_opentelemetrys(
         client.get("/")
     (alert,) = inbox.wait()
     assert alert.service == expected
+
+
+def test_a_run_that_garbage_collection_ends_waits_for_no_lock(alerts_for: AlertsFor) -> None:
+    """Its coroutine may be closed at any line, so also while the end of another run is counted."""
+    alerts, run, now = alerts_for(Inbox()), TaskRun(TaskInfo("mail", "mail"), RequestInfo()), time.time()
+    ended: list[str] = []
+
+    def collect(phase: str, info: object) -> None:
+        if threading.current_thread() is thread:
+            ended.append(phase)
+            alerts.cancelled(Cancelled(run, now, 1, 0.1, "cancelled"))
+
+    def lose() -> None:
+        for _ in range(100):
+            alerts.lost(Lost(run, now, "shutdown", 1.0))
+
+    thread, thresholds = threading.Thread(target=lose, daemon=True), gc.get_threshold()
+    gc.callbacks.append(collect)
+    gc.set_threshold(1)
+    try:
+        thread.start()
+        thread.join(10)
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(collect)
+    assert ended and not thread.is_alive()

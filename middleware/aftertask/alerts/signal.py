@@ -98,7 +98,8 @@ class Alerts(Signal):
         _clock.watchers.add(self)
 
     def _reset(self) -> None:
-        self._lock = threading.Lock()
+        # Reentrant: collecting garbage may close a coroutine, which ends its run, at any line of any thread.
+        self._lock = threading.RLock()
         # Task to its number of bad runs in a row, and when the first of them ended.
         self._failing: dict[str, tuple[int, float]] = {}
         self._first: weakref.WeakKeyDictionary[TaskRun | RequestInfo, GroupKey] = weakref.WeakKeyDictionary()
