@@ -33,6 +33,7 @@ ORDER = (
     "hazards",
     "_core.app",
     "_core.hooks",
+    "_core.notes",
     "_core.serve",
     "_core.request",
     "_core.parts",

@@ -8,9 +8,10 @@ See every background task a FastAPI or Starlette app runs after it has responded
 from __future__ import annotations
 
 from ._core.app import observe_functions
+from ._core.notes import note
 from ._version import __version__ as __version__
 from .errors import AftertaskError, NameClash, NotSerializable, QueueFull, RegistryClash, TaskTimeout
-from .events import HazardFound, TaskEvent, TaskRun, current_run, get_run, note, progress
+from .events import HazardFound, TaskEvent, TaskRun, current_run, get_run, progress
 from .middleware import AftertaskMiddleware
 from .policies import Limit, Policy, Retry
 from .settings import Settings

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 from . import _clock
-from ._text import Redact, default_redact, redacted
+from ._text import Redact, default_redact
 
 Outcome: TypeAlias = Literal[
     "succeeded",
@@ -31,12 +31,8 @@ OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 #: A wait for a thread shorter than this many seconds is the ordinary cost of handing a call over.
 _NOTABLE_THREAD_WAIT = 0.005
 
-#: The longest note that `progress()` keeps, in characters.
-_LONGEST_NOTE = 200
-
-#: `note()` keeps at most this many keys of a request, and as many of a run.
-_MOST_NOTES = 10
-
+#: The longest text that `progress()` and `note()` keep, in characters.
+LONGEST_NOTE = 200
 
 #: A value that `note()` keeps.
 Note: TypeAlias = str | int | float | bool
@@ -295,9 +291,6 @@ class TaskRun:
 #: The innermost run that this code is part of. A leaked context may hold a finished one: `current_run()` looks.
 running: ContextVar[TaskRun | None] = ContextVar("aftertask_run", default=None)
 
-#: The request that this code is part of, also in a sync endpoint's thread.
-requesting: ContextVar[RequestInfo | None] = ContextVar("aftertask_request", default=None)
-
 #: Every run of this process that has not ended, in the order of scheduling.
 in_flight: dict[TaskRun, None] = {}
 
@@ -330,46 +323,8 @@ def progress(done: float, total: float | None = None, note: str | None = None) -
     """
     run = current_run()
     if run is not None:
-        text = None if note is None else str(note)[:_LONGEST_NOTE]
+        text = None if note is None else str(note)[:LONGEST_NOTE]
         run.progress = Progress(done, total, text, _clock.timestamp())
-
-
-def note(**keys: object) -> None:
-    """
-    Attach keys that show whose work a run is, such as `note(user_id=42)`.
-
-    In a request they belong to all of its runs, those added before included; inside a task to its run alone. They
-    appear as `notes` in log lines, alerts, `get_run` and `current_run`, also for a run that never started. Outside of a
-    request and a run, and in a worker process, the call does nothing.
-
-    Args:
-        keys: Numbers and flags stay what they are, anything else is kept as text, cut to 200 characters; None removes a
-            key. `Settings.redact` is applied to each. At most 10 keys are kept; further ones are left out.
-    """
-    run = current_run()
-    request = requesting.get() if run is None else run.request
-    if request is None:
-        return
-    kept = dict(request.notes if run is None else run.own_notes)
-    for key, value in keys.items():
-        if value is None:
-            kept.pop(key, None)
-        elif key in kept or len(kept) < _MOST_NOTES:
-            kept[key] = _noted(key, value, request.redact)
-    if run is None:
-        request.notes = kept
-    else:
-        run.own_notes = kept
-
-
-def _noted(key: str, value: object, redact: Redact) -> Note:
-    try:
-        text = str(value)[:_LONGEST_NOTE]
-    except Exception as error:
-        text = f"[it cannot be read: {type(error).__name__}]"
-    # With its key: `token=…` is recognised by it.
-    shown = redacted(f"{key}={text}", redact).removeprefix(f"{key}=")
-    return value if shown == text and isinstance(value, (int, float)) else shown
 
 
 async def get_run(id: str) -> TaskRun | None:

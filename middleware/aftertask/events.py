@@ -41,7 +41,6 @@ from ._taskrun import (
     TaskRun,
     current_run,
     get_run,
-    note,
     progress,
 )
 
@@ -81,7 +80,6 @@ __all__ = [
     "TimedOut",
     "current_run",
     "get_run",
-    "note",
     "progress",
 ]
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .._taskrun import current_run, requesting, running
+from .._taskrun import current_run, running
 from ..policies import Policy
 from ..tasks import is_async
 from .background import Work
@@ -80,15 +80,12 @@ class App:
         outer_record, outer_run, outer_serving = scope.get(KEY), running.get(), serving_here.get()
         scope[KEY] = request
         serving_here.set(Serving(request))
-        outer_request = requesting.get()
-        requesting.set(request)
         if outer_run is not None:
             running.set(None)
         error: BaseException | None = None
         try:
             await inner(scope, receive, request.watch(send))
             if self._parts.runs_after_request:
-                request.dependencies = {}  # they have ended
                 await request.run_held()
         except BaseException as raised:
             error = raised
@@ -96,13 +93,11 @@ class App:
         finally:
             owed = request.guarded("end of the request", request.close, error)
             serving_here.set(outer_serving)
-            requesting.set(outer_request)
             if outer_run is not None:
                 running.set(outer_run)
             # The outermost record stays, and one that still owes runs: an error handler around us is still to respond.
             if outer_record is not None and (error is None or OWED not in scope):
                 scope[KEY] = outer_record
-            request.dependencies, request.solved = {}, None  # they may refer to the request
             del error  # its traceback holds this frame
             if owed is not None:
                 await request.compensate(owed)

@@ -87,11 +87,9 @@ class Request(RequestInfo):
     _held: tuple[Callable[[], Awaitable[None]], ...] = ()
 
     def __init__(self, parts: Parts, scope: Scope, context: Context) -> None:
+        self.parts, self.scope, self.context = parts, scope, context
         self.app, self.redact = parts.emit, parts.emit.redact
-        self.scope = scope
-        self.context = context
         self.thread = threading.get_ident()
-        self.parts = parts
         self.waiting = Waiting()
         # By identity: a user's class may define equality.
         self._containers: dict[int, BackgroundTasks] = {}
@@ -295,6 +293,7 @@ class Request(RequestInfo):
 
     async def run_held(self) -> None:
         """The call of the app has returned, and nothing has failed: run the batches that were kept."""
+        self.dependencies = {}  # they have ended
         while self._held:
             start, self._held = self._held[0], self._held[1:]
             await start()
@@ -341,6 +340,7 @@ class Request(RequestInfo):
         if owed is None:
             self.context = None
         self._containers, self._finished, self._held = {}, {}, ()
+        self.dependencies, self.solved = {}, None  # they may refer to this request
         return owed if responded else None
 
     def _settle(self, error: BaseException | None) -> Owed | None:
