@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,18 +25,23 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     ("values", "error", "message"),
     [
         ({"metric_path": "/m"}, TypeError, "did you mean 'metrics_path'"),
-        ({"journal": "tasks.db"}, TypeError, "unknown setting 'journal'"),
+        ({"journals": "tasks.db"}, TypeError, "did you mean 'journal'"),
+        ({"journal": 1}, TypeError, "Settings.journal must be the path of a file or None, got 1"),
+        ({"journal": ":memory:"}, ValueError, "Settings.journal is the path of a SQLite file on a local disk, no URL"),
         ({"metrics_path": "metrics"}, ValueError, "begins with a slash, or None, got 'metrics'"),
         ({"metrics_path": "/"}, ValueError, "metrics_path"),
         ({"registry": None}, TypeError, "CollectorRegistry"),
         ({"tracer_provider": "otel"}, TypeError, "TracerProvider"),
-        ({"trace": "children"}, ValueError, "'child', 'link', 'none', got 'children'"),
+        ({"trace": "children"}, ValueError, "'child', 'link', 'none', got 'children'; did you mean 'child'?"),
         ({"context": "all"}, ValueError, "'request', 'endpoint', got 'all'"),
-        ({"redact": "yes"}, TypeError, "Settings.redact must be a function"),
+        ({"redact": "yes"}, TypeError, "Settings.redact must be a function that is not async, got 'yes'"),
+        ({"redact": app}, TypeError, "Settings.redact must be a function that is not async, got <function app"),
         ({"request_id": "x-request-id"}, TypeError, "Settings.request_id must be a function"),
         ({"success_log_rate": -1}, ValueError, "success_log_rate"),
         ({"success_log_rate": float("nan")}, ValueError, "success_log_rate"),
         ({"success_log_rate": True}, ValueError, "success_log_rate"),
+        ({"max_waiting": -1}, ValueError, "max_waiting must be at least 0, got -1; None means no maximum"),
+        ({"max_waiting": "many"}, TypeError, "must be a whole number, got 'many'; None means no maximum"),
         ({"run_ids_header": "a b"}, ValueError, "run_ids_header"),
         ({"exclude": "/health"}, TypeError, "Settings.exclude must be a list"),
         ({"exclude": ["health"]}, ValueError, "begin with a slash, got 'health'"),
@@ -47,6 +54,37 @@ def test_a_bad_setting_is_refused_by_name(values: dict[str, Any], error: type[Ex
     with pytest.raises(error) as caught:
         Settings(**values)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("paths", ["/a;/b", "/a; /b", "/a /b", "/a ; /b", "/a,/b;/c", "/a;", "/a; ", "/a;,/b"])
+def test_excluded_paths_that_no_comma_separates_are_refused(paths: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one pattern they would match no request."""
+    monkeypatch.setenv("AFTERTASK_EXCLUDE", paths)
+    with pytest.raises(ValueError, match=f"AFTERTASK_EXCLUDE='{paths}': the paths must be separated by commas"):
+        Settings.from_env()
+
+
+def test_an_excluded_path_may_hold_a_semicolon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a space; what is around a comma does not count."""
+    monkeypatch.setenv("AFTERTASK_EXCLUDE", "/a;v=1/*, /my files/b ,\n/c,")
+    assert Settings.from_env().exclude == ("/a;v=1/*", "/my files/b", "/c")
+
+
+@pytest.mark.parametrize(
+    "journal",
+    ["postgresql://shop:hunter2@db/shop", Path("postgresql://shop:hunter2@db/shop"), "file:hunter2.db?mode=rwc"],
+)
+def test_a_url_in_place_of_a_journal_is_refused(journal: str | Path) -> None:
+    """It would become a file in a folder of that name; its password is not repeated."""
+    with pytest.raises(ValueError, match="no URL") as refused:
+        Settings(journal=journal)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_the_path_of_a_journal_may_hold_colons() -> None:
+    """Only what begins like a URL is taken for one."""
+    for path in ("C:/tasks.db", "/var/lib/a:b/tasks.db", "tasks:v1.db"):
+        assert Settings(journal=path).journal == path
 
 
 @pytest.mark.parametrize(
@@ -79,6 +117,11 @@ def test_an_unknown_argument_of_the_middleware_is_refused_with_a_hint() -> None:
         AftertaskMiddleware(app, metrics_path="/m")  # type: ignore[call-arg]  # the mistake
     with pytest.raises(TypeError, match=r"unknown setting 'metric_path'; did you mean 'metrics_path'"):
         AftertaskMiddleware(app, metric_path="/m")  # type: ignore[call-arg]  # the mistake
+    with pytest.raises(TypeError, match=r"write add_middleware\(AftertaskMiddleware, settings=…\), got Settings"):
+        AftertaskMiddleware(app, Settings())  # type: ignore[misc]  # the mistake
+    with pytest.raises(TypeError, match="unknown setting 'colour'; known are alerts, ") as raised:
+        Settings(colour=1)  # type: ignore[call-arg]
+    assert "reads_environment" not in str(raised.value)  # no setting
 
 
 def test_a_registry_that_has_one_of_our_names_is_refused() -> None:
@@ -132,6 +175,13 @@ def test_the_environment_is_read_by_from_env_alone(monkeypatch: pytest.MonkeyPat
         ("AFTERTASK_SUCCESS_LOG_RATE", "many", "AFTERTASK_SUCCESS_LOG_RATE='many'"),
         ("AFTERTASK_METRICS_PATH", "metrics", "AFTERTASK_METRICS_PATH"),
         ("AFTERTASK_THREAD_LIMIT", "none", "AFTERTASK_THREAD_LIMIT='none': must be a whole number"),
+        (
+            "AFTERTASK_JOURNAL",
+            "true",
+            "AFTERTASK_JOURNAL='true': must be the path of a file, such as tasks.db, or none",
+        ),
+        ("AFTERTASK_RUN_IDS_HEADER", "1", "AFTERTASK_RUN_IDS_HEADER='1': must be the name of a header"),
+        ("AFTERTASK_JOURNAL", "0", "AFTERTASK_JOURNAL='0': must be the path of a file"),
     ],
 )
 def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str) -> None:
@@ -154,7 +204,25 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_unknown_variable_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """A misspelt variable must not be ignored."""
     monkeypatch.setenv("AFTERTASK_TRACES", "link")
-    with pytest.warns(UserWarning, match="unknown environment variable AFTERTASK_TRACES; did you mean AFTERTASK_TRACE"):
+    with pytest.warns(
+        UserWarning, match="unknown environment variable AFTERTASK_TRACES; did you mean 'AFTERTASK_TRACE'"
+    ):
+        Settings.from_env()
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("DISABLE", "did you mean 'AFTERTASK_DISABLED'?"),
+        ("LOG_LEVEL", "known are AFTERTASK_ALERTS, "),
+        ("POLICIES", "write it in code: Settings.from_env(policies=…)"),
+        ("TIMEOUT", "'timeout' is an option of a task: write Settings(policies={'*': Policy(timeout=…)})"),
+    ],
+)
+def test_an_unknown_variable_has_a_hint_that_is_true(name: str, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prefix that all share makes no two alike, and what is set in code is said so."""
+    monkeypatch.setenv(f"AFTERTASK_{name}", "x")
+    with pytest.warns(UserWarning, match=re.escape(f"unknown environment variable AFTERTASK_{name}; {hint}")):
         Settings.from_env()
 
 

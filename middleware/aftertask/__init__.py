@@ -10,8 +10,18 @@ from __future__ import annotations
 from ._core.app import observe_functions
 from ._core.notes import note
 from ._version import __version__ as __version__
-from .errors import AftertaskError, NameClash, NotSerializable, QueueFull, RegistryClash, TaskTimeout
-from .events import HazardFound, TaskEvent, TaskRun, current_run, get_run, progress
+from .errors import (
+    AftertaskError,
+    DuplicateKey,
+    EngineUnavailable,
+    JournalError,
+    NameClash,
+    NotSerializable,
+    QueueFull,
+    RegistryClash,
+    TaskTimeout,
+)
+from .events import HazardFound, TaskEvent, TaskRun, cancel_run, current_run, get_run, progress
 from .middleware import AftertaskMiddleware
 from .policies import Limit, Policy, Retry
 from .settings import Settings
@@ -20,7 +30,10 @@ from .tasks import options, task
 __all__ = [
     "AftertaskError",
     "AftertaskMiddleware",
+    "DuplicateKey",
+    "EngineUnavailable",
     "HazardFound",
+    "JournalError",
     "Limit",
     "NameClash",
     "NotSerializable",
@@ -32,6 +45,7 @@ __all__ = [
     "TaskEvent",
     "TaskRun",
     "TaskTimeout",
+    "cancel_run",
     "current_run",
     "get_run",
     "note",

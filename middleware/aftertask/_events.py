@@ -77,6 +77,16 @@ class _Ending(_Event):
 
 
 @dataclass(slots=True)
+class _Harmless(_Ending):
+    """An end without fault of the task: a success, a shutdown, a deadline of its owner's, a hand-over to an engine."""
+
+    @property
+    def bad(self) -> bool:
+        """Always False."""
+        return False
+
+
+@dataclass(slots=True)
 class Scheduled(_Event):
     """A run came into being."""
 
@@ -107,7 +117,7 @@ class Retrying(_Event):
 
 
 @dataclass(slots=True)
-class Succeeded(_Ending):
+class Succeeded(_Harmless):
     """
     The function returned.
 
@@ -121,11 +131,6 @@ class Succeeded(_Ending):
     duration_s: float
     result: object
     outcome = "succeeded"
-
-    @property
-    def bad(self) -> bool:
-        """Always False."""
-        return False
 
 
 @dataclass(slots=True)
@@ -166,25 +171,20 @@ class TimedOut(_Ending):
 
 
 @dataclass(slots=True)
-class Cancelled(_Ending):
+class Cancelled(_Harmless):
     """
     The run had started and was cancelled from outside.
 
     Attributes:
         attempt: Number of the attempt that was cancelled, or that preceded the cancelled back-off.
         duration_s: Seconds the cancelled attempt took; None if the run was in back-off.
-        reason: `cancelled`.
+        reason: `cancelled`, `revoked`, or `cancel_run` if that function was called.
     """
 
     attempt: int
     duration_s: float | None
     reason: str
     outcome = "cancelled"
-
-    @property
-    def bad(self) -> bool:
-        """Always False: a shutdown is not a failure."""
-        return False
 
 
 @dataclass(slots=True)
@@ -203,7 +203,7 @@ class Dropped(_Ending):
 
     Attributes:
         reason: `http_exception`, `validation`, `handler_error`, `own_background`, `client_gone`, `request_cancelled`,
-            `request_failed`, `added_too_late`, `websocket` or `other` (`docs/telemetry.md`).
+            `request_failed`, `added_too_late`, `websocket`, `cancel_run`, `revoked` or `other` (`docs/telemetry.md`).
         error_type: Class of the exception that ended the request; None if there was none.
     """
 
@@ -213,57 +213,88 @@ class Dropped(_Ending):
 
     @property
     def bad(self) -> bool:
-        """False only for the reasons that a client can cause at will."""
-        return self.reason not in ("http_exception", "validation")
+        """False for what a client can cause at will, and for what was cancelled or revoked on purpose."""
+        return self.reason not in ("http_exception", "validation", "revoked", "cancel_run")
 
 
 @dataclass(slots=True)
 class Rejected(_Ending):
-    """The run was not accepted: `queue_full`, `not_serializable` or `duplicate_key`."""
+    """
+    The run was not accepted.
+
+    Attributes:
+        reason: `queue_full`, `not_serializable`, `duplicate_key` or `no_journal`.
+        hint: Why, and what to do; redacted. None if unknown.
+    """
 
     reason: str
+    hint: str | None = None
     outcome = "rejected"
 
 
 @dataclass(slots=True)
-class Expired(_Ending):
+class Expired(_Harmless):
     """The run's deadline passed before it could start."""
 
     reason: str
     outcome = "expired"
 
-    @property
-    def bad(self) -> bool:
-        """Always False: the task's owner asked for it."""
-        return False
-
 
 @dataclass(slots=True)
 class Lost(_Ending):
-    """The run was accepted and will never run or finish: the process ends (`shutdown`) or died (`crash`)."""
+    """
+    The run was accepted and will never run or finish.
+
+    Attributes:
+        reason: `shutdown` if the process ends, else `crash`: it died, or no worker can run what it has left.
+        dead: Why a durable run is a dead letter now, as people read it; None if it is none.
+    """
 
     reason: str
     age_s: float
+    dead: str | None = None
     outcome = "lost"
 
 
 @dataclass(slots=True)
-class Offloaded(_Ending):
-    """The run was handed to another engine, whose worker emits the rest."""
+class Offloaded(_Harmless):
+    """
+    The run was handed to another engine, whose worker emits the rest.
+
+    Attributes:
+        engine: The engine's name.
+        queue: The queue it went to.
+        duration_s: Seconds the hand-over took.
+    """
 
     engine: str
+    queue: str
+    duration_s: float
     outcome = "offloaded"
-
-    @property
-    def bad(self) -> bool:
-        """Always False: the outcome on the engine decides."""
-        return False
 
 
 @dataclass(slots=True)
-class Slow(_Event):
+class OffloadFailed(_Event):
     """
-    An attempt has been running longer than `slow_after`; emitted once per attempt, from a watching thread.
+    An engine did not take the run.
+
+    Attributes:
+        engine: The engine's name.
+        duration_s: Seconds after which that was certain.
+        failure: The cause as redacted text.
+        falls_back: Whether the run executes here; else its attempt fails.
+    """
+
+    engine: str
+    duration_s: float
+    failure: Failure
+    falls_back: bool
+
+
+@dataclass(slots=True)
+class _RunsLong(_Event):
+    """
+    An attempt has been running for too long; emitted once per attempt.
 
     Attributes:
         running_s: Seconds it had been running when that was noticed.
@@ -277,21 +308,18 @@ class Slow(_Event):
 
 
 @dataclass(slots=True)
-class Stuck(_Event):
-    """An attempt has been running longer than `stuck_after`; otherwise like `Slow`."""
-
-    running_s: float
-    limit_s: float
-    stack: str | None
+class Slow(_RunsLong):
+    """An attempt has been running longer than `slow_after`; emitted from a watching thread."""
 
 
 @dataclass(slots=True)
-class Abandoned(_Event):
-    """A sync attempt passed its timeout; its thread cannot be stopped and continues. Otherwise like `Slow`."""
+class Stuck(_RunsLong):
+    """An attempt has been running longer than `stuck_after`; emitted from a watching thread."""
 
-    running_s: float
-    limit_s: float
-    stack: str | None
+
+@dataclass(slots=True)
+class Abandoned(_RunsLong):
+    """A sync attempt passed its timeout; its thread cannot be stopped and continues."""
 
 
 @dataclass(slots=True)
@@ -334,6 +362,7 @@ TaskEvent: TypeAlias = (
     | Expired
     | Lost
     | Offloaded
+    | OffloadFailed
     | Slow
     | Stuck
     | Abandoned

@@ -1,4 +1,4 @@
-"""What an app's set-up gets wrong in silence, found once when its middleware is built, and logged with the remedy."""
+"""What an app's set-up gets wrong in silence: logged when its middleware is built, and listed by `aftertask check`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import fnmatch
 import re
 import sys
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 
-from ._core.route import routes_of, with_included
+from ._core.advice import KEEP_RESULT, LOST_RESULT
+from ._core.route import endpoints_of, serves
 from ._log import log
-from .policies import Limit, is_pattern
-from .settings import Settings
+from .policies import Limit, PolicyBook, is_pattern
+from .settings import PREFIX, Settings, ignored_variables
 from .tasks import attribute, code_name, registered_tasks, registration
 
 
@@ -22,38 +24,67 @@ class Mistake:
     One thing that has no effect, or not the one that it seems to have.
 
     Attributes:
-        kind: `task_on_endpoint`, `metrics_path_taken`, `unused_policy` or `limit_name`.
-        subject: The function, path, pattern or name that it is about.
-        advice: What is wrong and what to do, in one sentence.
+        kind: `task_on_endpoint`, `metrics_path_taken`, `ignored_variable`, `no_journal`, `unused_policy` or
+            `limit_name`.
+        subject: The function, path, variable, task, pattern or name that it is about.
+        message, remedy: What is wrong and what to do, in words.
+        func: The function that it is about; None if it is about a setting.
     """
 
     kind: str
     subject: str
-    advice: str
+    message: str
+    remedy: str
+    func: object = None
+
+
+#: Where the mistakes go in place of the log, for a command that reports them in its own way.
+collected: ContextVar[list[Mistake] | None] = ContextVar("aftertask_mistakes", default=None)
 
 
 def log_mistakes(app: object, settings: Settings) -> None:
     """Log each mistake in the set-up of an app as one warning."""
-    for found in (*_of_routes(app, settings.metrics_path), *_unused_policies(settings), *_limits(settings)):
-        log("warning", "setup.mistake", kind=found.kind, subject=found.subject, advice=found.advice)
+    instead = collected.get()
+    for found in mistakes(app, settings):
+        if instead is not None:
+            instead.append(found)
+        else:
+            advice = f"{found.message}: {found.remedy}"
+            log("warning", "setup.mistake", kind=found.kind, subject=found.subject, advice=advice)
 
 
-def _of_routes(app: object, metrics_path: str | None) -> Iterator[Mistake]:
-    for route in with_included(routes_of(app)):
-        endpoint = attribute(route, "endpoint")
+def mistakes(app: object, settings: Settings) -> Iterator[Mistake]:
+    """Each mistake in the set-up of an app, its `@task`s and its settings."""
+    for endpoint in endpoints_of(app):
         if registration(endpoint) is not None:
-            advice = (
-                "@task does nothing on an endpoint, which is no background task: put it on the function that is given "
-                "to add_task()"
-            )
-            yield Mistake("task_on_endpoint", code_name(endpoint), advice)
-        path = attribute(route, "path")
-        if metrics_path is not None and isinstance(path, str) and path.rstrip("/") == metrics_path.rstrip("/"):
-            advice = (
-                "the app serves this path itself, so aftertask does not: include Settings.registry in what it serves, "
-                "or choose another Settings.metrics_path (None for no endpoint)"
-            )
-            yield Mistake("metrics_path_taken", path, advice)
+            name = code_name(endpoint)
+            message = f"{name} is an endpoint, which is no background task, so its @task does nothing"
+            remedy = "put @task on the function that is given to add_task()"
+            yield Mistake("task_on_endpoint", name, message, remedy, endpoint)
+    path = settings.metrics_path
+    if path is not None and serves(app, path):
+        message = f"the app serves {path} itself, so aftertask does not respond there"
+        remedy = (
+            "include Settings.registry in what that route serves, or choose another Settings.metrics_path (None for no "
+            "endpoint)"
+        )
+        yield Mistake("metrics_path_taken", path, message, remedy)
+    for setting in ignored_variables(settings):
+        variable = f"{PREFIX}{setting.upper()}"
+        message = f"{variable} is set, and explicit Settings(…) ignore the environment"
+        remedy = f"write Settings.from_env(…), whose keywords override the variables, or {setting}=… in Settings"
+        yield Mistake("ignored_variable", variable, message, remedy)
+    yield from _lost_results(settings)
+    yield from _unused_policies(settings)
+    yield from _limits(settings)
+
+
+def _lost_results(settings: Settings) -> Iterator[Mistake]:
+    book = PolicyBook(settings.policies)
+    for entry in registered_tasks() if settings.journal is None else ():
+        policy = book.policy(entry.name, None, entry.policy)
+        if policy.keep_result and not policy.durable:  # a durable one is refused when it is added
+            yield Mistake("no_journal", entry.name, f"{entry.name} {LOST_RESULT}", KEEP_RESULT, entry.function)
 
 
 def _unused_policies(settings: Settings) -> Iterator[Mistake]:
@@ -61,8 +92,8 @@ def _unused_policies(settings: Settings) -> Iterator[Mistake]:
     for name in settings.policies:
         if not fnmatch.filter(names, name) and not _may_match_a_function(name):
             known = f"; registered tasks are {', '.join(sorted(names)[:10])}" if names else ""
-            advice = f"this key of Settings.policies matches no task and no function of a loaded module{known}"
-            yield Mistake("unused_policy", name, advice)
+            message = f"Settings.policies has {name!r}, which matches no task and no function of a loaded module"
+            yield Mistake("unused_policy", name, message, f"write module.function, or the name in @task{known}")
 
 
 def _may_match_a_function(name: str) -> bool:
@@ -99,8 +130,8 @@ def _limits(settings: Settings) -> Iterator[Mistake]:
     for policy in (*(entry.policy for entry in registered_tasks()), *settings.policies.values()):
         limit = policy.limit
         if isinstance(limit, Limit) and limits.setdefault(limit.name, limit).size != limit.size:
-            advice = (
-                f"two limits have this name and different sizes, {limits[limit.name].size} and {limit.size}, so each "
-                "counts for itself: share one Limit object, or give each its own name"
+            sizes = f"{limits[limit.name].size} and {limit.size}"
+            message = (
+                f"two limits are named {limit.name!r} and have different sizes, {sizes}, so each counts for itself"
             )
-            yield Mistake("limit_name", limit.name, advice)
+            yield Mistake("limit_name", limit.name, message, "share one Limit object, or give each its own name")

@@ -28,6 +28,12 @@ Outcome: TypeAlias = Literal[
 ]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
+#: The engine of runs that execute in the process of their app.
+LOCAL = "local"
+
+#: In the place of an engine: the journal, which a durable run goes back to.
+JOURNAL = "journal"
+
 #: A wait for a thread shorter than this many seconds is the ordinary cost of handing a call over.
 _NOTABLE_THREAD_WAIT = 0.005
 
@@ -58,7 +64,9 @@ class TaskInfo:
         task: The task's name, the `task` label of every metric.
         code: The function as `module.qualname`, for `code.function.name`.
         registered: Whether `@task` or `Settings.policies` names the task; its metrics then exist from the start.
-        executor: Where the function runs: `inline` (on the event loop), `thread` or `process`.
+        engine: Where its runs execute: `local`, or the name of an engine, in that engine's worker.
+        executor: Where the function runs: `inline` (on the event loop), `thread` or `process`; the name of an engine
+            if its runs are handed over.
         shares_threads: Whether it runs in the thread pool that sync endpoints use.
         owner: The team or person responsible; None if not set.
         expected: Exception classes that make a run failed but not bad.
@@ -72,11 +80,15 @@ class TaskInfo:
         alert_after: Number of bad runs before the first alert, at least 1.
         slow_after: Seconds after which a running attempt is reported as slow; None means never.
         stuck_after: Seconds after which a running attempt is reported as stuck.
+        durable: Whether the journal keeps the run beyond the process.
+        idempotent: Whether a second execution does no harm.
+        keep_result: Whether the journal keeps what the function returns.
     """
 
     task: str
     code: str
     registered: bool = False
+    engine: str = LOCAL
     executor: str = "inline"
     shares_threads: bool = False
     owner: str | None = None
@@ -91,6 +103,9 @@ class TaskInfo:
     alert_after: int = 1
     slow_after: float | None = None
     stuck_after: float = 1800.0
+    durable: bool = False
+    idempotent: bool = False
+    keep_result: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +128,9 @@ class Progress:
     @property
     def text(self) -> str:
         """The progress for people, such as `3/10 thumbnails`."""
-        of = "" if self.total is None else f"/{self.total:g}"
-        return f"{self.done:g}{of}{'' if self.note is None else f' {self.note}'}"
+        given: tuple[object, ...] = (self.done, self.total)  # a report fails no task, so it may be anything
+        amounts = [f"{each:g}" if isinstance(each, float | int) else str(each) for each in given if each is not None]
+        return "/".join(amounts)[:LONGEST_NOTE] + ("" if self.note is None else f" {self.note}")
 
 
 class RequestInfo:
@@ -135,6 +151,7 @@ class RequestInfo:
         notes: What `note()` attached to the request.
         redact: `Settings.redact`.
         app: Identifies the app whose middleware serves the request.
+        admits: Whether the response is still to start, so that a durable run can be on disk before it.
     """
 
     http_method: str | None = None
@@ -148,6 +165,11 @@ class RequestInfo:
     notes: Mapping[str, Note] = MappingProxyType({})
     redact: Redact = staticmethod(default_redact)
     app: object = None
+    admits: bool = False
+
+    def withdraw(self, run: TaskRun) -> bool:
+        """Drop a run that waits for its turn; False if it does not wait here."""
+        return False
 
 
 class TaskRun:
@@ -159,7 +181,8 @@ class TaskRun:
         info: What is known about the task.
         request: The request that scheduled the run.
         id: UUID version 7 (RFC 9562, section 5.7), hyphenated.
-        origin: What caused the run: `request` or `run_on_error`.
+        origin: What caused the run: `request`, `run_on_error`, `journal` (recovered after its worker ended) or
+            `dead_letter` (a replay).
         parent: The run in which user code called this one; None if the framework is the caller.
         target: The object that the framework calls: a `BackgroundTask` or another callable; None after the run.
         attempt: Number of the current or last attempt, from 1; 0 before the first.
@@ -258,7 +281,7 @@ class TaskRun:
     @property
     def engine(self) -> str:
         """Where the run executes: `local`, or the name of an engine."""
-        return "local"
+        return self.info.engine
 
     @property
     def state(self) -> str:
@@ -283,6 +306,10 @@ class TaskRun:
     def is_current(self) -> bool:
         """Whether this code runs in the run's own context (False when a coroutine is closed from another one)."""
         return running.get() is self
+
+    def cancel_by_id(self) -> Literal["dropped", "cancelled", "impossible"]:
+        """Do what `cancel_run` asks for."""
+        return "impossible"
 
     def __repr__(self) -> str:
         return f"<TaskRun {self.task} {self.id} {self.state}>"
@@ -325,12 +352,3 @@ def progress(done: float, total: float | None = None, note: str | None = None) -
     if run is not None:
         text = None if note is None else str(note)[:LONGEST_NOTE]
         run.progress = Progress(done, total, text, _clock.timestamp())
-
-
-async def get_run(id: str) -> TaskRun | None:
-    """
-    The run with this id while it is in flight in this process; None if there is none.
-
-    Looks through all runs in flight; meant for a status page or an endpoint.
-    """
-    return next((run for run in list(in_flight) if run.id == id), None)

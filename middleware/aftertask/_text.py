@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import linecache
 import re
 import sysconfig
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import CodeType, FrameType, TracebackType
 
@@ -23,14 +24,16 @@ LONGEST_STACK = 10_000
 WITHHELD = "[redaction failed: text withheld]"
 
 #: Packages that call a task for us, in a thread too; their frames are left out of stacks.
-CARRIERS = frozenset({"aftertask", "anyio", "asyncio", "outcome", "starlette", "threading", "trio"})
+CARRIERS = frozenset(
+    {"aftertask", "anyio", "asyncio", "billiard", "celery", "outcome", "starlette", "threading", "trio"}
+)
 
 #: A stack of frames shows at most this many.
 _SHOWN_FRAMES = 40
 
 _OURS = str(Path(__file__).parent)
 _LIBRARIES = tuple(
-    {path for name in ("stdlib", "platstdlib", "purelib", "platlib") if (path := sysconfig.get_path(name))}
+    {path for name in ("stdlib", "platstdlib", "purelib", "platlib", "scripts") if (path := sysconfig.get_path(name))}
 )
 
 
@@ -95,9 +98,10 @@ def fingerprint(error: BaseException) -> str:
 def redacted(text: str, redact: Redact) -> str:
     """The text as it may be shown; never raises, and never returns what could not be redacted."""
     try:
-        return str(redact(text))
+        shown: object = redact(text)
     except Exception:
         return WITHHELD
+    return shown if isinstance(shown, str) else WITHHELD  # a function without `return`
 
 
 def frames_text(frames: Sequence[FrameType], redact: Redact) -> str:
@@ -130,6 +134,12 @@ def number_hint(value: object) -> str:
     return ""
 
 
+def name_hint(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """What may have been meant by an unknown name; without a close one, all that are known. A prefix does not count."""
+    close = difflib.get_close_matches(name.removeprefix(prefix), [each.removeprefix(prefix) for each in known], 1)
+    return f"did you mean {prefix + close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
+
+
 def is_library(code: CodeType) -> bool:
     """Whether this is not the app's own code but aftertask's, a library's or Python's."""
     return is_library_file(code.co_filename)
@@ -154,7 +164,7 @@ def _frames_before_the_task(trace: TracebackType | None) -> int:
         count += 1
         if trace.tb_frame.f_code.co_filename.startswith(_OURS):
             ours, skipped = True, count
-        elif ours and package_of(trace.tb_frame) in CARRIERS:
+        elif package_of(trace.tb_frame) in (CARRIERS if ours else ("celery",)):
             skipped = count
         else:
             break

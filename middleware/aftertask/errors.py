@@ -27,10 +27,42 @@ class QueueFull(AftertaskError):
     __module__ = "aftertask"
 
 
-class NotSerializable(AftertaskError, TypeError):
-    """A call has to cross a process boundary, and a part of it cannot be serialized."""
+class EngineUnavailable(AftertaskError, ConnectionError):
+    """An engine did not take a run within its deadline."""
 
     __module__ = "aftertask"
+
+
+class UnknownMessage(AftertaskError, ValueError):
+    """A message was written by a version of aftertask, or of the task, that this worker cannot read."""
+
+
+class NotSerializable(AftertaskError, TypeError):
+    """A call has to leave the process, for a worker process or the journal, and a part of it cannot be serialized."""
+
+    __module__ = "aftertask"
+
+
+class JournalError(AftertaskError, RuntimeError):
+    """The journal cannot keep a durable run, so the run was not accepted; respond with 503, or try again later."""
+
+    __module__ = "aftertask"
+
+
+class DuplicateKey(AftertaskError, ValueError):
+    """
+    A run with the same key has not ended yet, so this one was not accepted.
+
+    Attributes:
+        key: The key that `options(…, key=…)` gave.
+        run_id: Id of the run that has it.
+    """
+
+    __module__ = "aftertask"
+
+    def __init__(self, key: str, run_id: str) -> None:
+        super().__init__(f"run {run_id} has the key {key!r} and has not ended yet, so a second one is not accepted")
+        self.key, self.run_id = key, run_id
 
 
 class ProcessTaskError(AftertaskError):

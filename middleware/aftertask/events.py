@@ -19,6 +19,7 @@ from ._events import (
     LoopBlocked,
     Lost,
     Offloaded,
+    OffloadFailed,
     Rejected,
     Retrying,
     Scheduled,
@@ -30,6 +31,7 @@ from ._events import (
     TaskEvent,
     TimedOut,
 )
+from ._stored import StoredRun, cancel_run, get_run
 from ._taskrun import (
     OUTCOMES,
     Note,
@@ -40,7 +42,6 @@ from ._taskrun import (
     TaskInfo,
     TaskRun,
     current_run,
-    get_run,
     progress,
 )
 
@@ -59,6 +60,7 @@ __all__ = [
     "LoopBlocked",
     "Lost",
     "Note",
+    "OffloadFailed",
     "Offloaded",
     "Outcome",
     "Pool",
@@ -72,12 +74,14 @@ __all__ = [
     "Slow",
     "SpanContext",
     "Started",
+    "StoredRun",
     "Stuck",
     "Succeeded",
     "TaskEvent",
     "TaskInfo",
     "TaskRun",
     "TimedOut",
+    "cancel_run",
     "current_run",
     "get_run",
     "progress",
@@ -148,6 +152,9 @@ class Signal:
     def offloaded(self, event: Offloaded) -> None:
         """The run was handed to another engine."""
 
+    def offload_failed(self, event: OffloadFailed) -> None:
+        """An engine did not take the run."""
+
     def slow(self, event: Slow) -> None:
         """An attempt passed `slow_after`."""
 
@@ -163,6 +170,12 @@ class Signal:
     def hazard_found(self, event: HazardFound) -> None:
         """A hazard was found."""
 
+    def arrived(self, run: TaskRun) -> None:
+        """A run that was scheduled elsewhere goes on in this process."""
+
+    def departed(self, run: TaskRun) -> None:
+        """A run leaves this process without having ended: it goes on where its engine decides."""
+
     def open(self) -> None:
         """The app starts; called on its event loop, and only if the server runs the lifespan."""
 
@@ -174,6 +187,9 @@ class Signal:
 
     def task_known(self, info: TaskInfo) -> None:
         """A task was resolved for the first time, or is known by name before its first run."""
+
+    def engine_known(self, name: str) -> None:
+        """There is an engine of this name."""
 
     def pool_known(self, pool: Pool, *, threads: bool) -> None:
         """A concurrency limiter exists, or, with `threads`, a thread pool; read it whenever metrics are collected."""
@@ -213,6 +229,7 @@ METHODS: dict[type[TaskEvent], str] = {
     Expired: "expired",
     Lost: "lost",
     Offloaded: "offloaded",
+    OffloadFailed: "offload_failed",
     Slow: "slow",
     Stuck: "stuck",
     Abandoned: "abandoned",

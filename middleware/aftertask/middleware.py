@@ -6,20 +6,25 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ._core.app import App
 from ._core.emit import Emitter
-from ._core.route import mounted_apps, route_path
+from ._core.route import mounted_apps, route_path, serves
 from ._mistakes import log_mistakes
 from ._text import default_redact
 from .events import Signal, TaskEvent
 from .hazards import Hazards, Hints
 from .settings import Settings, disabled, unknown_argument
-from .signals import usual
-from .signals.scrape import answer, is_taken
+from .signals import Metrics, usual
+from .signals.scrape import answer
+
+if TYPE_CHECKING:
+    from .journal.journal import Journal
 
 _REFUSED = (
     "aftertask: the app cannot serve requests: {}. A server may start all the same and answer each request with 500; "
@@ -65,12 +70,13 @@ class AftertaskMiddleware:
     """
 
     def __new__(cls, *args: Any, **named: Any) -> AftertaskMiddleware:
-        """Refuse an unknown argument with a hint: settings are not passed one by one."""
-        for name in named:
-            if name not in ("app", "settings", "signals"):
-                error = TypeError(unknown_argument(name))
-                _report(error)
-                raise error
+        """Refuse an unknown argument with a hint: settings are not passed one by one, nor by their place."""
+        unknown = [unknown_argument(name) for name in named if name not in ("app", "settings", "signals")]
+        if len(args) > 1:
+            unknown.append(f"write add_middleware(AftertaskMiddleware, settings=…), got {type(args[1]).__name__}")
+        if unknown:
+            _report(error := TypeError(unknown[0]))
+            raise error
         return super().__new__(cls)
 
     def __init__(
@@ -94,9 +100,12 @@ class AftertaskMiddleware:
     ) -> App:
         settings = Settings.from_env() if settings is None else settings
         if not isinstance(settings, Settings):
-            raise TypeError(f"settings must be an aftertask.Settings or None, got {settings!r}")
+            raise TypeError(f"settings must be an aftertask.Settings or None, got {settings!r}; write Settings(…)")
         if signals is not None and not isinstance(signals, Iterable):
-            raise TypeError(f"signals must be a list of signals or None, got {signals!r}")
+            raise TypeError(
+                f"signals must be a list of signals or None, got {signals!r}; write signals=[*usual(settings), …], "
+                "with usual from aftertask.signals"
+            )
         self.settings = settings
         _warn_if_twice(app)
         log_mistakes(app, settings)
@@ -105,12 +114,17 @@ class AftertaskMiddleware:
         hazards = Hazards(settings.block_threshold)
         companions = [each for each in mounted_apps(app) if isinstance(each, Companion)]
         chosen = [*(usual(settings) if signals is None else signals), *(each.signal for each in companions)]
+        journal = None if settings.journal is None else _journal(settings.journal, chosen)
+        if journal is not None:
+            chosen.append(journal)
         wanted = hazards.wanted_by(chosen)
         emit = Emitter([Hints(hazards), *chosen, hazards] if wanted else chosen, settings.redact)
         if wanted:
             hazards.attach(emit)
         for companion in companions:
             companion.attach(emit, settings)
+        if journal is not None:
+            journal.attach(emit)
         return App(
             emit,
             policies=settings.policies,
@@ -123,6 +137,8 @@ class AftertaskMiddleware:
             run_ids_header=settings.run_ids_header,
             keeps_context=settings.context == "endpoint",
             run_after=settings.run_after,
+            engines=settings.engines,
+            keeper=journal,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -149,7 +165,8 @@ class AftertaskMiddleware:
             and scope["type"] == "http"
             and scope["method"] in ("GET", "HEAD")
             and route_path(scope) == path
-            and not is_taken(scope, self.app, path)
+            # If the middleware is part of an app, the scope names it.
+            and not serves(scope.get("app") or self.app, path)
         )
 
 
@@ -159,6 +176,18 @@ def _report(error: Exception) -> None:
     if text not in _refused and sys.stderr is not None:
         _refused.add(text)
         sys.stderr.write(_REFUSED.format(text))
+
+
+def _journal(path: str | Path, signals: Iterable[object]) -> Journal:
+    try:
+        from .journal.journal import Journal
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"Settings.journal needs {error.name}; install it with: pip install 'aftertask[journal]'", name=error.name
+        ) from None
+    metrics = next((signal for signal in signals if isinstance(signal, Metrics)), None)
+    # Without that signal its metrics are nowhere exposed.
+    return Journal(path, (metrics or Metrics(CollectorRegistry())).for_journal())
 
 
 def _warn_if_twice(app: object) -> None:
@@ -172,8 +201,6 @@ def _warn_if_twice(app: object) -> None:
             )
             return
         inner = getattr(inner, "app", None)
-        if inner is None:
-            return
 
 
 def _excluded(paths: Sequence[str]) -> re.Pattern[str] | None:

@@ -7,20 +7,20 @@ import fnmatch
 import functools
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict, get_args
 
 from ._taskrun import TaskRun
-from ._text import number_hint, type_name
+from ._text import name_hint, number_hint, type_name
 from .errors import ProcessTaskError
 
 Trace = Literal["child", "link", "none"]
 TRACES: tuple[str, ...] = get_args(Trace)
 OnFailure = Literal["stop", "continue", "contain"]
 ON_FAILURE: tuple[str, ...] = get_args(OnFailure)
-Executor = Literal["auto", "thread", "process"]
-EXECUTORS: tuple[str, ...] = get_args(Executor)
+#: Where a task runs, besides the engines of `Settings.engines`.
+EXECUTORS = ("auto", "thread", "process")
 Severity = Literal["info", "warning", "critical"]
 SEVERITIES: tuple[str, ...] = get_args(Severity)
 ExceptionClasses = tuple[type[Exception], ...] | type[Exception]
@@ -74,13 +74,13 @@ class Retry:
             raise TypeError(f"Retry takes keywords only, got {values[0]!r}; write Retry(attempts={values[0]!r})")
         for name in named:
             if name not in cls.__dataclass_fields__:
-                raise TypeError(f"unknown argument {name!r} of Retry; {_hint(name, cls.__dataclass_fields__)}")
+                raise TypeError(f"unknown argument {name!r} of Retry; {name_hint(name, cls.__dataclass_fields__)}")
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
-        _check_whole("Retry.attempts", self.attempts, least=1, hint="; 1 means no retry")
-        _check_seconds("Retry.wait_initial", self.wait_initial, zero=True)
-        _check_seconds("Retry.wait_max", self.wait_max, zero=True)
+        check_whole("Retry.attempts", self.attempts, least=1, hint="; 1 means no retry")
+        check_seconds("Retry.wait_initial", self.wait_initial, zero=True)
+        check_seconds("Retry.wait_max", self.wait_max, zero=True)
         for name in ("on", "give_up_on"):
             object.__setattr__(self, name, exception_classes(f"Retry.{name}", getattr(self, name)))
 
@@ -129,9 +129,9 @@ class Limit:
         if not isinstance(self.name, str):
             raise TypeError(f"Limit takes its name first, got {self.name!r}: write Limit('smtp', {self.name!r})")
         _check_text("Limit.name", self.name)
-        _check_whole("Limit.size", self.size, least=1)
+        check_whole("Limit.size", self.size, least=1)
         if self.max_waiting is not None:
-            _check_whole("Limit.max_waiting", self.max_waiting, least=0)
+            check_whole("Limit.max_waiting", self.max_waiting, least=0, hint="; None means Settings.max_waiting")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,9 +154,13 @@ class Policy:
             `"continue"` (they run, then the error is raised), `"contain"` (they run, and nothing is raised).
         expires: Seconds after scheduling within which the run must start; afterwards it is not started.
         run_on_error: Run the task, after the error response, also if the handler that added it raised.
-        idempotent: Whether two executions at the same time do no harm: an abandoned sync attempt may then be retried.
+        idempotent: Whether a second execution does no harm, also at the same time: an abandoned sync attempt is
+            retried, a durable run that its worker died with is run again.
+        durable: On disk before the response is sent; runs after the request, in another worker if this one dies.
+        key: For `options`: while a run with this key has not ended, a second one is rejected.
+        keep_result: Keep what the function returns for `get_run`: JSON of at most 16 384 bytes.
         executor: `"thread"`: in aftertask's own threads (an async function with its own event loop). `"process"`: in a
-            worker process. `"auto"`: as Starlette does.
+            worker process. `"auto"`: as Starlette does. Or the name of an engine in `Settings.engines`.
         on_error: Called with the run and the exception when the run has failed or timed out; may be async.
         alert: False: failures of this task are not alerted.
         severity: Severity of its alerts: `"info"`, `"warning"` or `"critical"`.
@@ -183,7 +187,10 @@ class Policy:
     expires: float | None = None
     run_on_error: bool | None = None
     idempotent: bool | None = None
-    executor: Executor | None = None
+    durable: bool | None = None
+    key: str | None = None
+    keep_result: bool | None = None
+    executor: str | None = None
     on_error: Callable[[TaskRun, Exception], object] | None = None
     alert: bool | None = None
     severity: Severity | None = None
@@ -233,7 +240,10 @@ class PolicyOptions(TypedDict, total=False):
     expires: float
     run_on_error: bool
     idempotent: bool
-    executor: Executor
+    durable: bool
+    key: str
+    keep_result: bool
+    executor: str
     on_error: Callable[[TaskRun, Exception], object]
     alert: bool
     severity: Severity
@@ -254,16 +264,10 @@ def policy_from(keywords: Mapping[str, Any]) -> Policy:
 
 
 def _refuse_unknown(named: Mapping[str, object]) -> None:
+    known = PolicyOptions.__annotations__
     for name in named:
-        if name not in PolicyOptions.__annotations__:
-            raise TypeError(
-                f"unknown policy option {name!r}; {_SYNONYMS.get(name) or _hint(name, PolicyOptions.__annotations__)}"
-            )
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
+        if name not in known:
+            raise TypeError(f"unknown policy option {name!r}; {_SYNONYMS.get(name) or name_hint(name, known)}")
 
 
 class PolicyBook:
@@ -272,20 +276,15 @@ class PolicyBook:
 
     Args:
         policies: Task name or pattern (`mail.*`, as `fnmatch`) to policy.
+
+    Attributes:
+        named: The entries under the exact name of a task.
+        patterns: The others, in order.
     """
 
     def __init__(self, policies: Mapping[str, Policy]) -> None:
-        self._exact = {name: policy for name, policy in policies.items() if not is_pattern(name)}
+        self.named = {name: policy for name, policy in policies.items() if not is_pattern(name)}
         self.patterns = [(name, policy) for name, policy in policies.items() if is_pattern(name)]
-
-    @property
-    def named(self) -> list[str]:
-        """The tasks with an entry under their exact name."""
-        return list(self._exact)
-
-    def names(self, task: str) -> bool:
-        """Whether a task has an entry under its exact name."""
-        return task in self._exact
 
     def policy(self, task: str, call: Policy | None, declared: Policy | None) -> Policy:
         """One task's policy, field by field: `options()`, the exact name, patterns in order, `@task`."""
@@ -293,8 +292,8 @@ class PolicyBook:
         for pattern, policy in reversed(self.patterns):
             if fnmatch.fnmatchcase(task, pattern):
                 chosen = policy.over(chosen)
-        if task in self._exact:
-            chosen = self._exact[task].over(chosen)
+        if task in self.named:
+            chosen = self.named[task].over(chosen)
         return chosen if call is None else call.over(chosen)
 
 
@@ -327,24 +326,30 @@ def _check_flag(field: str, value: object) -> None:
         raise TypeError(f"{field} must be True, False or None, got {value!r}")
 
 
-def _check_seconds(field: str, value: object, *, zero: bool = False) -> None:
+def check_seconds(field: str, value: object, *, zero: bool = False) -> None:
+    """Require a finite number of seconds, more than 0; `zero`: or 0. Raises TypeError or ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{field} must be a number of seconds, got {value!r}{number_hint(value)}")
     if not (value > 0 or (zero and value == 0)) or not math.isfinite(value):
         raise ValueError(f"{field} must be {'at least' if zero else 'more than'} 0 seconds, got {value!r}")
 
 
-def _check_whole(field: str, value: object, *, least: int | None = None, hint: str = "") -> None:
+def check_whole(field: str, value: object, *, least: int | None = None, hint: str = "") -> None:
+    """Require a whole number, at least `least`; `hint` ends the message. Raises TypeError or ValueError."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{field} must be a whole number, got {value!r}{number_hint(value) or hint}")
     if least is not None and value < least:
         raise ValueError(f"{field} must be at least {least}, got {value!r}{hint}")
 
 
-def _check_one_of(allowed: tuple[str, ...]) -> Callable[[str, object], None]:
+def one_of(allowed: tuple[str, ...], *, or_other: bool = False) -> Callable[[str, object], None]:
+    """A check that a value is one of these, or with `or_other` any name that is not nearly one of them."""
+
     def check(field: str, value: object) -> None:
         if value not in allowed:
-            close = difflib.get_close_matches(str(value), allowed, 1)
+            close = difflib.get_close_matches(str(value), allowed, 1, 0.75 if or_other else 0.6)
+            if or_other and isinstance(value, str) and value and not close:
+                return
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{field} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
 
@@ -353,13 +358,13 @@ def _check_one_of(allowed: tuple[str, ...]) -> Callable[[str, object], None]:
 
 def _check_retry(field: str, value: object) -> None:
     if not isinstance(value, Retry):
-        attempts = value if isinstance(value, int) else "…"
+        attempts = value if type(value) is int else "…"
         raise TypeError(f"{field} must be a Retry, got {value!r}; write Retry(attempts={attempts})")
 
 
 def _check_limit(field: str, value: object) -> None:
     if not isinstance(value, Limit):
-        _check_whole(field, value, least=1, hint="; or pass a Limit that several tasks share")
+        check_whole(field, value, least=1, hint="; or pass a Limit that several tasks share")
 
 
 def _check_callback(field: str, value: object) -> None:
@@ -368,24 +373,20 @@ def _check_callback(field: str, value: object) -> None:
 
 
 _CHECKS: dict[str, Callable[[str, object], object]] = {
-    "name": _check_text,
-    "owner": _check_text,
-    "observe": _check_flag,
+    **dict.fromkeys(("name", "owner", "key"), _check_text),
+    **dict.fromkeys(("observe", "run_on_error", "idempotent", "durable", "keep_result", "alert"), _check_flag),
     "expected": exception_classes,
-    "trace": _check_one_of(TRACES),
-    "timeout": _check_seconds,
+    "trace": one_of(TRACES),
+    "timeout": check_seconds,
     "retry": _check_retry,
     "limit": _check_limit,
-    "priority": _check_whole,
-    "on_failure": _check_one_of(ON_FAILURE),
-    "expires": _check_seconds,
-    "run_on_error": _check_flag,
-    "idempotent": _check_flag,
-    "executor": _check_one_of(EXECUTORS),
+    "priority": check_whole,
+    "on_failure": one_of(ON_FAILURE),
+    "expires": check_seconds,
+    "executor": one_of(EXECUTORS, or_other=True),  # which engines there are is known when the app is built
     "on_error": _check_callback,
-    "alert": _check_flag,
-    "severity": _check_one_of(SEVERITIES),
-    "alert_after": functools.partial(_check_whole, least=1),
-    "slow_after": _check_seconds,
-    "stuck_after": _check_seconds,
+    "severity": one_of(SEVERITIES),
+    "alert_after": functools.partial(check_whole, least=1),
+    "slow_after": check_seconds,
+    "stuck_after": check_seconds,
 }

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from opentelemetry.trace import TracerProvider
 from prometheus_client import REGISTRY, CollectorRegistry
 
-from ._text import default_redact, number_hint
+from ._taskrun import JOURNAL, LOCAL
+from ._text import default_redact, name_hint, number_hint
 from .alerts import Channel, Route
 from .alerts.checks import check_base_url, check_trace_url
 from .alerts.routing import routes, urls_in
-from .policies import ON_FAILURE, TRACES, Limit, OnFailure, Policy, PolicyOptions, Trace
+from .engines import Engine
+from .policies import EXECUTORS, ON_FAILURE, TRACES, Limit, OnFailure, Policy, Trace, check_whole, is_pattern, one_of
+from .tasks import is_async
+
+N = TypeVar("N", int, float)
 
 PREFIX = "AFTERTASK_"
+_ENGINE = ("deadline", "on_unavailable", "encode", "submit", "health", "risks")
 CONTEXTS = ("request", "endpoint")
 RUN_AFTER = ("response", "request")
+_ON, _OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _HEADER_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")
 
 
@@ -55,6 +63,8 @@ class Settings:
         request_id: Finds the request's id in the ASGI scope; by default what an earlier middleware left in
             `scope["state"]["request_id"]`, never a raw header.
         success_log_rate: Maximum number of `task.succeeded` log lines per second; None: no maximum.
+        journal: Path of the SQLite file that keeps durable runs and the history of all runs, on a local disk; all
+            workers of a machine share it. Needs the extra `aftertask[journal]`. None: no journal.
         run_ids_header: Name of a response header with the ids of the runs that the response carries; None: no header.
         max_waiting: Maximum number of accepted runs beyond those that a limit lets run, where the `Limit` does not say;
             one more raises `QueueFull`. None: no maximum.
@@ -66,6 +76,8 @@ class Settings:
         block_threshold: Seconds without a response after which the event loop counts as blocked, at least 0.01; the run
             that blocks it is then reported. None: blocked loops are not reported; the lag is still measured.
         exclude: Paths whose tasks are not observed: `/health`, `/internal/*`, `/items/{id}`.
+        engines: Name to engine, such as `{"celery": CeleryEngine(app)}`; a task with that name as its `executor` is
+            handed to it.
         alerts: Channels for alerts about failures: `Webhook`, `Apprise`, functions, URLs, or a `Route` around one of
             these.
         trace_url: Template of a link to a trace in alerts: `https://tempo.example.org/trace/{trace_id}`.
@@ -86,6 +98,7 @@ class Settings:
     redact: Callable[[str], str] = default_redact
     request_id: Callable[[MutableMapping[str, Any]], str | None] = request_id_from_state
     success_log_rate: float | None = 100.0
+    journal: str | Path | None = None
     run_ids_header: str | None = None
     max_waiting: int | None = None
     thread_limit: int = 40
@@ -93,9 +106,13 @@ class Settings:
     shutdown_report: bool = False
     block_threshold: float | None = 0.25
     exclude: tuple[str, ...] = ()
+    engines: Mapping[str, Engine] = field(default_factory=dict)
     alerts: Sequence[Channel | Route | str] = ()
     trace_url: str | None = None
     runbook_url: str | None = None
+
+    #: Whether `from_env` made them.
+    reads_environment: ClassVar[bool] = False
 
     def __new__(cls, *positional: object, **values: Any) -> Settings:
         """Refuse an unknown setting with a hint."""
@@ -112,33 +129,31 @@ class Settings:
             raise TypeError(f"Settings.registry must be a prometheus_client.CollectorRegistry, got {self.registry!r}")
         if self.tracer_provider is not None and not hasattr(self.tracer_provider, "get_tracer"):
             raise TypeError(f"Settings.tracer_provider must be a TracerProvider or None, got {self.tracer_provider!r}")
-        _one_of("trace", self.trace, TRACES)
-        _one_of("context", self.context, CONTEXTS)
-        _one_of("on_failure", self.on_failure, ON_FAILURE)
-        _one_of("run_after", self.run_after, RUN_AFTER)
-        _count("max_waiting", self.max_waiting, 0)
-        _count("thread_limit", 0 if self.thread_limit is None else self.thread_limit, 1)
-        drain = self.drain_timeout
-        if drain is not None and (isinstance(drain, bool) or not isinstance(drain, (int, float)) or not drain > 0):
-            raise ValueError(
-                f"Settings.drain_timeout must be more than 0 seconds, or None, got {drain!r}{number_hint(drain)}"
-            )
+        one_of(TRACES)("Settings.trace", self.trace)
+        one_of(CONTEXTS)("Settings.context", self.context)
+        one_of(ON_FAILURE)("Settings.on_failure", self.on_failure)
+        one_of(RUN_AFTER)("Settings.run_after", self.run_after)
+        if self.max_waiting is not None:
+            check_whole("Settings.max_waiting", self.max_waiting, least=0, hint="; None means no maximum")
+        check_whole("Settings.thread_limit", self.thread_limit, least=1)
+        _number("drain_timeout", self.drain_timeout, "more than 0 seconds", lambda seconds: seconds > 0)
         if not isinstance(self.shutdown_report, bool):
             raise TypeError(f"Settings.shutdown_report must be True or False, got {self.shutdown_report!r}")
-        _at_least("block_threshold", self.block_threshold, 0.01)
+        _number("block_threshold", self.block_threshold, "at least 0.01 seconds", lambda seconds: seconds >= 0.01)
         for name in ("redact", "request_id"):
-            if not callable(getattr(self, name)):
-                raise TypeError(f"Settings.{name} must be a function, got {getattr(self, name)!r}")
-        rate = self.success_log_rate
-        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate >= 0):
-            raise ValueError(
-                f"Settings.success_log_rate must be a number of lines per second, or None, got {rate!r}"
-                f"{number_hint(rate)}"
-            )
+            if not callable(func := getattr(self, name)) or is_async(func):
+                raise TypeError(f"Settings.{name} must be a function that is not async, got {func!r}")
+        _number("success_log_rate", self.success_log_rate, "at least 0 lines per second", lambda rate: rate >= 0)
         header = self.run_ids_header
         if header is not None and not (isinstance(header, str) and _HEADER_NAME.fullmatch(header)):
             raise ValueError(f"Settings.run_ids_header must be a header's name or None, got {header!r}")
-        object.__setattr__(self, "policies", _policies(self.policies))
+        if self.journal is not None and (not isinstance(self.journal, (str, Path)) or not str(self.journal).strip()):
+            raise TypeError(f"Settings.journal must be the path of a file or None, got {self.journal!r}")
+        # A URL may hold a password; a Path made of one has lost a slash.
+        if re.match(r"\s*[\w+.-]{2,}:/|file:|:memory:$", str(self.journal)):
+            raise ValueError("Settings.journal is the path of a SQLite file on a local disk, no URL and no :memory:")
+        object.__setattr__(self, "policies", _policies(self.policies, has_journal=self.journal is not None))
+        object.__setattr__(self, "engines", _engines(self.engines))
         object.__setattr__(self, "exclude", _exclude(self.exclude))
         object.__setattr__(self, "alerts", tuple(routes(self.alerts)))
         check_trace_url("Settings.trace_url", self.trace_url)
@@ -166,20 +181,36 @@ class Settings:
                     value = "" if setting == "alerts" else f"={text!r}"  # a channel's URL is a secret
                     raise ValueError(f"{name}{value}: {error}") from None
         try:
-            return cls(**{**values, **overrides})
+            made = cls(**{**values, **overrides})
+            object.__setattr__(made, "reads_environment", True)
+            return made
         except ValueError as error:
             read = ", ".join(f"{PREFIX}{name.upper()}" for name in values)
             raise ValueError(f"{error} (from the environment: {read})" if read else str(error)) from None
 
 
+def ignored_variables(settings: Settings) -> list[str]:
+    """The settings that a variable would change, and that explicit `Settings(…)` leave at their defaults."""
+    if settings.reads_environment:
+        return []
+    default = Settings()
+    unset = [name for name in _FROM_TEXT if getattr(settings, name) == getattr(default, name)]
+    return [name for name in unset if _would_change(name, getattr(default, name))]
+
+
+def _would_change(name: str, value: object) -> bool:
+    text = os.environ.get(PREFIX + name.upper(), "")
+    try:
+        return bool(text.strip()) and _FROM_TEXT[name](text) != value
+    except ValueError:
+        return True
+
+
 def unknown_setting(name: str) -> str:
     """The message about an unknown setting."""
-    if name in PolicyOptions.__annotations__:
+    if name in Policy.__dataclass_fields__:
         return f"{name!r} is an option of a task: write Settings(policies={{'*': Policy({name}=…)}}) or @task({name}=…)"
-    known = [item.name for item in fields(Settings)]
-    close = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known settings are {', '.join(known)}"
-    return f"unknown setting {name!r}; {hint}"
+    return f"unknown setting {name!r}; {name_hint(name, [each.name for each in fields(Settings)])}"
 
 
 def unknown_argument(name: str) -> str:
@@ -200,47 +231,40 @@ def disabled() -> bool:
 
 def _flag(text: str) -> bool:
     value = text.strip().lower()
-    if value in ("0", "false", "no", "off"):
-        return False
-    if value in ("1", "true", "yes", "on"):
-        return True
-    raise ValueError("must be 1 or 0")
-
-
-def _nothing(text: str) -> bool:
-    return text.strip().lower() in ("none", "null")
+    if value not in (*_ON, *_OFF):
+        raise ValueError("must be 1 or 0")
+    return value in _ON
 
 
 def _optional_text(text: str) -> str | None:
-    return None if _nothing(text) else text.strip()
+    return None if text.strip().lower() in ("none", "null") else text.strip()
+
+
+def _converted(text: str, kind: type[N], what: str) -> N:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"must be {what}") from None
 
 
 def _optional_number(text: str) -> float | None:
-    if _nothing(text):
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError("must be a number, or none") from None
+    return None if _optional_text(text) is None else _converted(text, float, "a number, or none")
 
 
 def _optional_count(text: str) -> int | None:
-    if _nothing(text):
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError("must be a whole number, or none") from None
+    return None if _optional_text(text) is None else _converted(text, int, "a whole number, or none")
 
 
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError("must be a whole number") from None
+def _optional_name(text: str, what: str) -> str | None:
+    if text.strip().lower() in (*_ON, *_OFF):
+        raise ValueError(f"must be {what}, or none")
+    return _optional_text(text)
 
 
-def _list(text: str) -> tuple[str, ...]:
+def _paths(text: str) -> tuple[str, ...]:
+    # A path may hold a semicolon, but hardly one at its end or before a slash.
+    if re.search(r"[^,\s][;\s]\s*/|;\s*(,|$)", text):
+        raise ValueError("the paths must be separated by commas: /health,/internal/*")
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
@@ -250,14 +274,15 @@ _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "on_failure": str.strip,
     "run_after": str.strip,
     "max_waiting": _optional_count,
-    "thread_limit": _whole,
+    "thread_limit": partial(_converted, kind=int, what="a whole number"),
     "drain_timeout": _optional_number,
     "shutdown_report": _flag,
     "block_threshold": _optional_number,
     "context": str.strip,
     "success_log_rate": _optional_number,
-    "run_ids_header": _optional_text,
-    "exclude": _list,
+    "journal": partial(_optional_name, what="the path of a file, such as tasks.db"),
+    "run_ids_header": partial(_optional_name, what="the name of a header, such as X-Run-Ids"),
+    "exclude": _paths,
     "alerts": urls_in,
     "trace_url": _optional_text,
     "runbook_url": _optional_text,
@@ -268,9 +293,10 @@ def _warn_unknown(name: str) -> None:
     # Kubernetes gives every container variables for a Service of its namespace, and one may be called aftertask.
     if re.fullmatch(r"AFTERTASK_(SERVICE_(HOST|PORT).*|PORT(_.*)?)", name):
         return
-    known = [PREFIX + setting.upper() for setting in _FROM_TEXT] + ["AFTERTASK_DISABLED"]
-    close = difflib.get_close_matches(name, known, 1)
-    hint = f"did you mean {close[0]}?" if close else f"known variables are {', '.join(known)}"
+    setting, known = name.removeprefix(PREFIX).lower(), [PREFIX + each.upper() for each in (*_FROM_TEXT, "disabled")]
+    hint = unknown_setting(setting) if setting in Policy.__dataclass_fields__ else name_hint(name, known, PREFIX)
+    if setting in Settings.__dataclass_fields__:
+        hint = f"write it in code: Settings.from_env({setting}=…)"
     warnings.warn(f"unknown environment variable {name}; {hint}", stacklevel=4)
 
 
@@ -279,24 +305,12 @@ def _path(name: str, value: object) -> None:
         raise ValueError(f"Settings.{name} must be a path that begins with a slash, or None, got {value!r}")
 
 
-def _count(name: str, value: object, least: int) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise ValueError(f"Settings.{name} must be a whole number, at least {least}, got {value!r}{number_hint(value)}")
+def _number(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value)):
+        raise ValueError(f"Settings.{name} must be {rule}, or None, got {value!r}{number_hint(value)}")
 
 
-def _at_least(name: str, value: object, least: float) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least):
-        raise ValueError(
-            f"Settings.{name} must be at least {least} seconds, or None, got {value!r}{number_hint(value)}"
-        )
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"Settings.{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def _policies(policies: object) -> Mapping[str, Policy]:
+def _policies(policies: object, *, has_journal: bool) -> Mapping[str, Policy]:
     if not isinstance(policies, Mapping):
         raise TypeError(
             f"Settings.policies must map task names or patterns to Policy, got {type(policies).__name__}; "
@@ -310,11 +324,32 @@ def _policies(policies: object) -> Mapping[str, Policy]:
                 ", ".join(f"{key}={value!r}" for key, value in policy.items()) if isinstance(policy, dict) else "…"
             )
             raise TypeError(f"Settings.policies[{name!r}] must be a Policy, got {policy!r}; write Policy({options})")
+        if policy.name is not None and is_pattern(name):
+            raise ValueError(
+                f"Settings.policies[{name!r}] has name={policy.name!r}, which all tasks that match would share; "
+                "write @task(name=…) on each, or the exact name of one task as the key"
+            )
+        if policy.key is not None:
+            raise ValueError(f"Settings.policies[{name!r}]: key belongs to one call; use options(func, key=…)")
+        if not has_journal and (policy.durable or policy.keep_result):
+            what = "durable" if policy.durable else "keep_result"
+            raise ValueError(f"Settings.policies[{name!r}]: {what}=True needs Settings.journal, which is not set")
     limits: dict[str, Limit] = {}
     for policy in policies.values():
         if isinstance(policy.limit, Limit) and limits.setdefault(policy.limit.name, policy.limit) is not policy.limit:
             raise ValueError(f"Settings.policies: two limits are called {policy.limit.name!r}; share one Limit object")
     return MappingProxyType(dict(policies))
+
+
+def _engines(engines: object) -> Mapping[str, Engine]:
+    if not isinstance(engines, Mapping):
+        raise TypeError(f"Settings.engines must map names to engines, got {engines!r}")
+    for name, engine in engines.items():
+        if not isinstance(name, str) or not name or name in (*EXECUTORS, JOURNAL, LOCAL):
+            raise ValueError(f"Settings.engines: {name!r} cannot be an engine's name; use another, such as 'celery'")
+        if not all(hasattr(engine, part) for part in _ENGINE):
+            raise TypeError(f"Settings.engines[{name!r}] must be an engine, such as CeleryEngine(app), got {engine!r}")
+    return MappingProxyType(dict(engines))
 
 
 def _exclude(paths: object) -> tuple[str, ...]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FunctionType, MethodType, ModuleType
-from typing import Any, ParamSpec, TypeVar, Unpack, overload
+from typing import Any, ParamSpec, TypeVar, Unpack, cast, overload
 
 from .errors import NameClash
 from .policies import Policy, PolicyOptions, policy_from
@@ -27,6 +28,16 @@ _DEEPEST = 50
 #: Tracers that replace a task by a closure of their own, by package, and the variable that holds the user's function.
 _TRACERS = {"ddtrace": "task"}
 
+_EMPTY = Policy()
+
+#: How to ask for annotations that need not be evaluated, and for those of which some cannot be.
+AS_TEXT: dict[str, Any] = {}
+PARTLY: dict[str, Any] = {}
+if sys.version_info >= (3, 14):
+    from annotationlib import Format
+
+    AS_TEXT["annotation_format"], PARTLY["format"] = Format.STRING, Format.FORWARDREF
+
 
 @dataclass(frozen=True, slots=True)
 class Registered:
@@ -36,6 +47,7 @@ class Registered:
     code: str
     policy: Policy
     executor: str
+    function: Callable[..., Any] = field(compare=False, repr=False)
 
 
 _registry: dict[str, Registered] = {}
@@ -74,6 +86,8 @@ def task(func: Any = None, /, **policy: Any) -> Any:
     """
     if isinstance(func, str):
         raise TypeError(f"@task registers a function, got {func!r}; write @task(name={func!r})")
+    if "key" in policy:
+        raise TypeError("@task names every run of a task; key belongs to one call: use options(func, key=…)")
     chosen = policy_from(policy)
     if func is None:
         return functools.partial(_register, policy=chosen)
@@ -87,7 +101,7 @@ def _register(func: F, *, policy: Policy, stacklevel: int = 2) -> F:
         raise TypeError(f"@task registers a function, got {func!r}")
     code = code_name(target)
     _warn_if_ignored(target, code, stacklevel + 1)
-    entry = Registered(policy.name or code, code, policy, executor_of(target, policy))
+    entry = Registered(policy.name or code, code, policy, executor_of(target, policy), target)
     known = _registry.get(entry.name)
     if known is not None and known.code != code:
         raise NameClash(
@@ -159,6 +173,11 @@ class _Call(functools.partial[Any]):
     policy: Policy
 
 
+def call_policy(func: object) -> Policy:
+    """What `options` set for this call; empty if it set nothing."""
+    return unwrap(func)[1] or _EMPTY
+
+
 def is_async(func: object) -> bool:
     """Whether a call returns an awaitable, decided as Starlette decides it."""
     while isinstance(func, functools.partial):
@@ -223,6 +242,19 @@ def registration(func: object) -> Registered | None:
     return None
 
 
+def signature_of(func: Callable[..., object]) -> inspect.Signature:
+    """
+    What a callable takes. Its annotations are not evaluated, and since Python 3.14 they are text.
+
+    Raises:
+        ValueError: It has no signature, or an annotation that raises even so: on Python 3.14, `"Order" | None`.
+    """
+    try:
+        return inspect.signature(func, **AS_TEXT)
+    except Exception as error:  # an annotation is any code
+        raise ValueError(str(error)) from None
+
+
 def code_name(func: object) -> str:
     """
     A callable as `module.qualname`: a bound method by its class, a callable object by its own class.
@@ -272,3 +304,44 @@ def _module(thing: object) -> str:
         spec = attribute(sys.modules.get("__main__"), "__spec__")
         return spec.name if spec is not None and spec.name else "__main__"
     return module
+
+
+def find_function(task: str, code: str) -> Callable[..., object] | None:
+    """
+    The function of a task that is known by name only: what `module.qualname` names, else what `@task` registered.
+
+    None if neither is known here, or if it has to be bound to an object first.
+    """
+    module_name, names = code, ""
+    while module_name:
+        module = _module_called(module_name)
+        if module is not None:
+            found: object = module
+            for name in names.split("."):
+                found = attribute(found, name)
+            if callable(found) and code_name(found) == code and not _takes_self(module, names):
+                return cast(Callable[..., object], found)
+            break
+        module_name, _, last = module_name.rpartition(".")
+        names = f"{last}.{names}" if names else last
+    entry = _registry.get(task)
+    return None if entry is None else entry.function
+
+
+def _takes_self(module: ModuleType, names: str) -> bool:
+    """Whether a qualified name is that of a method, which needs an object."""
+    owner_names, _, name = names.rpartition(".")
+    owner: object = module
+    for each in owner_names.split(".") if owner_names else ():
+        owner = attribute(owner, each)
+    return isinstance(owner, type) and isinstance(inspect.getattr_static(owner, name, None), FunctionType)
+
+
+def _module_called(name: str) -> ModuleType | None:
+    main = sys.modules.get("__main__")
+    if getattr(getattr(main, "__spec__", None), "name", None) == name:
+        return main
+    try:
+        return sys.modules.get(name) or importlib.import_module(name)
+    except Exception:  # there is none, or it is broken: its tasks are unknown here
+        return None

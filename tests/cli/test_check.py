@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import fastapi
 import pytest
 from fastapi import Depends
+
+from kit import TASKS_COME_FIRST
+
+pytestmark = pytest.mark.timeout(60)  # each test starts the command, some several times
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,8 +118,7 @@ app.add_middleware(
 )
 """
 
-#: Whether tasks run before the code after a dependency's `yield`, and whether dependencies have a scope.
-TASKS_COME_FIRST = tuple(map(int, fastapi.__version__.split(".")[:2])) >= (0, 118)
+#: Whether dependencies have a scope.
 HAS_SCOPE = "scope" in inspect.signature(Depends).parameters
 
 if not HAS_SCOPE:  # before 0.118 it is so for every dependency, and from then on for none
@@ -166,7 +168,7 @@ def check(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProc
     """The command, in a process of its own: it imports the app."""
     command = [sys.executable, "-m", "aftertask.cli", "check", *arguments]
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("AFTERTASK_", "WEB_CONC"))}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=15, env={**clean, **env})
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=30, env={**clean, **env})
 
 
 def at(text: str) -> int:
@@ -202,7 +204,7 @@ def test_all_that_is_wrong_is_found(folder: Path) -> None:
         ("response_returned", "metrics", at('@app.get("/metrics")')),
         *([("db_session", "queries", at("options(queries"))] if HAS_SCOPE or not TASKS_COME_FIRST else []),
         ("websocket", "", at('@app.websocket("/ws")')),
-        ("metrics_path", "", None),
+        ("metrics_path_taken", "", None),
     }
     assert {one["file"] for one in found if one["file"]} == {str(folder / "bad.py")}
     notes = {one["task"] for one in found if one["severity"] == "note"}
@@ -223,6 +225,84 @@ def test_settings_and_policies_are_printed_without_secrets(folder: Path) -> None
     assert last_finding < rest.index("Tasks") < rest.index("Settings that differ from the defaults")
 
 
+def test_what_the_app_prints_is_not_in_the_report(folder: Path) -> None:
+    """Its own output goes to stderr, and what aftertask finds is not logged as well."""
+    logs = """
+import logging.config, sys
+print("importing")
+logging.config.dictConfig({
+    "version": 1, "disable_existing_loggers": True, "root": {"level": "DEBUG", "handlers": ["out"]},
+    "handlers": {"out": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout"}},
+})
+"""
+    (folder / "prints.py").write_text(f"{logs}\n{GOOD}\napp.get('/metrics')(lambda: 'mine')\n")
+    done = check(folder, "prints:app", "--json")
+    assert [one["kind"] for one in json.loads(done.stdout)["findings"]] == ["metrics_path_taken"]
+    assert done.stderr == "importing\n"
+
+
+def test_a_variable_without_effect_is_named_once(folder: Path) -> None:
+    """Also where the middleware is built with the app, which logs it then, and where a warning says it."""
+    (folder / "wrapped.py").write_text(
+        "from starlette.applications import Starlette\nfrom aftertask import AftertaskMiddleware, Settings\n"
+        "app = AftertaskMiddleware(Starlette(), settings=Settings())\n"
+    )
+    done = check(folder, "wrapped:app", AFTERTASK_MAX_WAITING="3")
+    assert (done.stdout + done.stderr).count("AFTERTASK_MAX_WAITING") == 1
+    done = check(folder, "good:app", AFTERTASK_MAX_WAITINGS="3")
+    assert done.stderr.count("unknown environment variable AFTERTASK_MAX_WAITINGS") == 1
+
+
+def test_what_is_wrong_with_another_app_of_the_module_is_found(folder: Path) -> None:
+    """It is built when the module is imported, and its own log lines would be no part of the report."""
+    (folder / "two.py").write_text(
+        "from fastapi import FastAPI\nfrom aftertask import AftertaskMiddleware, Policy, Settings\n"
+        "admin = FastAPI()\napp = FastAPI()\napp.add_middleware(AftertaskMiddleware)\n"
+        "nothing = Settings(policies={'two.mail': Policy(timeout=1)})\n"
+        "app.mount('/admin', AftertaskMiddleware(admin, settings=nothing))\n"
+    )
+    done = check(folder, "two:app", "--json")
+    assert [one["kind"] for one in json.loads(done.stdout)["findings"]] == ["unused_policy"]
+    assert done.stderr == ""
+
+
+def test_lines_that_are_no_findings_are_written(folder: Path) -> None:
+    """What aftertask logs while the app is imported, beside its mistakes, goes where the app's log goes."""
+    (folder / "served.py").write_text(
+        f"from starlette.testclient import TestClient\n{GOOD}\nwith TestClient(app):\n    pass\n"
+    )
+    done = check(folder, "served:app")
+    assert done.returncode == 0 and '"event": "lifecycle.policies"' in done.stderr
+
+
+def test_a_durable_task_without_a_journal_is_found(folder: Path) -> None:
+    """The app starts, and the first request that adds it fails; a result would be lost."""
+    (folder / "forgot.py").write_text(
+        "from fastapi import FastAPI\nfrom aftertask import AftertaskMiddleware, task\n"
+        "@task(durable=True, timeout=5)\ndef charge(order: int): ...\n"
+        "@task(keep_result=True, timeout=5)\ndef report(order: int): ...\n"
+        "app = FastAPI()\napp.add_middleware(AftertaskMiddleware)\n"
+    )
+    found = reported(folder, "forgot:app")["findings"]
+    assert [(one["kind"], one["severity"], one["task"], one["line"]) for one in found] == [
+        ("no_journal", "error", "forgot.charge", 3),
+        ("no_journal", "warning", "forgot.report", 5),
+    ]
+
+
+def test_no_journal_is_created(folder: Path) -> None:
+    """The file belongs to the machine that runs the app; if its folder is missing here, that is a note."""
+    (folder / "kept.py").write_text(
+        "from fastapi import FastAPI\nfrom aftertask import AftertaskMiddleware, Settings, task\n"
+        "@task(durable=True, timeout=5)\ndef charge(order: int): ...\napp = FastAPI()\n"
+        "app.add_middleware(AftertaskMiddleware)\n"
+    )
+    for path, kinds in (("tasks.db", []), ("nowhere/tasks.db", ["journal_folder"])):
+        found = reported(folder, "kept:app", AFTERTASK_JOURNAL=str(folder / path))["findings"]
+        assert [(one["kind"], one["severity"]) for one in found] == [(kind, "note") for kind in kinds]
+    assert not list(folder.glob("*.db*"))
+
+
 def test_an_app_that_is_fine_passes(folder: Path) -> None:
     """The command ends with code 0 and no finding, also for a factory."""
     for arguments in (["good:app"], ["good:make", "--factory"], ["good:app", "--fail-on", "note"]):
@@ -232,7 +312,7 @@ def test_an_app_that_is_fine_passes(folder: Path) -> None:
         assert done.stdout.endswith("Settings that differ from the defaults\n  none\n")
 
 
-@pytest.mark.parametrize("app", ["shop.app", "quickstart", "signup_mail", "compensation"])
+@pytest.mark.parametrize("app", ["shop.app", "quickstart", "signup_mail", "compensation", "celery_offload.web"])
 def test_the_examples_pass(app: str) -> None:
     """The examples have no error; what they do wrong on purpose may be a note."""
     folder = ROOT / "examples"
@@ -255,6 +335,35 @@ def test_several_workers_need_a_directory(folder: Path, tmp_path: Path) -> None:
         ]
     env = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     assert reported(folder, "good:app", "--workers", "2", **env)["findings"] == []
+
+
+def test_settings_of_an_engine_that_lose_runs_are_findings(tmp_path: Path) -> None:
+    """As the worker names them at its start; for the tasks that this app hands over."""
+    (tmp_path / "offloads.py").write_text(
+        """
+from celery import Celery
+from fastapi import BackgroundTasks, FastAPI
+from aftertask import AftertaskMiddleware, Settings, task
+from aftertask.celery import CeleryEngine
+
+@task(executor="celery", timeout=7200)
+def render(): pass
+
+app = FastAPI()
+celery = Celery("shop", broker="redis://127.0.0.1:1/0", broker_transport_options={"socket_timeout": 30})
+app.add_middleware(AftertaskMiddleware, settings=Settings(engines={"celery": CeleryEngine(celery)}))
+"""
+    )
+    found = reported(tmp_path, "offloads:app")["findings"]
+    assert [(one["kind"], one["severity"], one["message"]) for one in found] == [
+        (
+            "engine_setting",
+            "warning",
+            "Settings.engines['celery']: broker_transport_options.visibility_timeout is 3600.0",
+        ),
+        ("engine_setting", "warning", "Settings.engines['celery']: worker_prefetch_multiplier is 4"),
+    ]
+    assert "a run may take 7200 s" in found[0]["remedy"]
 
 
 def test_a_mistake_in_the_environment_is_a_finding(folder: Path) -> None:
@@ -313,16 +422,89 @@ def test_what_the_middleware_would_refuse_is_found(folder: Path, given: str, mes
     assert (one["kind"], one["severity"]) == ("settings", "error") and message in one["message"]
 
 
-def test_a_policy_of_no_task_is_noted(folder: Path) -> None:
-    """A typo there is a timeout that is not in force."""
-    (folder / "typo.py").write_text(
-        "from fastapi import FastAPI\nfrom aftertask import AftertaskMiddleware, Policy, Settings, task\n"
-        "@task(name='mail.welcome')\ndef welcome(): ...\n"
-        "policies = {name: Policy(timeout=5) for name in ('mail.*', 'mail.welcome', 'mial.*', 'mail.welcom')}\n"
-        "app = FastAPI()\napp.add_middleware(AftertaskMiddleware, settings=Settings(policies=policies))\n"
-    )
-    found = [one["message"] for one in reported(folder, "typo:app")["findings"] if one["kind"] == "unused_policy"]
-    assert [message.split("'")[1] for message in found] == ["mial.*", "mail.welcom"]
+MISTAKES = """
+import logging
+
+from fastapi import APIRouter, BackgroundTasks, FastAPI
+
+from aftertask import AftertaskMiddleware, Limit, Policy, Settings, task
+
+
+def decorated(func):
+    def inner(*args):
+        return func(*args)
+
+    return inner
+
+
+@decorated
+@task(name="mail.hidden", timeout=5)
+def hidden(): ...
+
+
+@task(name="mail.welcome", limit=Limit("smtp", 5), timeout=5)
+def welcome(): ...
+
+
+below, router, app = FastAPI(), APIRouter(), FastAPI()
+
+
+@below.get("/inner")
+@task(name="mounted")
+async def mounted(): ...
+
+
+@router.get("/metrics")
+@task(name="included")
+async def included(tasks: BackgroundTasks):
+    tasks.add_task(hidden)
+
+
+app.include_router(router)
+app.mount("/below", below)
+policies = {name: Policy(timeout=5) for name in ("mail.*", "mistakes.welcome", "mail.welcome", "mial.*", "mail.welcom")}
+policies["*.second"] = Policy(limit=Limit("smtp", 9))
+app.add_middleware(AftertaskMiddleware, settings=Settings(policies=policies))
+"""
+
+STARTED = """
+import json, logging
+from starlette.testclient import TestClient
+import mistakes
+
+class Kept(logging.Handler):
+    def emit(self, record):
+        lines.append(vars(record))
+
+lines = []
+logging.basicConfig(handlers=[Kept()])
+with TestClient(mistakes.app) as client:
+    client.get("/metrics")
+print(json.dumps([(line.get("kind"), line["advice"]) for line in lines if "advice" in line]))
+"""
+
+
+def test_it_lists_what_the_app_logs_at_its_start(folder: Path) -> None:
+    """The same mistakes in the same words, each at the line of its function."""
+    (folder / "mistakes.py").write_text(MISTAKES)
+    found = [one for one in reported(folder, "mistakes:app")["findings"] if one["severity"] == "warning"]
+    assert [one["severity"] for one in found] == ["warning"] * 7
+    lines = MISTAKES.splitlines()
+    places = {one["message"].split()[0]: lines[one["line"] - 1] for one in found if one["line"] is not None}
+    assert places == {
+        "mistakes.mounted": '@below.get("/inner")',
+        "mistakes.included": '@router.get("/metrics")',
+        "mistakes.decorated.<locals>.inner": "    def inner(*args):",
+    }
+    done = subprocess.run([sys.executable, "-c", STARTED], cwd=folder, capture_output=True, text=True, timeout=15)
+    assert done.returncode == 0, done.stderr
+    advice: dict[str, str | None] = {advice: kind for kind, advice in json.loads(done.stdout)}
+    assert len(advice) == 7
+    for one in found:
+        said = f"{one['message'].replace('mistakes.decorated.<locals>.inner calls', 'it calls')}: {one['remedy']}"
+        assert advice[said] == (one["kind"] if one["kind"] != "task_hidden" else None)
+    subjects = {one["message"].split("'")[1] for one in found if one["kind"] in ("unused_policy", "limit_name")}
+    assert subjects == {"mial.*", "mail.welcom", "smtp"}
 
 
 def test_that_it_is_switched_off_is_found(folder: Path) -> None:
@@ -382,8 +564,12 @@ import smtplib
 import time
 import urllib3
 
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.orm import sessionmaker
+
 client = requests.Session()
 os = {}
+Sessions, AsyncSessions = sessionmaker(), async_sessionmaker()
 
 
 async def raises(time: object) -> None:
@@ -401,6 +587,13 @@ async def shadows(answers: dict[str, str]) -> None:
     requests.get("id")
 
 
+async def queries() -> None:
+    with Sessions() as made:
+        made.execute("select 1")  # blocked_loop
+    async with AsyncSessions() as other:
+        await other.execute("select 1")
+
+
 async def waits(connection: http.client.HTTPConnection) -> None:
     with requests.Session() as session:
         session.get("http://example.org")  # blocked_loop
@@ -415,6 +608,7 @@ async def waits(connection: http.client.HTTPConnection) -> None:
 async def endpoint(tasks: BackgroundTasks) -> None:
     tasks.add_task(raises, time)
     tasks.add_task(shadows, {})
+    tasks.add_task(queries)
     tasks.add_task(func=waits, connection=None)
 """
 
@@ -595,10 +789,10 @@ def test_a_finding_of_a_librarys_function_points_to_where_it_is_added(folder: Pa
     ("routes", "kinds"),
     [
         ('app.mount("/inner", Mount("", routes=[Route("/metrics", numbers)]))', []),
-        ('app.mount("/", Mount("", routes=[Route("/metrics", numbers)]))', ["metrics_path"]),
+        ('app.mount("/", Mount("", routes=[Route("/metrics", numbers)]))', ["metrics_path_taken"]),
         ('app.include_router(router, prefix="/inner")', []),
-        ("app.include_router(router)", ["metrics_path"]),
-        ("app.include_router(router)\napp = GZipMiddleware(app)", ["metrics_path"]),
+        ("app.include_router(router)", ["metrics_path_taken"]),
+        ("app.include_router(router)\napp = GZipMiddleware(app)", ["metrics_path_taken"]),
     ],
 )
 def test_a_route_is_compared_with_its_prefix(routes: str, kinds: list[str], folder: Path) -> None:

@@ -10,16 +10,20 @@ from typing import Any, TypeVar
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .._taskrun import current_run, running
+from ..engines import Engine
 from ..policies import Policy
 from ..tasks import is_async
 from .background import Work
 from .emit import Emitter
 from .hooks import KEY, install
+from .keeper import Keeper, StoredCall
 from .lifecycle import Lifecycle
 from .limits import SharedThreads
+from .loops import cancelled_from_outside
 from .parts import Parts
 from .request import OWED, Request
 from .resolver import Resolver
+from .run import Run
 from .schedule import Scheduler
 from .serve import Serving, serving_here
 from .shutdown import Shutdown
@@ -34,8 +38,9 @@ class App:
     Args:
         emit: The app's signals.
         policies, on_failure, max_waiting, thread_limit, drain_timeout, shutdown_report, request_id,
-        run_ids_header, run_after: As in `Settings`.
+        run_ids_header, run_after, engines: As in `Settings`.
         keeps_context: Whether tasks get the endpoint's context variables.
+        keeper: Keeps durable runs; None if nothing does.
     """
 
     def __init__(
@@ -52,20 +57,29 @@ class App:
         run_ids_header: str | None,
         keeps_context: bool,
         run_after: str,
+        engines: Mapping[str, Engine],
+        keeper: Keeper | None = None,
     ) -> None:
         self.emit = emit
         self.resolver = Resolver(
-            policies, on_failure=on_failure, max_waiting=max_waiting, thread_limit=thread_limit, emitter=self.emit
+            policies,
+            on_failure=on_failure,
+            max_waiting=max_waiting,
+            thread_limit=thread_limit,
+            engines=engines,
+            emitter=self.emit,
         )
+        self._keeper = keeper
         self.shutdown = Shutdown(self.emit, drain_timeout=drain_timeout, report=shutdown_report)
         self._parts = Parts(
             emit=emit,
-            scheduler=Scheduler(emit, self.resolver),
-            lifecycle=Lifecycle(self.emit, self.resolver.threads),
+            scheduler=Scheduler(emit, self.resolver, keeper),
+            lifecycle=Lifecycle(self.emit, self.resolver.threads, keeper),
             shutdown=self.shutdown,
             find_request_id=request_id,
             keeps_context=keeps_context,
             run_ids_header=run_ids_header,
+            keeper=keeper,
             runs_after_request=run_after == "request",
             wants_start=bool(emit.admissions) or run_ids_header is not None,
             batch_started=self._batch_started,
@@ -85,7 +99,7 @@ class App:
         error: BaseException | None = None
         try:
             await inner(scope, receive, request.watch(send))
-            if self._parts.runs_after_request:
+            if request.held:
                 await request.run_held()
         except BaseException as raised:
             error = raised
@@ -115,6 +129,11 @@ class App:
         """Serve the lifespan: the app's own start and end are those of the signals."""
         is_open = False
 
+        async def watched_send(message: Message) -> None:
+            await send(message)
+            if message["type"] == "lifespan.startup.complete" and is_open:
+                self._watch_stored()  # not earlier: stored runs need what the app's own startup creates
+
         async def watched() -> Message:
             nonlocal is_open
             message = await receive()
@@ -128,7 +147,7 @@ class App:
             return message
 
         try:
-            await self.shutdown.lifespan(lambda: inner(scope, watched, send))
+            await self.shutdown.lifespan(lambda: inner(scope, watched, watched_send))
         finally:
             if is_open:  # it failed to start, or ended without being asked to
                 self._close()
@@ -150,6 +169,25 @@ class App:
         self._measure_threads()
         self.shutdown.open()
         self.emit.open()
+
+    def _watch_stored(self) -> None:
+        if (keeper := self._keeper) is not None:
+            self.shutdown.watch(lambda: keeper.watch(self._start_stored, self.resolver.waiting_tasks))
+
+    def _start_stored(self, call: StoredCall) -> None:
+        run = self._parts.scheduler.restore(call)
+        self.shutdown.start(lambda: self._run_stored(run))
+
+    async def _run_stored(self, run: Run) -> None:
+        """Run what the keeper had; what the task raises has been emitted, and has no caller."""
+        try:
+            await self._parts.lifecycle.live(run)
+        except BaseException as error:
+            if cancelled_from_outside(error):
+                raise
+        finally:
+            if run.outcome is None:  # cancelled before its turn: the keeper gets it back
+                self.shutdown.end_unstarted([run], "other", None)
 
     def _close(self) -> None:
         self._is_open = False

@@ -66,7 +66,7 @@ class Emitter:
         """The exception as redacted text."""
         return Failure(error, self.redact)
 
-    def broken(self, component: str, on: str, error: Exception) -> None:
+    def broken(self, component: str, on: str, error: Exception, **keys: Any) -> None:
         """
         Log and count an error inside aftertask.
 
@@ -74,6 +74,7 @@ class Emitter:
             component: The signal or the part that raised.
             on: The event or the step during which it raised.
             error: What it raised.
+            keys: Further keys of the line, such as the run that it is about.
         """
         failure = self.failure(error)
         log(
@@ -85,6 +86,7 @@ class Emitter:
             error_message=failure.message,
             exception=failure.stack,
             exc_info=error,
+            **keys,
         )
         for signal in self.signals:
             try:
@@ -113,6 +115,18 @@ class Emitter:
     def task_known(self, info: TaskInfo) -> None:
         """A task was resolved."""
         self.each("task_known", lambda signal: signal.task_known(info))
+
+    def arrived(self, run: TaskRun) -> None:
+        """A run that was scheduled elsewhere goes on here."""
+        self.each("arrived", lambda signal: signal.arrived(run))
+
+    def departed(self, run: TaskRun) -> None:
+        """A run goes on elsewhere."""
+        self.each("departed", lambda signal: signal.departed(run))
+
+    def engine_known(self, name: str) -> None:
+        """An engine exists."""
+        self.each("engine_known", lambda signal: signal.engine_known(name))
 
     def pool_known(self, pool: Pool, *, threads: bool) -> None:
         """A limiter or a thread pool exists."""

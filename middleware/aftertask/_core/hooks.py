@@ -18,7 +18,7 @@ import functools
 import inspect
 import sys
 import weakref
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from types import FunctionType
 from typing import Any
 
@@ -27,7 +27,6 @@ from starlette.responses import Response
 
 from .._log import log
 from .._taskrun import TaskRun, running
-from ..errors import NotSerializable, QueueFull
 from .background import (
     BareCallable,
     Work,
@@ -40,6 +39,7 @@ from .background import (
 )
 from .dependencies import references
 from .request import OWED, Request
+from .schedule import REFUSALS
 from .serve import OutsideOfAnyRequest, Serving, serving_here
 from .waiting import Owed
 
@@ -96,6 +96,11 @@ def _respond(request: Request, response: Response, scope: MutableMapping[str, An
         _keep_outermost()
         request.guarded("response", request.respond, bare or background, scope)
     return Serving(request, response, bare, computed=computed)
+
+
+def _scope_among(kwargs: Mapping[str, object]) -> object:
+    """The ASGI scope of a call by keyword, whatever its parameters are called."""
+    return next((value for value in kwargs.values() if isinstance(value, MutableMapping)), None)
 
 
 # --- 2. tasks
@@ -227,7 +232,7 @@ def _hook_add_task(owner: type, original: Callable[..., None]) -> Callable[..., 
         func = args[0] if args else kwargs.get("func")
         try:
             request.add(self, _work_added(self.tasks[-1], func))
-        except (QueueFull, NotSerializable):
+        except REFUSALS:
             self.tasks.pop()  # the caller gets the error, and the task is as if it had not been added
             raise
         except Exception as error:
@@ -248,14 +253,6 @@ def _work_added(task: BackgroundTask, func: object) -> Work:
     """The task that was added, named by the function that the user gave, whatever a tracer made of it."""
     work = work_of(task)
     return work if work.whole or func is None or func is work.func else work.named_by(func)
-
-
-# --- helpers
-
-
-def _scope_among(kwargs: dict[str, Any]) -> object:
-    """The ASGI scope of a call by keyword, whatever its parameters are called."""
-    return next((value for value in kwargs.values() if isinstance(value, MutableMapping)), None)
 
 
 # --- install

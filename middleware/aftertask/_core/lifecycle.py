@@ -13,12 +13,15 @@ import anyio
 
 from .. import _clock
 from .._taskrun import running
-from ..errors import TaskTimeout
-from ..events import Abandoned, AbandonedEnded
+from ..engines import Handover
+from ..errors import EngineUnavailable, TaskTimeout
+from ..events import Abandoned, AbandonedEnded, OffloadFailed
 from ..tasks import code_name
 from .emit import Emitter
+from .executors.engine import Remote
 from .executors.process import call_in_process
 from .executors.thread import ThreadCall, call_in_thread
+from .keeper import Keeper
 from .limits import Limiter, SharedThreadSlot, Slot
 from .loops import cancelled_from_outside
 from .run import Run
@@ -34,11 +37,11 @@ class Lifecycle:
     Args:
         emit: Gets every event.
         threads: The limiter of aftertask's own threads.
+        keeper: Keeps durable runs; None if nothing does.
     """
 
-    def __init__(self, emit: Emitter, threads: Limiter) -> None:
-        self._emit = emit
-        self._threads = threads
+    def __init__(self, emit: Emitter, threads: Limiter, keeper: Keeper | None) -> None:
+        self._emit, self._threads, self._keeper = emit, threads, keeper
 
     async def live(self, run: Run) -> None:
         """Run one run to its outcome; raise what its caller should see."""
@@ -57,13 +60,29 @@ class Lifecycle:
         Raises:
             BaseException: What the last attempt raised: the task's own exception, or `TaskTimeout`.
         """
+        if run.outcome is not None:  # cancelled while it waited for this attempt
+            return None
+        delay_s = None
+        run.scope = scope = anyio.CancelScope()
+        with scope:
+            delay_s = await self._attempt(run)
+        if scope.cancelled_caught and run.outcome is None:  # `cancel_run`, before its turn
+            self._emit(run.drop("cancel_run"))
+            run.forget()
+        return delay_s
+
+    async def _attempt(self, run: Run) -> float | None:
         if (run.slots or run.resolved.waits) and not await self._acquired(run):
+            return None
+        if run.info.durable and not await self._claimed(run):
             return None
         outer = running.get()
         running.set(run)
         restore = None if run.variables is None else apply_variables(run.variables)
         try:
             self._emit(run.begin())
+            if run.resolved.remote is not None and await self._handed_over(run, run.resolved.remote):
+                return None
             result = await self._call(run)
         except Exception as error:
             delay_s = run.delay_after(error)
@@ -110,8 +129,11 @@ class Lifecycle:
 
     async def back_off(self, run: Run, delay_s: float) -> None:
         """Wait for the next attempt, without a slot or a thread."""
-        with self._cancellation_emitted(run):
-            await _clock.sleep(delay_s)
+        with anyio.CancelScope() as run.scope:
+            if run.cancel_requested:
+                run.scope.cancel()
+            with self._cancellation_emitted(run):
+                await _clock.sleep(delay_s)
 
     # --- before an attempt
 
@@ -131,6 +153,18 @@ class Lifecycle:
                 await _acquire(run.slots)
                 return True
         self._emit(run.expire())
+        run.forget()
+        return False
+
+    async def _claimed(self, run: Run) -> bool:
+        """Whether a durable run may start: from here on, a crash leaves a run that may have finished."""
+        was_called_by_user = run.observed_only and not run.confirmed  # and never was an intent
+        if self._keeper is None or run.attempt or was_called_by_user:
+            return True
+        remote = run.resolved.remote if run.is_handed_over else None
+        if await self._keeper.claim(run) and (remote is None or remote.is_open):
+            return True
+        self._emit(run.hand_over())
         run.forget()
         return False
 
@@ -155,6 +189,29 @@ class Lifecycle:
             raise
 
     # --- an attempt
+
+    async def _handed_over(self, run: Run, remote: Remote) -> bool:
+        """Hand the run to its engine, or a durable one back to the journal; False if it is to execute here."""
+        if run.observed_only:
+            return False
+        began_s, waits = _clock.monotonic(), run.info.durable and self._keeper is not None
+        if run.arguments is None and run.work is not None:  # it comes from the journal
+            run.arguments = remote.engine.encode(run.task, run.work.func, run.work.args, run.work.kwargs)
+        expires = run.resolved.expires
+        left_s = None if expires is None else max(0.0, run.scheduled_s + expires - began_s)
+        try:
+            queue = await remote.submit(Handover(run=run, arguments=run.arguments, expires_s=left_s))
+        except EngineUnavailable as error:
+            failure, seconds = self._emit.failure(error), _clock.monotonic() - began_s
+            falls_back = remote.falls_back and not waits
+            self._emit(OffloadFailed(run, _clock.timestamp(), remote.name, seconds, failure, falls_back))
+            if waits:
+                self._emit(run.hand_over())
+            elif not falls_back:
+                raise
+            return waits
+        self._emit(run.offload(remote.name, queue, _clock.monotonic() - began_s))
+        return True
 
     async def _call(self, run: Run) -> object:
         """Call the function within the timeout."""

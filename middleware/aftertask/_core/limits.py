@@ -117,7 +117,7 @@ class Limiter:
             waiter = heapq.heappop(self._queue)
             if waiter.given_up:
                 self._given_up -= 1
-            elif waiter.wake():
+            elif waiter.call_soon(waiter.event.set):  # not if its event loop is closed, where it waits no longer
                 waiter.slot.held, waiter.slot.waiter = True, None
                 return
         self.in_use -= 1
@@ -188,14 +188,6 @@ class _Waiter:
     number: int = field(default_factory=functools.partial(next, _arrivals))
     event: anyio.Event = field(compare=False, default_factory=anyio.Event)
     given_up: bool = field(compare=False, default=False)
-
-    def wake(self) -> bool:
-        """Continue the task; False if its event loop is closed, so that it never will."""
-        try:
-            self.call_soon(self.event.set)
-        except RuntimeError:
-            return False
-        return True
 
 
 class SharedThreads:

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 import anyio
 
-#: Calls a function soon on one event loop, from any thread; raises RuntimeError once that loop is closed.
-CallSoon: TypeAlias = Callable[[Callable[[], object]], object]
+#: Calls a function soon on one event loop, from any thread; returns False once that loop is closed.
+CallSoon: TypeAlias = Callable[[Callable[[], object]], bool]
 
 
 def on_trio() -> bool:
@@ -27,15 +27,21 @@ def this_loop() -> Any:
 
 def call_soon_from_any_thread() -> CallSoon:
     """
-    A function that calls another one soon on the event loop of this task, from any thread.
-
-    It raises RuntimeError once that loop is closed.
+    A `CallSoon` for the event loop of this task.
 
     Raises:
         RuntimeError: No event loop runs in this thread.
     """
     loop = this_loop()
-    call_soon: CallSoon = loop.run_sync_soon if on_trio() else loop.call_soon_threadsafe
+    call_on_loop = loop.run_sync_soon if on_trio() else loop.call_soon_threadsafe
+
+    def call_soon(function: Callable[[], object]) -> bool:
+        try:
+            call_on_loop(function)
+        except RuntimeError:  # asyncio's loop is closed, or trio's run is over
+            return False
+        return True
+
     return call_soon
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .emit import Emitter
+from .keeper import Keeper
 from .lifecycle import Lifecycle
 from .schedule import Scheduler
 from .shutdown import Shutdown
@@ -23,6 +24,7 @@ class Parts:
         find_request_id: `Settings.request_id`.
         keeps_context: Whether tasks get the endpoint's context variables (`Settings(context="endpoint")`).
         run_ids_header: `Settings.run_ids_header`.
+        keeper: Keeps durable runs; None if nothing does.
         runs_after_request: Whether batches wait until the call of the app has returned (`Settings.run_after`).
         wants_start: Whether the start of a response is of interest: there are admissions, or that header.
         batch_started: Called on the event loop before a batch starts.
@@ -35,6 +37,7 @@ class Parts:
     find_request_id: Callable[[Scope], object]
     keeps_context: bool
     run_ids_header: str | None
+    keeper: Keeper | None
     runs_after_request: bool
     wants_start: bool
     batch_started: Callable[[], None]

@@ -38,6 +38,40 @@ def on_fork(part: Forked) -> None:
         os.register_at_fork(after_in_child=_after_fork)
 
 
+class HeldForFork(Protocol):
+    """Something with a lock that no other thread may hold while the process forks: its copy would never be free."""
+
+    def hold(self) -> None: ...
+    def let_go(self) -> None: ...
+
+
+# Keys only: their order is that of registration.
+_held: weakref.WeakKeyDictionary[HeldForFork, None] = weakref.WeakKeyDictionary()
+
+
+def hold_for_fork(part: HeldForFork) -> None:
+    """
+    Call `part.hold()` before each fork, and `part.let_go()` in the parent after it.
+
+    The part that was registered last is held first, as `os.register_at_fork` does it: a thread may take the lock of an
+    earlier part while it holds that of a later one.
+    """
+    _held[part] = None
+    if "hold" not in _registered and hasattr(os, "register_at_fork"):
+        _registered.add("hold")
+        os.register_at_fork(before=_hold, after_in_parent=_let_go)
+
+
+def _hold() -> None:
+    for part in reversed(list(_held)):
+        part.hold()
+
+
+def _let_go() -> None:
+    for part in list(_held):
+        part.let_go()
+
+
 def on_exit(part: Exiting) -> None:
     """Call `part.at_exit()` when the interpreter exits, if `part` still exists."""
     _exiting.add(part)

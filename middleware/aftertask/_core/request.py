@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -16,9 +15,12 @@ from .. import _clock
 from .._taskrun import RequestInfo, TaskRun, current_run
 from .._text import error_type
 from ..events import HazardFound
+from . import advice
+from .admission import admit
 from .background import Work, leaves, work_of
 from .batch import Batch
 from .parts import Parts, Scope
+from .phase import BODIES, STARTS, Phase
 from .reasons import HANDLER_FAILED, reason_of
 from .route import http_route
 from .run import Run
@@ -31,32 +33,6 @@ COMPONENT = "aftertask.interception"
 
 #: Where the scope holds compensating runs until the error response has been sent.
 OWED = "aftertask.owed"
-
-_STARTS = frozenset({"http.response.start", "websocket.http.response.start"})
-_BODIES = frozenset({"http.response.body", "websocket.http.response.body", "http.response.pathsend"})
-
-_WEBSOCKET = (
-    "FastAPI never runs the tasks that are injected into a WebSocket endpoint: await the function there, or start it "
-    "in a task group of your own"
-)
-_MUTATED = (
-    "it adds a task to the batch that it runs in, which works only because Starlette happens to loop over the same "
-    "list: call the function in this task, or add both in the endpoint"
-)
-_EARLY = (
-    "it started before the response was complete, so the client waits for it, and its failure can cut the response "
-    "off: a middleware holds the response back (several BaseHTTPMiddleware do, on Starlette before 1.7): update "
-    "Starlette, or let that middleware pass each message on"
-)
-
-
-class Phase(enum.Enum):
-    """How far a request has come."""
-
-    SCHEDULED = "nothing has been sent"
-    RESPONDING = "the response has started"
-    SERVING = "the last byte has been handed over; the tasks run"
-    CLOSED = "the call of the app has returned"
 
 
 class Request(RequestInfo):
@@ -72,6 +48,7 @@ class Request(RequestInfo):
         phase: How far the request has come.
         waiting: The runs whose turn has not come.
         refused: The tasks that were not accepted, by identity.
+        held: The batches that wait until the call of the app has returned.
     """
 
     # What most requests never need is a default of the class.
@@ -84,7 +61,9 @@ class Request(RequestInfo):
     _early: Run | None = None
     _is_described = False
     _is_complete = False  # the last byte has been sent
-    _held: tuple[Callable[[], Awaitable[None]], ...] = ()
+    held: tuple[tuple[object, Callable[[], Awaitable[None]]], ...] = ()
+    _refusal: Exception | None = None  # of a run that had to be kept
+    admits = True
 
     def __init__(self, parts: Parts, scope: Scope, context: Context) -> None:
         self.parts, self.scope, self.context = parts, scope, context
@@ -111,35 +90,50 @@ class Request(RequestInfo):
 
         async def watched(message: Message) -> None:
             kind = message["type"]
-            is_last = kind in _BODIES and not message.get("more_body", False)
-            if kind in _STARTS and self.parts.wants_start and self.waiting:
-                message = await self._admit(message)
+            is_last = kind in BODIES and not message.get("more_body", False)
+            if kind in STARTS and self.admits:
+                self.admits = False
+                if self._refusal is not None or (self.parts.wants_start and self.waiting):
+                    message = await self._admit(message)
             elif is_last:
                 # Before it is sent: a middleware around us may go on with it before our `send` returns.
                 self._reach(Phase.SERVING)
             await send(message)
-            if kind in _STARTS:
+            if kind in STARTS:
                 self._reach(Phase.RESPONDING)
             elif is_last:
-                self._complete()
+                self.guarded("end of the response", self._complete)
 
         return watched
 
     async def _admit(self, message: Message) -> Message:
         """Await the admissions of the runs that the response carries, and name the runs in its header."""
         runs = self.waiting.all()
-        await self.parts.emit.admit(runs)
-        name = self.parts.run_ids_header
-        if name is None:
-            return message
-        value = ", ".join(run.id for run in runs)
-        header = name.lower().encode("latin-1"), value.encode("latin-1")
-        return {**message, "headers": [*message.get("headers", ()), header]}
+        try:
+            return await admit(self.parts, message, runs, self._refusal)
+        except Exception as error:
+            self._refusal = None
+            # An error page may still be sent: by then they have ended, and are not admitted again.
+            self._end_unstarted([run for run in runs if run.is_kept and self._take(run)], "handler_error", error)
+            raise
+
+    def withdraw(self, run: TaskRun) -> bool:
+        """Drop a run that waits for its turn; False if it does not wait here."""
+        if not isinstance(run, Run) or run.target not in self.waiting or not self._take(run):
+            return False
+        self.parts.emit(run.drop("cancel_run"))
+        run.forget()
+        return True
+
+    def _take(self, run: Run) -> bool:
+        """Take a run that waits, so that its task is not called; False if it does not wait."""
+        self.refused = self.refused | {id(run.target)}
+        return self.waiting.remove(run)
 
     def _complete(self) -> None:
         self._is_complete = True
         if self._early is not None:
-            self._hazard(self._early, "started_early", _EARLY)
+            self._hazard(self._early, "started_early", advice.EARLY)
             self._early = None
         if self.waiting:
             now = _clock.monotonic()
@@ -176,10 +170,10 @@ class Request(RequestInfo):
             run.queued_s = run.scheduled_s
         self.waiting.add(run)
         if self.scope is not None and self.scope["type"] == "websocket":
-            self._hazard(run, "websocket", _WEBSOCKET)
+            self._hazard(run, "websocket", advice.WEBSOCKET)
         culprit = current_run()
         if culprit is not None and culprit.request is self and self._batches:
-            self._hazard(culprit, "mutated_tasks", _MUTATED)
+            self._hazard(culprit, "mutated_tasks", advice.MUTATED)
 
     def respond(self, background: object, scope: Scope) -> None:
         """A response with this background starts to be sent: its runs are scheduled."""
@@ -187,8 +181,7 @@ class Request(RequestInfo):
             self.scope, self._verdict = scope, None
         elif not self._is_described:
             self.scope = scope  # a middleware inside may have copied it before the route was found
-        is_injected = id(background) in self._containers
-        if self.waiting and self._verdict is None and not is_injected:
+        if self.waiting and self._verdict is None and id(background) not in self._containers:
             self._judge(background)
         if background is not None:
             self._schedule_leaves(background)
@@ -262,10 +255,14 @@ class Request(RequestInfo):
     def schedule_or_refuse(self, task: object, background: object) -> Run | None:
         """Schedule a task whose caller cannot be given an error; None if it is refused or not observed."""
         self._describe()
-        run, refused = self.parts.scheduler.schedule_or_refuse(self, work_of(task), background)
-        if refused:
-            self.refused = self.refused | {id(task)}
-        return run
+        work = work_of(task)
+        run = self.parts.scheduler.schedule_or_refuse(self, work, background)
+        if not isinstance(run, Exception):
+            return run
+        self.refused = self.refused | {id(task)}
+        if self.admits and self.parts.scheduler.is_kept(work):
+            self._refusal = run  # the response would promise what will not happen
+        return None
 
     def priority_of(self, task: object) -> int:
         """The priority of a task."""
@@ -284,18 +281,20 @@ class Request(RequestInfo):
 
     # --- the end
 
-    def holds(self, start: Callable[[], Awaitable[None]]) -> bool:
-        """Keep the start of a batch until the call of the app has returned; False if it starts now."""
-        if self.phase is Phase.CLOSED:
-            return False
-        self._held = (*self._held, start)
-        return True
+    def must_wait(self, background: object) -> bool:
+        """Whether a batch starts only when the call of the app has returned."""
+        if self.phase is Phase.CLOSED or self.parts.runs_after_request:
+            return self.phase is not Phase.CLOSED
+        return self.parts.keeper is not None and any(run.info.durable for run in self.waiting.of(background))
 
     async def run_held(self) -> None:
         """The call of the app has returned, and nothing has failed: run the batches that were kept."""
-        self.dependencies = {}  # they have ended
-        while self._held:
-            start, self._held = self._held[0], self._held[1:]
+        self.dependencies, self.solved = {}, None  # they have ended
+        if self.parts.keeper is not None:
+            kept = [run for background, _ in self.held for run in self.waiting.of(background) if run.info.durable]
+            self.parts.keeper.confirm(kept)
+        while self.held:
+            (_, start), self.held = self.held[0], self.held[1:]
             await start()
 
     def begin_batch(self) -> None:
@@ -339,7 +338,7 @@ class Request(RequestInfo):
         self.phase = Phase.CLOSED
         if owed is None:
             self.context = None
-        self._containers, self._finished, self._held = {}, {}, ()
+        self._containers, self._finished, self.held = {}, {}, ()
         self.dependencies, self.solved = {}, None  # they may refer to this request
         return owed if responded else None
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
 
 from .._log import log
-from .._taskrun import TaskInfo, TaskRun
+from .._taskrun import LOCAL, TaskInfo, TaskRun
 from .._text import is_library
-from ..policies import STUCK_AFTER, Limit, Policy, PolicyBook, Retry
+from ..engines import Engine
+from ..policies import EXECUTORS, STUCK_AFTER, Limit, Policy, PolicyBook, Retry
 from ..tasks import attribute, code_name, executor_of, hidden_task, is_async, registered_tasks, registration, unwrap
 from .emit import Emitter
+from .executors.engine import Remote
 from .limits import Limiter
 from .process import on_fork
 
@@ -23,10 +26,9 @@ _WRAPPED = (
     "a policy has to be set in Settings.policies under this name"
 )
 
-_HIDDEN = (
-    "it calls {}, whose @task has no effect here, because a decorator above it hides it: use functools.wraps in that "
-    "decorator, or put @task above it"
-)
+#: What a decorator without `functools.wraps` does to the task below it, and the remedy.
+HIDDEN = "calls {}, whose @task has no effect here, because a decorator above it hides it"
+UNHIDE = "use functools.wraps in that decorator, or put @task above it"
 
 #: At most this many names are cached: functions may be made on the fly.
 _CACHED = 2000
@@ -43,7 +45,7 @@ def _look_for_wrapper(func: object, name: str) -> None:
     """Log that a function seems to wrap another, whose `@task` is not found."""
     hidden = hidden_task(func)
     if hidden is not None:
-        log("warning", "task.hidden", task=name, advice=_HIDDEN.format(hidden))
+        log("warning", "task.hidden", task=name, advice=f"it {HIDDEN.format(hidden)}: {UNHIDE}")
     elif is_opaque(func):
         log("info", "task.wrapped", task=name, advice=_WRAPPED)
 
@@ -54,32 +56,64 @@ class ResolvedTask:
     A task's policy in force: what signals may know of it (`info`), and what the core acts on.
 
     Attributes:
+        info: What is known of the task.
         observe: False: the task is left alone.
         retry: None means one attempt.
         limiter: None means no limit.
         max_waiting: Accepted runs beyond the limit; None means any number.
         expires: Seconds from scheduling within which the run must start; None means no deadline.
+        run_on_error: Whether it runs after the error response if its handler raised.
         own_thread: Whether its thread is one of aftertask's own.
         keeps_thread: Whether a shared thread may be left behind with something that it holds until it ends.
-        on_error: Called with the run and the exception when the run has failed; None if not set.
+        on_error: Called with the run and the exception when the run has failed or timed out; None if not set.
+        remote: The engine that its runs are handed to; None if they execute here.
     """
 
     info: TaskInfo
     observe: bool
-    retry: Retry | None
-    limiter: Limiter | None
-    max_waiting: int | None
-    expires: float | None
-    run_on_error: bool
-    idempotent: bool
-    own_thread: bool
-    keeps_thread: bool
-    on_error: Callable[[TaskRun, Exception], object] | None
+    retry: Retry | None = None
+    limiter: Limiter | None = None
+    max_waiting: int | None = None
+    expires: float | None = None
+    run_on_error: bool = False
+    own_thread: bool = False
+    keeps_thread: bool = False
+    on_error: Callable[[TaskRun, Exception], object] | None = None
+    remote: Remote | None = None
 
     @property
     def waits(self) -> bool:
         """Whether an attempt may have to wait for something, or may start too late."""
         return self.own_thread or self.keeps_thread or self.expires is not None
+
+
+def task_info(
+    task: str, code: str, executor: str, policy: Policy, *, registered: bool, on_failure: str, engine: str = LOCAL
+) -> TaskInfo:
+    """What signals may know of a task: its policy in force, with the defaults filled in."""
+    return TaskInfo(
+        task=task,
+        code=code,
+        registered=registered,
+        engine=engine,
+        executor=executor,
+        shares_threads=executor == "thread" and policy.executor != "thread",
+        owner=policy.owner,
+        expected=policy.expected_classes,
+        trace=policy.trace,
+        timeout=policy.timeout,
+        max_attempts=1 if policy.retry is None else policy.retry.attempts,
+        on_failure=policy.on_failure or on_failure,
+        priority=policy.priority or 0,
+        alert=policy.alert is not False,
+        severity=policy.severity,
+        alert_after=policy.alert_after or 1,
+        slow_after=policy.slow_after,
+        stuck_after=policy.stuck_after or (2 * policy.timeout if policy.timeout else STUCK_AFTER),
+        durable=policy.durable is True,
+        idempotent=policy.idempotent is True,
+        keep_result=policy.keep_result is True,
+    )
 
 
 class Resolver:
@@ -91,7 +125,11 @@ class Resolver:
         on_failure: `Settings.on_failure`.
         max_waiting: `Settings.max_waiting`.
         thread_limit: `Settings.thread_limit`.
+        engines: `Settings.engines`.
         emitter: Learns of every task and every limiter.
+
+    Raises:
+        ValueError: A task has an executor that is none of ours and no engine.
     """
 
     def __init__(
@@ -101,18 +139,23 @@ class Resolver:
         on_failure: str,
         max_waiting: int | None,
         thread_limit: int,
+        engines: Mapping[str, Engine],
         emitter: Emitter,
     ) -> None:
         self.threads = Limiter("aftertask", thread_limit)
         self._book = PolicyBook(policies)
         self._on_failure, self._max_waiting, self._emitter = on_failure, max_waiting, emitter
         self._limiters: dict[str, Limiter] = {}
+        self._remotes = {name: Remote(name, engine) for name, engine in engines.items()}
+        for name in engines:
+            emitter.engine_known(name)
         self._by_name: dict[object, ResolvedTask] = {}
         self._by_function: weakref.WeakKeyDictionary[FunctionType, ResolvedTask] = weakref.WeakKeyDictionary()
         # Two sync endpoints may schedule a task's first run at the same time: they must get one limiter.
         self._lock = threading.RLock()
         on_fork(self)
         for task, policy in self._known_policies():
+            self._check_executor(task, policy)
             if policy.limit is not None:
                 self._limiter(policy.limit, task)
         for entry in registered_tasks():
@@ -155,6 +198,8 @@ class Resolver:
 
     def _resolve(self, func: Any, whole: bool) -> ResolvedTask:
         inner, call_policy = unwrap(func)
+        if call_policy is not None and call_policy.key is not None:  # of this call only: it would fill the cache
+            call_policy = replace(call_policy, key=None)
         entry, code = registration(inner), code_name(inner)
         key = code, entry, call_policy, whole, is_async(func)
         with self._lock:
@@ -164,9 +209,10 @@ class Resolver:
                     self._by_name.clear()
                 name = code if entry is None else entry.name
                 policy = self._book.policy(name, call_policy, None if entry is None else entry.policy)
-                registered = entry is not None or self._book.names(name)
+                registered = entry is not None or name in self._book.named
                 if entry is None:
                     _look_for_wrapper(inner, name)
+                self._check_executor(name, policy)
                 executor = "inline" if whole else executor_of(func, policy)
                 info = self._info(policy.name or name, code, executor, policy, registered)
                 resolved = self._by_name[key] = self._make(info, policy, whole)
@@ -188,32 +234,29 @@ class Resolver:
             max_waiting=self._max_waiting if own_max_waiting is None else own_max_waiting,
             expires=policy.expires,
             run_on_error=policy.run_on_error is True,
-            idempotent=policy.idempotent is True,
             own_thread=own_thread,
             keeps_thread=info.shares_threads and (policy.timeout is not None or limit is not None),
             on_error=policy.on_error,
+            remote=None if whole else self._remotes.get(policy.executor or ""),
         )
 
     def _info(self, task: str, code: str, executor: str, policy: Policy, registered: bool) -> TaskInfo:
-        return TaskInfo(
-            task=task,
-            code=code,
-            registered=registered,
-            executor=executor,
-            shares_threads=executor == "thread" and policy.executor != "thread",
-            owner=policy.owner,
-            expected=policy.expected_classes,
-            trace=policy.trace,
-            timeout=policy.timeout,
-            max_attempts=1 if policy.retry is None else policy.retry.attempts,
-            on_failure=policy.on_failure or self._on_failure,
-            priority=policy.priority or 0,
-            alert=policy.alert is not False,
-            severity=policy.severity,
-            alert_after=policy.alert_after or 1,
-            slow_after=policy.slow_after,
-            stuck_after=policy.stuck_after or (2 * policy.timeout if policy.timeout else STUCK_AFTER),
-        )
+        return task_info(task, code, executor, policy, registered=registered, on_failure=self._on_failure)
+
+    def _check_executor(self, task: str, policy: Policy) -> None:
+        name = policy.executor
+        if name is None or name in EXECUTORS or name in self._remotes:
+            return
+        close = difflib.get_close_matches(name, [*EXECUTORS, *self._remotes], 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"add Settings(engines={{{name!r}: …}})"
+        raise ValueError(f"task {task} has executor={name!r}, which is no executor and no engine; {hint}")
+
+    def waiting_tasks(self) -> list[str]:
+        """Tasks whose engine has just failed to take a run: durable runs of theirs wait."""
+        if all(remote.is_open for remote in self._remotes.values()):
+            return []
+        known = list(self._by_name.values())
+        return [each.info.task for each in known if each.remote is not None and not each.remote.is_open]
 
     def _known_policies(self) -> Iterator[tuple[str, Policy]]:
         """Every task with a known name, with its policy."""

@@ -7,6 +7,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from starlette.routing import Router
@@ -134,7 +135,7 @@ def _walk(
             if pattern is not None:
                 yield endpoint, _Template(text, mounts, pattern)
             continue
-        below = _routes_below(route)
+        below = routes_of(route)
         if pattern is None:  # a Host, which matches no part of the path
             yield from _walk(below, prefix, mounts, depth + 1)
         elif below:
@@ -152,30 +153,33 @@ def with_included(routes: Iterable[Any]) -> Iterable[Any]:
     return routes if iter_route_contexts is None else iter_route_contexts(routes)
 
 
-def _routes_below(route: Any) -> Sequence[Any]:
-    """The routes of a mounted app, also where middleware is around it."""
-    routes: Any = getattr(route, "routes", None)
-    app: Any = getattr(route, "app", None)
-    for _ in range(_DEEPEST):
-        if routes or app is None:
-            break
-        routes, app = attribute(app, "routes"), attribute(app, "app")
-    return routes if isinstance(routes, Sequence) else ()
-
-
-def routes_of(app: object) -> Any:
-    """The routes of an app, also where middleware is around it; none if it shows none."""
-    routes: Any = None
+def routes_of(app: object) -> Sequence[Any]:
+    """The routes of an app or a mount, also where middleware is around it; none if it shows none."""
     for _ in range(_MOST_MIDDLEWARE):
-        if app is None or (routes := attribute(app, "routes")):
+        routes: object = getattr(app, "routes", None)
+        if routes and isinstance(routes, Sequence):  # a mock has any attribute
+            return routes
+        app = getattr(app, "app", None)
+        if app is None:
             break
-        app = attribute(app, "app")
-    return routes or ()
+    return ()
+
+
+def serves(app: object, path: str) -> bool:
+    """Whether an app has a route or mount of exactly this path, below mounts too; a catch-all does not count."""
+    own = (getattr(route, "path", None) for route in with_included(routes_of(app)))
+    paths = chain(own, (template.text for _, template in _walk(routes_of(app))))
+    return any(isinstance(each, str) and (each.rstrip("/") or each) == path for each in paths)
+
+
+def endpoints_of(app: object) -> Iterator[object]:
+    """The endpoint of every route of an app, below its mounts too."""
+    return (endpoint for endpoint, _ in _walk(routes_of(app)))
 
 
 def mounted_apps(app: object) -> Iterator[object]:
     """Every app that is mounted somewhere below this one and shows no routes, and what is inside such an app."""
-    for mounted, _ in _walk(routes_of(app)):
+    for mounted in endpoints_of(app):
         for _ in range(_DEEPEST):
             if mounted is None:
                 break

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from contextvars import Context
+from typing import Literal
+
+import anyio
 
 from .. import _clock
-from .._taskrun import in_flight
+from .._taskrun import JOURNAL, in_flight
+from .._text import error_message
 from ..events import (
     Cancelled,
     Dropped,
@@ -13,6 +17,7 @@ from ..events import (
     Failed,
     Failure,
     Lost,
+    Offloaded,
     Outcome,
     Rejected,
     RequestInfo,
@@ -44,10 +49,29 @@ class Run(TaskRun):
         slots: What an attempt has to hold: a slot of a limit, a thread.
         variables: The endpoint's context variables for the task; None unless `Settings(context="endpoint")`.
         passed_timeout: Whether the policy's timeout ended the current attempt.
+        arguments: The arguments as they travel to an engine; None if the run executes here.
         abandoned: Whether a thread of an earlier attempt still runs.
+        key: The key of the call; None if it has none.
+        confirmed: Whether the keeper has the run, and its request has ended well.
+        scope: What `cancel_run` cancels; None outside of an attempt and the wait for the next one.
+        cancel_requested: Whether `cancel_run` was called.
     """
 
-    __slots__ = ("abandoned", "background", "observed_only", "passed_timeout", "resolved", "slots", "variables", "work")
+    __slots__ = (
+        "abandoned",
+        "arguments",
+        "background",
+        "cancel_requested",
+        "confirmed",
+        "key",
+        "observed_only",
+        "passed_timeout",
+        "resolved",
+        "scope",
+        "slots",
+        "variables",
+        "work",
+    )
 
     def __init__(
         self, resolved: ResolvedTask, request: RequestInfo, work: Work, *, parent: TaskRun | None = None
@@ -59,8 +83,21 @@ class Run(TaskRun):
         self.background: object = None
         self.slots: tuple[Slot | SharedThreadSlot, ...] = ()
         self.variables: Context | None = None
-        self.passed_timeout = self.abandoned = False
+        self.arguments: object = None
+        self.passed_timeout = self.abandoned = self.confirmed = self.cancel_requested = False
+        self.key: str | None = None
+        self.scope: anyio.CancelScope | None = None
         in_flight[self] = None
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the keeper has to know the run before the response is sent."""
+        return (self.info.durable or self.key is not None) and not self.observed_only
+
+    @property
+    def is_handed_over(self) -> bool:
+        """Whether the run is for an engine: until that has it, it has not started."""
+        return self.resolved.remote is not None and not self.observed_only
 
     def observe_only(self) -> None:
         """User code calls the task itself, so no policy applies; a limit might wait for itself."""
@@ -72,6 +109,11 @@ class Run(TaskRun):
     def scheduled(self) -> Scheduled:
         """The run came into being."""
         return Scheduled(self, self.timestamp)
+
+    def depart(self) -> None:
+        """The run goes on elsewhere, without having ended."""
+        in_flight.pop(self, None)
+        self.forget()
 
     def begin(self) -> Started:
         """An attempt begins."""
@@ -89,7 +131,7 @@ class Run(TaskRun):
         retry = self.resolved.retry
         if retry is None or self.observed_only or self.attempt >= retry.attempts or not retry.applies_to(error):
             return None
-        if self.abandoned and not self.resolved.idempotent:
+        if self.abandoned and not self.info.idempotent:
             return None  # the thread continues: a second attempt would do the work twice
         return retry.delay_s(self.attempt)
 
@@ -115,12 +157,23 @@ class Run(TaskRun):
         limit_s = self.info.timeout or 0.0
         return TimedOut(self, _clock.timestamp(), self.attempt, self._duration_s(), limit_s, failure)
 
+    def offload(self, engine: str, queue: str, duration_s: float) -> Offloaded:
+        """An engine has taken the run."""
+        self._end("offloaded")
+        return Offloaded(self, _clock.timestamp(), engine, queue, duration_s)
+
     def cancel(self) -> Cancelled:
         """An attempt, or the back-off after it, was cancelled from outside."""
         in_backoff = self.backing_off
         self._end("cancelled")
         duration_s = None if in_backoff else self._duration_s()
-        return Cancelled(self, _clock.timestamp(), self.attempt, duration_s, "cancelled")
+        reason = "cancel_run" if self.cancel_requested else "cancelled"
+        return Cancelled(self, _clock.timestamp(), self.attempt, duration_s, reason)
+
+    def revoke(self) -> Cancelled:
+        """An attempt was cancelled in another process."""
+        self._end("cancelled")
+        return Cancelled(self, _clock.timestamp(), self.attempt, None, "revoked")
 
     def skip(self, caused_by: TaskRun) -> Skipped:
         """An earlier run of the batch failed."""
@@ -132,15 +185,32 @@ class Run(TaskRun):
         self._end("dropped")
         return Dropped(self, _clock.timestamp(), reason, error_type)
 
-    def lose(self) -> Lost:
-        """The process ends before the run's turn."""
+    def lose(self, reason: str = "shutdown") -> Lost:
+        """The process ends before the run's turn, or has died with it (`crash`)."""
         self._end("lost")
-        return Lost(self, _clock.timestamp(), "shutdown", _clock.monotonic() - self.scheduled_s)
+        return Lost(self, _clock.timestamp(), reason, _clock.monotonic() - self.scheduled_s)
 
-    def reject(self, reason: str) -> Rejected:
+    def hand_over(self) -> Offloaded:
+        """The run cannot start here now, and the journal has it: another worker, or this one later, runs it."""
+        self._end("offloaded")
+        return Offloaded(self, _clock.timestamp(), JOURNAL, JOURNAL, 0.0)
+
+    def cancel_by_id(self) -> Literal["dropped", "cancelled", "impossible"]:
+        """Do what `cancel_run` asks for."""
+        if self.state == "running" and self.info.executor != "inline":
+            return "impossible"
+        self.cancel_requested = True
+        if self.scope is not None:
+            self.scope.cancel()
+        elif not self.backing_off and not self.request.withdraw(self):
+            self.cancel_requested = False
+            return "impossible"
+        return "cancelled" if self.attempt else "dropped"
+
+    def reject(self, reason: str, error: Exception) -> Rejected:
         """The run was not accepted."""
         self._end("rejected")
-        return Rejected(self, _clock.timestamp(), reason)
+        return Rejected(self, _clock.timestamp(), reason, error_message(error, self.request.redact))
 
     def expire(self) -> Expired:
         """The deadline passed before the first attempt."""
@@ -160,4 +230,4 @@ class Run(TaskRun):
 
     def forget(self) -> None:
         """Release what the run no longer needs once its ending has been emitted: signals may keep the run itself."""
-        self.target = self.work = self.coroutine = self.background = self.variables = None
+        self.target = self.work = self.coroutine = self.background = self.variables = self.arguments = self.scope = None

@@ -34,8 +34,7 @@ class Serving:
     def __init__(
         self, request: Request, response: object = None, bare: BareCallable | None = None, *, computed: bool = False
     ) -> None:
-        self.request = request
-        self.response = response
+        self.request, self.response = request, response
         self.bare = bare
         self.computed = computed
         self.batch: Batch | None = None
@@ -66,8 +65,9 @@ class Serving:
         if self.batch is not None:
             await (loop() if is_container(task) else self._run_one(task, self.batch))
             return
-        is_late = self.response is not None and self.request.parts.runs_after_request
-        if not is_late or not self.request.holds(self._later(task, loop)):
+        if self.response is not None and self.request.must_wait(task):
+            self.request.held += ((task, self._later(task, loop)),)
+        else:
             await self._start(task, loop)
 
     def _later(self, task: object, loop: Loop) -> Loop:

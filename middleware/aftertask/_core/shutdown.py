@@ -28,7 +28,7 @@ _LOOK_EVERY = 0.1
 #: A report lists at most this many runs.
 _LISTED = 50
 
-#: Seconds that runs get for their `finally` after the drain timeout has cancelled them.
+#: Seconds that runs get for their `finally` after the drain timeout has cancelled them, and the watch to end.
 _CLEANUP = 1.0
 
 #: Seconds within which a server that cancels its requests because it ends also starts the lifespan's shutdown.
@@ -50,12 +50,13 @@ class Shutdown:
 
     def __init__(self, emit: Emitter, *, drain_timeout: float | None, report: bool) -> None:
         self.stopping = False
-        self._emit = emit
-        self._drain_timeout = drain_timeout
+        self._emit, self._drain_timeout = emit, drain_timeout
         self._reporter = _Reporter(self.runs) if report or drain_timeout is not None else None
         self._group: TaskGroup | None = None
         self._thread = 0
         self._batches: set[anyio.CancelScope] = set()
+        self._watch: anyio.CancelScope | None = None
+        self._watch_ended = anyio.Event()
         self._idle = anyio.Event()
         self._undecided: list[tuple[Run, str, str | None]] = []
 
@@ -78,6 +79,7 @@ class Shutdown:
                 raised = error  # out of the group it would come as a group
             finally:
                 self._group = None
+                self._end_watch()
         if raised is not None:
             raise raised
 
@@ -100,19 +102,21 @@ class Shutdown:
         for run, _, _ in self._undecided:
             self._end(run, "", None)
         self._undecided.clear()
-        if self._drain_timeout is None or self._group is None:
+        self._end_watch()
+        if self._group is None:
             return
-        with _clock.move_on_after(self._drain_timeout):
+        if self._watch is not None:
+            # A server ends its event loop right after the shutdown: what still runs then would fail the lifespan.
+            with anyio.CancelScope(shield=True), anyio.move_on_after(_CLEANUP):
+                await self._watch_ended.wait()
+        if (limit_s := self._drain_timeout) is None:
+            await self._wait_until_idle()  # for runs that no request waits for
+            return
+        with _clock.move_on_after(limit_s):
             await self._wait_until_idle()
         if self._batches:
             runs = self.runs()
-            log(
-                "error",
-                "lifecycle.drain_timeout",
-                limit_s=self._drain_timeout,
-                inflight=len(runs),
-                runs=_described(runs),
-            )
+            log("error", "lifecycle.drain_timeout", limit_s=limit_s, inflight=len(runs), runs=_described(runs))
             for scope in list(self._batches):  # not the group, whose scope is that of the app's own shutdown, too
                 scope.cancel()
             with anyio.CancelScope(shield=True), anyio.move_on_after(_CLEANUP):
@@ -124,6 +128,29 @@ class Shutdown:
         if self._reporter is not None:
             off_termination(self)
             self._reporter.stop()
+
+    def watch(self, watch: Callable[[], Awaitable[None]]) -> None:
+        """Run this beside the app, until its shutdown begins."""
+        assert self._group is not None  # the app has just started
+        scope, ended = self._watch, self._watch_ended = anyio.CancelScope(), anyio.Event()
+
+        async def until_shutdown() -> None:
+            try:
+                with scope:
+                    await watch()
+            finally:
+                ended.set()
+
+        self._group.start_soon(until_shutdown)
+
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+
+    def start(self, batch: Callable[[], Awaitable[None]]) -> None:
+        """Run a batch that belongs to no request of this process; does nothing once the app has ended."""
+        if self._group is not None:
+            self._supervise(self._group, batch)
 
     # --- batches that outlive their request
 
@@ -142,6 +169,15 @@ class Shutdown:
     async def supervise(self, batch: Callable[[], Awaitable[None]]) -> None:
         """Run a batch in the lifespan's task group and wait for it; a cancelled wait leaves it running."""
         assert self._group is not None  # as `supervises` found
+        done, raised = self._supervise(self._group, batch)
+        await done.wait()
+        if raised:
+            raise raised.pop()
+
+    def _supervise(
+        self, group: TaskGroup, batch: Callable[[], Awaitable[None]]
+    ) -> tuple[anyio.Event, list[BaseException]]:
+        """Start a batch; the drain waits for it from this moment on."""
         done, raised = anyio.Event(), list[BaseException]()
 
         async def supervised() -> None:
@@ -160,10 +196,8 @@ class Shutdown:
 
         scope = anyio.CancelScope()
         self._batches.add(scope)
-        self._group.start_soon(supervised)
-        await done.wait()
-        if raised:
-            raise raised.pop()
+        group.start_soon(supervised)
+        return done, raised
 
     async def _wait_until_idle(self) -> None:
         if self._batches:
@@ -179,6 +213,10 @@ class Shutdown:
         A server that ends cancels its requests first and starts the lifespan's shutdown immediately afterwards: runs of
         a cancelled request wait for that moment to know which of the two it was.
         """
+        for run in runs:
+            if run.confirmed:
+                self._end(run, reason, error_type)
+        runs = [run for run in runs if run.outcome is None]
         if reason == "request_cancelled" and not self.stopping and self._group is not None and self._is_here():
             self._undecided += [(run, reason, error_type) for run in runs]
             self._group.start_soon(self._decide)
@@ -194,7 +232,10 @@ class Shutdown:
             self._end(run, reason, error_type)
 
     def _end(self, run: Run, reason: str, error_type: str | None) -> None:
-        self._emit(run.lose() if self.stopping else run.drop(reason, error_type))
+        if run.confirmed:
+            self._emit(run.hand_over())
+        else:
+            self._emit(run.lose() if self.stopping else run.drop(reason, error_type))
         run.forget()
 
 

@@ -44,6 +44,16 @@ class Waiting:
             del self._runs[id(target)]
         return run
 
+    def remove(self, run: Run) -> bool:
+        """Take this very run; False if it does not wait."""
+        runs = self._runs.get(id(run.target), [])
+        if run not in runs:
+            return False
+        runs.remove(run)
+        if not runs:
+            del self._runs[id(run.target)]
+        return True
+
     def count(self, target: object) -> int:
         """How many runs of this target wait."""
         return len(self._runs.get(id(target), ()))
@@ -52,9 +62,13 @@ class Waiting:
         """Every run that waits."""
         return list(itertools.chain.from_iterable(self._runs.values()))
 
+    def of(self, background: object) -> list[Run]:
+        """Every run of one background."""
+        return [run for run in self.all() if run.background is background]
+
     def take_all(self, background: object = None) -> list[Run]:
         """Take every run, or every run of one background."""
-        runs = [run for run in self.all() if background is None or run.background is background]
+        runs = self.all() if background is None else self.of(background)
         for run in runs:
             self.take(run.target)
         return runs

@@ -2,22 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
-from .._text import number_hint
-
-
-def check_seconds(name: str, value: object) -> None:
-    """Require a finite number of seconds, more than 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be more than 0 seconds, got {value!r}{number_hint(value)}")
-
-
-def check_whole(name: str, value: object, least: int) -> None:
-    """Require a whole number, at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}{number_hint(value)}")
-
 
 def check_base_url(name: str, value: object) -> None:
     """Require an HTTP URL or None."""

@@ -42,6 +42,7 @@ _NOT_STARTED = {
     "queue_full": "the queue of its concurrency limit was full",
     "not_serializable": "an argument cannot be sent to another process",
     "duplicate_key": "another run with the same key had not finished",
+    "no_journal": "the journal could not keep it",
 }
 
 
@@ -53,8 +54,10 @@ def group_key(problem: Problem) -> GroupKey:
             return GroupKey(task, cast(Kind, problem.outcome), problem.failure.fingerprint)
         case Dropped():
             return GroupKey(task, "dropped", _fingerprint("dropped", problem.reason, problem.error_type or ""))
-        case Skipped() | Rejected() | Lost():
+        case Skipped() | Rejected():
             return GroupKey(task, cast(Kind, problem.outcome), _fingerprint(problem.outcome, problem.reason))
+        case Lost():
+            return GroupKey(task, "lost", _fingerprint("lost", problem.dead or problem.reason))
         case Cancelled():
             return GroupKey(task, "cut_off", _fingerprint("cut_off"))
         case Slow() | Stuck():
@@ -127,10 +130,11 @@ def _with_text(alert: Alert, problem: Problem) -> Alert:
         case Dropped(reason=reason, error_type=error_type):
             text = f"Not started: {_NOT_STARTED.get(reason, reason)}{f' ({error_type})' if error_type else ''}"
             return replace(alert, reason=reason, error_type=error_type, message=text)
-        case Rejected(reason=reason):
-            return replace(alert, reason=reason, message=f"Not accepted: {_NOT_STARTED.get(reason, reason)}")
+        case Rejected(reason=reason, hint=hint):
+            return replace(alert, reason=reason, message=f"Not accepted: {_NOT_STARTED.get(reason, reason)}", hint=hint)
         case Lost(reason=reason):
-            text = f"Scheduled {problem.age_s:.3g} s ago; it will never run or finish"
+            what = "it will never run or finish" if problem.dead is None else f"it is a dead letter: {problem.dead}"
+            text = f"Scheduled {problem.age_s:.3g} s ago; {what}"
             return replace(alert, reason=reason, message=text)
         case Cancelled(duration_s=duration_s):
             state = "waiting for its next attempt" if duration_s is None else f"running for {duration_s:.3g} s"

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import inspect
 import re
 from collections import Counter
 from collections.abc import Iterable
 
-from ..policies import SEVERITIES, Severity
-from ..tasks import attribute, code_name
+from ..policies import SEVERITIES, Severity, check_seconds, check_whole
+from ..tasks import attribute, code_name, signature_of
 from .alert import Channel
 from .apprise import Apprise
-from .checks import check_seconds, check_whole
 from .webhook import Webhook
 
 _SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*"
@@ -60,8 +58,8 @@ class Route:
         if name is not None and (not isinstance(name, str) or not re.fullmatch(r"[\w.-]{1,50}", name)):
             raise ValueError(f"Route.name must be letters, digits, dots and dashes, at most 50, got {name!r}")
         check_seconds("Route.timeout", timeout)
-        check_whole("Route.attempts", attempts, 1)
-        check_whole("Route.rate", rate, 1)
+        check_whole("Route.attempts", attempts, least=1)
+        check_whole("Route.rate", rate, least=1)
         check_seconds("Route.per", per)
         self.channel = _channel(channel)
         self.severity: Severity = severity
@@ -111,7 +109,7 @@ def channel_from_url(url: str) -> Channel:
     if not separator or not re.fullmatch(_SCHEME, scheme):
         raise ValueError(
             "an alert channel must be a URL such as https://example.org/hook or slack://…, got one without a scheme: a "
-            "webhook's address begins with https://, and a chat has a scheme of its own"
+            "webhook's address begins with https://, and a chat or mail has a scheme of its own"
         )
     return Webhook(url) if scheme.lower() in ("http", "https") else Apprise(url)
 
@@ -144,7 +142,7 @@ def _channel(channel: object) -> Channel:
     if not isinstance(channel, Channel):
         raise TypeError(f"a channel must be a URL, Webhook(…), Apprise(…) or a function, got {type(channel).__name__}")
     try:
-        inspect.signature(channel).bind(None)
+        signature_of(channel).bind(None)
     except TypeError:
         raise TypeError(f"a channel takes one argument, the alert; {code_name(channel)} does not") from None
     except ValueError:  # a builtin without a signature
@@ -161,7 +159,7 @@ def _default_name(channel: Channel) -> str:
 
 
 def _names(field: str, value: str | Iterable[str]) -> tuple[str, ...]:
-    names = (value,) if isinstance(value, str) else tuple(value)
+    names = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
     if not all(isinstance(name, str) and name for name in names):
-        raise TypeError(f"Route.{field} must be one name or several, got {value!r}")
+        raise TypeError(f"Route.{field} must be one name or several, got {value!r}; write {field}=['…', '…']")
     return names

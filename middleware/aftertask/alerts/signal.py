@@ -14,8 +14,9 @@ from .. import _clock
 from .._core.process import on_exit, on_fork
 from .._text import default_redact
 from ..events import Cancelled, RequestInfo, Signal, Slow, Stuck, Succeeded, TaskRun
+from ..policies import check_seconds, check_whole
 from .alert import Alert, Channel
-from .checks import check_base_url, check_seconds, check_trace_url, check_whole
+from .checks import check_base_url, check_trace_url
 from .delivery import AlertMetrics, Sender
 from .describe import BadEnd, Problem, common_cause, describe, describe_burst, group_key, severity
 from .queue import GroupKey, Timing
@@ -80,7 +81,7 @@ class Alerts(Signal):
     ) -> None:
         check_trace_url("Alerts.trace_url", trace_url)
         check_base_url("Alerts.runbook_url", runbook_url)
-        check_whole("Alerts.burst", burst, 2)
+        check_whole("Alerts.burst", burst, least=2)
         check_seconds("Alerts.burst_window", burst_window)
         check_seconds("Alerts.repeat_after", repeat_after)
         check_seconds("Alerts.repeat_max", repeat_max)

@@ -21,8 +21,8 @@ import urllib.request
 from collections.abc import Mapping
 from typing import Any
 
+from ..policies import check_seconds
 from .alert import Alert, DeliveryFailed
-from .checks import check_seconds
 
 #: Statuses after which a retry may succeed (RFC 9110, 15.5.9 and 15.6; RFC 6585, 4; RFC 8470, 5.2).
 _RETRIED = frozenset({408, 425, 429, *range(500, 600)})

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FunctionType
-from typing import Any, Literal
+from typing import Literal
 
-import starlette
 from starlette.routing import WebSocketRoute
 
-from .._core.resolver import is_opaque
+from .._core.dependencies import yields
+from .._core.resolver import HIDDEN, UNHIDE, is_opaque
+from .._mistakes import mistakes
 from .._text import is_library_file
-from ..hazards._transactions import TASKS_COME_FIRST, fastapi_is, remedy
+from .._versions import is_at_least, version_of
+from ..hazards._transactions import TASKS_COME_FIRST, remedy
 from ..settings import disabled
-from ..tasks import code_name, is_async, unwrap
-from ._source import Added, argument_kinds, inner_function, place_of
+from ..tasks import code_name, hidden_task, is_async, signature_of, unwrap
+from ._source import Added, annotations_of, argument_kinds, inner_function, place_of
 from ._subject import Subject
 from ._transactions import commits_by_hand, ending, late_dependencies
 
@@ -89,24 +90,25 @@ def _of_middleware(subject: Subject) -> Iterator[Finding]:
         message = "AFTERTASK_DISABLED is set: nothing is observed, and no policy is in force"
         yield Finding("disabled", "warning", message, "remove the variable")
     stacked = kinds.count("BaseHTTPMiddleware")
-    if stacked >= 3 and _version(starlette.__version__) < (1, 7):
-        message = f"{stacked} BaseHTTPMiddleware on Starlette {starlette.__version__}: tasks start too early"
+    if stacked >= 3 and not is_at_least("starlette", (1, 7)):
+        message = f"{stacked} BaseHTTPMiddleware on Starlette {version_of('starlette')}: tasks start too early"
         remedy = "update Starlette to 1.7, or write them as plain ASGI middleware"
         yield Finding("started_early", "warning", message, remedy)
 
 
 def _of_app(subject: Subject) -> Iterator[Finding]:
-    settings = subject.settings
-    for pattern in () if settings is None else settings.policies:
-        if not fnmatch.filter(subject.names, pattern):
-            message = f"Settings.policies has {pattern!r}, which matches no task that is found here"
-            remedy = "correct it, unless the task is created only when the app runs"
-            yield Finding("unused_policy", "note", message, remedy)
-    path = None if settings is None else settings.metrics_path
-    if path is not None and any(each.rstrip("/") == path for each, _ in subject.routes):
-        message = f"the app serves {path} itself, so aftertask does not respond there"
-        remedy = "include Settings.registry in what that route serves, or choose another Settings.metrics_path"
-        yield Finding("metrics_path", "warning", message, remedy)
+    found = [] if subject.settings is None else list(mistakes(subject.app, subject.settings))
+    for one in {(each.kind, each.subject): each for each in (*subject.built, *found)}.values():
+        file, line = (None, None) if one.func is None else place_of(one.func)
+        task = one.subject if one.kind == "no_journal" else None
+        yield Finding(one.kind, "warning", one.message, one.remedy, file, line, task)
+    journal = None if subject.settings is None else subject.settings.journal
+    if journal is not None and not (folder := Path(journal).absolute().parent).is_dir():
+        message = f"there is no folder {folder} on this machine, and without it every request fails: Settings.journal"
+        yield Finding("journal_folder", "note", message, "create it where the app runs, on a local disk")
+    for engine, risk in subject.risks():
+        message = f"Settings.engines[{engine!r}]: {risk.setting} is {risk.value!r}"
+        yield Finding("engine_setting", "warning", message, risk.advice)
     if subject.workers > 1 and not os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
         message = f"{subject.workers} workers without PROMETHEUS_MULTIPROC_DIR: each scrape reads only one of them"
         remedy = "set PROMETHEUS_MULTIPROC_DIR to an empty directory that all workers share"
@@ -126,7 +128,7 @@ def _of_websockets(subject: Subject) -> Iterator[Finding]:
             yield Finding("websocket", "error", message, remedy, file, line)
 
 
-def _takes_tasks(route: Any) -> bool:
+def _takes_tasks(route: object) -> bool:
     """Whether FastAPI gives `BackgroundTasks` to the endpoint of a route or to one of its dependencies."""
     waiting = [getattr(route, "dependant", None)]
     while waiting:
@@ -149,7 +151,7 @@ def _of_dependencies(subject: Subject) -> Iterator[Finding]:
     if subject.settings is not None and subject.settings.run_after == "request":
         return
     adding = {one.by for one in subject.added}
-    endpoints: dict[Any, list[str]] = {}
+    endpoints: dict[object, list[str]] = {}
     for _, route in subject.routes:
         endpoint = getattr(route, "endpoint", None)
         is_plain = not isinstance(getattr(route, "route", route), WebSocketRoute)
@@ -170,7 +172,7 @@ def _of_dependencies(subject: Subject) -> Iterator[Finding]:
                 f"{name} commits after the tasks of {whose} ({_SINCE}): they do not see what the request wrote, "
                 "they hold its connection, and a failing one rolls the request back although the client has its answer"
             )
-        severity: Severity = "warning" if found.commits and fastapi_is(TASKS_COME_FIRST) else "note"
+        severity: Severity = "warning" if found.commits and is_at_least("fastapi", TASKS_COME_FIRST) else "note"
         yield Finding("runs_before_commit", severity, message, remedy(dependency), found.file, found.line)
 
 
@@ -190,6 +192,13 @@ def _of_task(subject: Subject, name: str, func: object) -> Iterator[Finding]:
             advice = f"set its policy as Settings.policies[{name!r}], or wrap the function with functools.wraps"
             yield Finding("wrapped", "note", message, advice, file, line, name)
     place = (file, line, name)
+    policy = subject.policy(name)
+    if policy.durable and subject.settings is not None and subject.settings.journal is None:
+        message = f"{name} is durable, so each request that adds it fails: there is no journal"
+        yield Finding("no_journal", "error", message, "Settings(journal=…)", *place)
+    hidden = hidden_task(inner)
+    if hidden is not None:
+        yield Finding("task_hidden", "warning", f"{name} {HIDDEN.format(hidden)}", UNHIDE, *place)
     if inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner):
         message = f"{name} is a generator function: as a task it does nothing"
         yield Finding("generator", "error", message, "loop over it in a function, and add that", *place)
@@ -200,7 +209,7 @@ def _of_task(subject: Subject, name: str, func: object) -> Iterator[Finding]:
         if kind in ("request", "websocket"):
             message = f"{name} takes {argument!r}, a {kind}, which is over when it runs"
             yield Finding("request_scoped", "warning", message, "pass what the task needs of it", *place)
-    if subject.policy(name).timeout is None:
+    if policy.timeout is None:
         message = f"{name} has no timeout: a run that hangs is reported as stuck, and never ended"
         if not is_async(inner):
             remedy += "; a sync task past it is abandoned, its thread cannot be stopped"
@@ -224,7 +233,7 @@ def _of_call(subject: Subject, added: Added) -> Iterator[Finding]:
     kinds, place = argument_kinds(added.by), (added.file, added.line, name)
     for variable in added.arguments:
         kind, early = kinds.get(variable), _exits_early(added.by, variable)
-        if kind == "upload" and not fastapi_is(TASKS_COME_FIRST):
+        if kind == "upload" and not is_at_least("fastapi", TASKS_COME_FIRST):
             message = f"{name} is given the upload {variable!r}, which {_fastapi()} closes before the response"
             yield Finding("closed_upload", "error", message, _READ, *place)
         elif early is not None:
@@ -238,16 +247,14 @@ def _of_call(subject: Subject, added: Added) -> Iterator[Finding]:
 def _exits_early(func: FunctionType, parameter: str) -> str | None:
     """Why what a dependency yields to this parameter is closed before the response; None if it is not."""
     try:
-        found = inspect.signature(func, eval_str=True).parameters.get(parameter)
-    except Exception:  # a name for type checkers only
-        found = inspect.signature(func).parameters.get(parameter)
-    if found is None:
+        found = signature_of(func).parameters[parameter]
+    except (KeyError, ValueError):  # a variable of its own, or no signature
         return None
-    for depends in (found.default, *getattr(found.annotation, "__metadata__", ())):
+    for depends in (found.default, *getattr(annotations_of(func).get(parameter), "__metadata__", ())):
         call = getattr(depends, "dependency", None)
-        if call is None or not (inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call)):
+        if call is None or not yields(call):
             continue
-        if not fastapi_is(TASKS_COME_FIRST):
+        if not is_at_least("fastapi", TASKS_COME_FIRST):
             return f"{_fastapi()} leaves dependencies with yield before the response"
         if getattr(depends, "scope", None) == "function":
             return 'its dependency has scope="function"'
@@ -255,8 +262,4 @@ def _exits_early(func: FunctionType, parameter: str) -> str | None:
 
 
 def _fastapi() -> str:
-    return f"FastAPI {getattr(sys.modules.get('fastapi'), '__version__', '')}".rstrip()
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+    return f"FastAPI {version_of('fastapi')}".rstrip()

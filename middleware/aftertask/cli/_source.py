@@ -6,7 +6,8 @@ import ast
 import builtins
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
@@ -16,11 +17,14 @@ from starlette.background import BackgroundTasks
 
 from .._text import is_library_file
 from ..hazards._arguments import kind_of_class
-from ..tasks import is_async, unwrap
+from ..tasks import PARTLY, is_async, unwrap
 from ._blocking import FUNCTIONS, METHODS
 
 #: Functions that a task calls are read as well, up to this many calls deep.
 _DEEPEST = 3
+
+#: Objects that are called for an instance of their `class_`.
+_SESSION_MAKERS = {"sqlalchemy.orm.session.sessionmaker", "sqlalchemy.ext.asyncio.session.async_sessionmaker"}
 
 _FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -193,6 +197,8 @@ class Scope:
             return self._kinds[node.id]
         if isinstance(node, ast.Call):
             made = self.value(node.func)
+            if f"{type(made).__module__}.{type(made).__qualname__}" in _SESSION_MAKERS:
+                made = made.class_
             return made if isinstance(made, type) else None
         value = self.value(node) if isinstance(node, (ast.Name, ast.Attribute)) else None
         return None if value is None else type(value)
@@ -269,18 +275,21 @@ class Source:
 def annotated(func: object) -> dict[str, type]:
     """The classes that a function's parameters are annotated with, as far as they can be found."""
     inner = inner_function(func)
-    if inner is None:
-        return {}
-    try:
-        hints = inspect.get_annotations(inner, eval_str=True)
-    except Exception:  # a name for type checkers only
-        hints = inspect.get_annotations(inner)
+    hints = {} if inner is None else annotations_of(inner)
     found = {}
     for name, hint in hints.items():
         hint = getattr(hint, "__origin__", hint) if hasattr(hint, "__metadata__") else hint
         if isinstance(hint, type) and name != "return":
             found[name] = hint
     return found
+
+
+def annotations_of(func: FunctionType) -> Mapping[str, object]:
+    """The annotations of a function, evaluated as far as they can be."""
+    for form in ({"eval_str": True}, PARTLY):
+        with suppress(Exception):  # a name for type checkers only
+            return inspect.get_annotations(func, **form)
+    return {}
 
 
 def argument_kinds(func: object) -> dict[str, str]:

@@ -6,10 +6,12 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .._core.route import with_included
+from .._core.route import endpoints_of, routes_of, with_included
+from .._mistakes import collected
+from ..engines import Risk
 from ..policies import Policy, PolicyBook
 from ..settings import Settings
-from ..tasks import attribute, code_name, registered_tasks, registration, unwrap
+from ..tasks import code_name, registered_tasks, registration, unwrap
 from ._source import Module, Source
 
 #: The middleware that a rule is about, also as bases of others.
@@ -26,18 +28,21 @@ class Subject:
     Args:
         app: The ASGI app.
         workers: How many processes will serve it.
-        build: Creates its middleware with the arguments that it was added with; raises if they are wrong.
+        build: Creates its middleware with the arguments that it was added with, and returns its settings; raises if
+            they are wrong.
 
     Attributes:
+        app: The same.
         mistake: Why the middleware refuses its arguments or the environment; None if it accepts them.
         settings: None if there is a mistake or no middleware.
-        functions: Each task that is registered or added, by its name.
+        functions: Each task that is registered or added, by its name; not an endpoint that is only registered.
         names: The names of all tasks that are found.
+        built: The mistakes of all middlewares that were built, also of other apps in the module.
         tasks: The same with those that `Settings.policies` names, sorted.
     """
 
-    def __init__(self, app: object, workers: int, build: Callable[..., object]) -> None:
-        self.workers, self.source = workers, Source()
+    def __init__(self, app: object, workers: int, build: Callable[..., Settings]) -> None:
+        self.app, self.workers, self.source = app, workers, Source()
         self.routes = list(_routes(app))
         self.layers = list(_layers(app))
         self.settings: Settings | None = None
@@ -45,13 +50,15 @@ class Subject:
         ours = [given for kind, given in self.layers if kind == "AftertaskMiddleware"]
         if ours:
             try:
-                build(**ours[-1])
-                self.settings = ours[-1].get("settings") or Settings.from_env()
-            except (TypeError, ValueError) as error:
+                self.settings = build(**ours[-1])
+            except (TypeError, ValueError, ModuleNotFoundError) as error:
                 self.mistake = str(error)
+        self.built = collected.get() or []
         self.added = [one for module in self.modules() for one in module.added()]
         self._book = PolicyBook(self.settings.policies if self.settings is not None else {})
-        registered = [each for module in self.modules() for each in module.names.values() if registration(each)]
+        endpoints = {id(endpoint) for endpoint in endpoints_of(app)}
+        names = [each for module in self.modules() for each in module.names.values()]
+        registered = [each for each in names if registration(each) and id(each) not in endpoints]
         self.functions: dict[str, Any] = {}
         for func in (*(one.func for one in self.added if one.func is not None), *registered):
             self.functions.setdefault(self.name(func), func)
@@ -68,6 +75,13 @@ class Subject:
         declared = next((entry.policy for entry in registered_tasks() if entry.name == name), None)
         return self._book.policy(name, None, declared)
 
+    def risks(self) -> Iterator[tuple[str, Risk]]:
+        """Settings of each engine that lose or repeat runs of the tasks that are handed to it."""
+        for name, engine in {} if self.settings is None else self.settings.engines.items():
+            policies = {task: self.policy(task) for task in self.tasks}
+            for risk in engine.risks({task: each for task, each in policies.items() if each.executor == name}):
+                yield name, risk
+
     def modules(self) -> list[Module]:
         """The app's own modules."""
         found = [self.source.module(name) for name in list(sys.modules)]
@@ -76,13 +90,7 @@ class Subject:
 
 def _routes(app: object, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Every route with its path, below mounts and inside of middleware too; prefixes included."""
-    routes = None
-    for _ in range(_DEEPEST):
-        routes = attribute(app, "routes")
-        if routes or app is None:
-            break
-        app = attribute(app, "app")
-    for route in with_included(routes or ()):
+    for route in with_included(routes_of(app)):
         path = f"{prefix}{getattr(route, 'path', '') or ''}"
         yield path, route
         if depth < 10:  # FastAPI wraps each route to give it its whole path
@@ -101,5 +109,3 @@ def _layers(app: Any) -> Iterator[tuple[str, dict[str, Any]]]:
                 kind = next((name for name in _MIDDLEWARE if name in names), cls.__name__)
                 yield kind, dict(getattr(layer, "kwargs", getattr(layer, "options", {})))
         app = getattr(app, "app", None)
-        if app is None:
-            break

@@ -14,8 +14,6 @@ from ._source import Scope, Source, inner_function
 #: Methods whose contexts commit at their end: of engines, sessions, connections of asyncpg, pools of psycopg.
 _COMMITTING = {"begin", "transaction", "connection"}
 
-_SESSION_MAKERS = {"sqlalchemy.orm.session.sessionmaker", "sqlalchemy.ext.asyncio.session.async_sessionmaker"}
-
 
 @dataclass(frozen=True, slots=True)
 class Ending:
@@ -91,7 +89,4 @@ def _inside(node: ast.AST, contexts: tuple[ast.Call, ...]) -> Iterator[tuple[ast
 
 def _makes_session(scope: Scope, call: ast.Call) -> bool:
     kind = scope.kind(call)
-    if kind is not None:
-        return kind_of_class(kind) == "database"
-    maker = type(scope.value(call.func))
-    return f"{maker.__module__}.{maker.__qualname__}" in _SESSION_MAKERS
+    return kind is not None and kind_of_class(kind) == "database"

@@ -6,8 +6,9 @@ from importlib.metadata import version as installed
 
 import typer
 
-from . import dashboards, rules
+from . import dashboards, dead, rules
 from .check import check
+from .runs import runs
 
 app = typer.Typer(
     name="aftertask",
@@ -18,7 +19,9 @@ app = typer.Typer(
 )
 app.add_typer(dashboards.app, name="dashboards")
 app.add_typer(rules.app, name="rules")
+app.add_typer(dead.app, name="dead")
 app.command()(check)
+app.command()(runs)
 
 
 def _version(asked: bool) -> None:

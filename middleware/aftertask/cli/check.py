@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import importlib
 import inspect
 import json
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +19,13 @@ from typing import Annotated, Any
 import typer
 from starlette.applications import Starlette
 
+from .._mistakes import collected
 from .._text import default_redact
 from ..alerts import send_test
 from ..middleware import AftertaskMiddleware
 from ..policies import Limit, Retry
 from ..settings import Settings
-from ..tasks import code_name
+from ..tasks import code_name, signature_of
 from ._findings import Finding, findings
 from ._output import refusal
 from ._subject import Subject
@@ -44,9 +47,14 @@ def check(
     """Import an app and print what is wrong or risky, its settings, and its tasks' policies; code 1 if anything is."""
     if fail_on not in SEVERITIES:
         raise refusal(f"--fail-on must be note, warning or error, got {fail_on!r}")
-    subject = Subject(_load(app, app_dir, factory), workers or int(os.environ.get("WEB_CONCURRENCY") or 1), _build)
+    quiet = contextvars.copy_context()
+    quiet.run(collected.set, [])  # a mistake that aftertask would log is a finding here
+    with contextlib.redirect_stdout(sys.stderr):  # what the app prints is no part of the report
+        loaded = quiet.run(_load, app, app_dir, factory)
+        subject = quiet.run(Subject, loaded, workers or int(os.environ.get("WEB_CONCURRENCY") or 1), _build)
     found = sorted(findings(subject), key=lambda one: (-SEVERITIES.index(one.severity), one.file or "", one.line or 0))
-    sent = list(_test_alerts(subject.settings)) if send_test_alert else []
+    channels = subject.settings.alerts if send_test_alert and subject.settings is not None else ()
+    sent = [dataclasses.asdict(tested) for tested in send_test(channels)]
     if as_json:
         typer.echo(json.dumps(_as_json(app, subject, found, sent), indent=2))
     else:
@@ -106,7 +114,7 @@ def _load(target: str, folder: Path, factory: bool) -> Any:
 def _takes(func: Any, count: int) -> bool:
     """Whether a function can be called with this many arguments."""
     try:
-        inspect.signature(func).bind(*[None] * count)
+        signature_of(func).bind(*[None] * count)
     except (TypeError, ValueError):
         return False
     return True
@@ -127,19 +135,17 @@ async def _nowhere(scope: object, receive: object, send: object) -> None:
     pass
 
 
-def _build(**given: Any) -> object:
-    if given.get("signals") is None:
-        given["signals"] = ()  # the usual ones are for an app that runs
-    with contextlib.redirect_stderr(None):  # a mistake is a finding here
-        return AftertaskMiddleware(_nowhere, **given)
+def _build(*, settings: Settings | None = None, signals: Any = None, **given: Any) -> Settings:
+    """Build a middleware and return its settings; the usual signals and the journal's file are for an app that runs."""
+    chosen = built = Settings.from_env() if settings is None else settings
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(None):
+        if isinstance(chosen, Settings) and chosen.journal is not None:
+            built = dataclasses.replace(chosen, journal=Path(folder, "journal"))
+        AftertaskMiddleware(_nowhere, settings=built, signals=() if signals is None else signals, **given)
+    return chosen
 
 
 # --- what is printed
-
-
-def _test_alerts(settings: Settings | None) -> Iterator[dict[str, object]]:
-    for tested in send_test(settings.alerts) if settings is not None else ():
-        yield dataclasses.asdict(tested)
 
 
 def _as_json(app: str, subject: Subject, found: list[Finding], sent: list[dict[str, object]]) -> dict[str, object]:
@@ -166,22 +172,15 @@ def _print(app: str, subject: Subject, found: list[Finding], sent: list[dict[str
         if not subject.tasks:
             typer.echo("  none is registered by @task, and none is added in the app's own modules")
         typer.echo("\nSettings that differ from the defaults")
-        changed = _changed(subject.settings)
-        for name, value in _settings(subject.settings):
-            if name in changed:
-                typer.echo(f"  {name} = {value}")
+        settings, default = subject.settings, Settings()
+        changed = [each for each in _settings(settings) if getattr(settings, each[0]) != getattr(default, each[0])]
+        for name, value in changed:
+            typer.echo(f"  {name} = {value}")
         if not changed:
             typer.echo("  none")
     for tested in sent:
         result = "accepted" if tested["ok"] else f"FAILED: {tested['error']}"
         typer.echo(f"\ntest alert to {tested['channel']}: {result} ({tested['seconds']:.2f} s)")
-
-
-def _changed(settings: Settings) -> set[str]:
-    """The settings that differ from the defaults."""
-    default = Settings()
-    names = [field.name for field in dataclasses.fields(settings)]
-    return {name for name in names if getattr(settings, name) != getattr(default, name)}
 
 
 def _short(file: str) -> str:

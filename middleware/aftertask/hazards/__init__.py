@@ -101,6 +101,10 @@ class Hazards(Signal):
         WATCHER.watch(self._reports)
         self._stuck.start()
 
+    def watch_runs(self) -> None:
+        """Watch runs where no event loop of an app runs: in the worker of an engine."""
+        self._stuck.start()
+
     def task_known(self, info: TaskInfo) -> None:
         """A task with limits of its own exists."""
         self._stuck.add(info)

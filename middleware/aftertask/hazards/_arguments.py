@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import chain, islice
 from types import (
@@ -25,8 +24,9 @@ from typing import Any
 from starlette.background import BackgroundTask
 from starlette.requests import Request
 
+from .._versions import version_of
 from ..events import Scheduled, TaskRun
-from ..tasks import attribute, without_options
+from ..tasks import attribute, signature_of, without_options
 
 #: Called with the run, the kind, the argument's name if there is one, and the advice.
 Found = Callable[[TaskRun, str, str | None, str], object]
@@ -220,8 +220,8 @@ class _Given:
         if isinstance(place, str):
             return place
         try:
-            parameters = list(inspect.signature(self._func).parameters.values())
-        except (TypeError, ValueError):  # a builtin without a signature
+            parameters = list(signature_of(self._func).parameters.values())
+        except ValueError:  # a builtin without a signature
             return f"argument {place + 1}"
         positional = [
             each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
@@ -248,7 +248,7 @@ def _upload(value: object, run: TaskRun) -> Verdict:
     scope = run.request.scope or {}
     is_fastapis = type(scope.get("route")).__module__.startswith("fastapi")
     if is_fastapis and "fastapi_inner_astack" not in scope:
-        version = getattr(sys.modules.get("fastapi"), "__version__", "")
+        version = version_of("fastapi")
         return _because(UPLOAD, f"FastAPI {version} closes it before the response; 0.118 and later do after the tasks")
     return None
 

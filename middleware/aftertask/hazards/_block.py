@@ -89,12 +89,12 @@ class Block:
 
     Args:
         app: Gets the reports, from its threshold on.
-        apps: All that run on the loop.
-        since: When the loop was asked to respond, in monotonic seconds.
+        since: When the loop was asked to respond, or this app was first watched, in monotonic seconds.
     """
 
-    def __init__(self, app: LoopReports, apps: Sequence[LoopReports], since: float) -> None:
-        self._app, self._apps = app, apps
+    def __init__(self, app: LoopReports, since: float) -> None:
+        self.app = app
+        self._apps: Sequence[LoopReports] = (app,)
         self._since = self._counted = since
         self._last: TaskRun | None = None
         self._looks = 0
@@ -102,31 +102,32 @@ class Block:
         self._seconds: dict[TaskRun | None, float] = {}
         self._is_reported = False
 
-    def look(self, run: TaskRun | None, frames: Sequence[FrameType], now: float) -> None:
-        """The loop has still not responded, and this is on its thread."""
+    def look(self, run: TaskRun | None, frames: Sequence[FrameType], now: float, apps: Sequence[LoopReports]) -> None:
+        """The loop, on which these apps run, has still not responded, and this is on its thread."""
+        self._apps = apps or self._apps
         self._looks = self._looks + 1 if run is self._last else 1
         self._last = run
         if run not in self._sights:
-            self._sights[run] = sight_of(run, frames, self._app.redact)
-        if self._looks > 1 and now - self._since >= self._app.threshold:
-            if run is not None and run not in self._seconds and self._reports(run):
-                self._app.found(run, *self._sights[run])
+            self._sights[run] = sight_of(run, frames, self.app.redact)
+        if self._looks > 1 and now - self._since >= self.app.threshold:
             self._count(run, now)
             if not self._is_reported and now - self._since >= STILL_BLOCKED:
                 self._report(now, over=False)
 
     def end(self, responded: float) -> None:
         """The loop responds again, since this moment in monotonic seconds."""
-        if responded - self._since >= self._app.threshold:
+        if responded - self._since >= self.app.threshold:
             self._count(self._last if self._looks > 1 else None, responded)
             self._report(responded, over=True)
 
     def _count(self, run: TaskRun | None, until: float) -> None:
+        if run is not None and run not in self._seconds and self._reports(run):
+            self.app.found(run, *self._sights[run])
         # A response may be a moment older than the look that did not see it yet.
         seconds, self._counted = max(0.0, until - self._counted), until
         self._seconds[run] = self._seconds.get(run, 0.0) + seconds
         if self._reports(run):
-            self._app.blocked_for(run, seconds)
+            self.app.blocked_for(run, seconds)
 
     def _report(self, now: float, *, over: bool) -> None:
         named = {run: seconds for run, seconds in self._seconds.items() if run is not None}
@@ -134,10 +135,10 @@ class Block:
         if not self._reports(run):
             return
         where, stack = self._sights.get(run) or next(iter(self._sights.values()))
-        self._app.blocked(run, now - self._since, where, stack, over=over, first=not self._is_reported)
+        self.app.blocked(run, now - self._since, where, stack, over=over, first=not self._is_reported)
         self._is_reported = True
 
     def _reports(self, run: TaskRun | None) -> bool:
         """Whether this app reports it: one does, the run's own or else the one with the least threshold."""
         own = next((app for app in self._apps if app.owns(run)), None)
-        return self._app is (own or min(self._apps, key=lambda app: app.threshold))
+        return self.app is (own or min(self._apps, key=lambda app: app.threshold))

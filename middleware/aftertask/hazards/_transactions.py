@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from .._core.dependencies import yields
 from .._log import log
 from .._text import error_type
+from .._versions import is_at_least
 from ..events import TaskRun
 from ..tasks import code_name
 from ._arguments import Found, kind_of, parts
@@ -88,25 +89,18 @@ class Transactions:
             self._found(run, kind, None, advice.format(name=code_name(dependency), remedy=remedy(dependency)))
 
 
-def fastapi_is(version: tuple[int, int]) -> bool:
-    """Whether the FastAPI in use has this version or a later one; True without FastAPI."""
-    found = str(getattr(sys.modules.get("fastapi"), "__version__", ""))
-    numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdigit())
-    return not numbers or numbers >= version
-
-
 def remedy(dependency: object) -> str:
     """What to do about a dependency that ends after the tasks."""
     settings = 'Settings(run_after="request") starts tasks after the commit, or not at all'
     if not yields(dependency):
         return settings
     scope = f'Depends({code_name(dependency)}, scope="function") commits before the response'
-    return f"{scope}{'' if fastapi_is(HAS_SCOPE) else ' (FastAPI 0.121 and later)'}; {settings}"
+    return f"{scope}{'' if is_at_least('fastapi', HAS_SCOPE) else ' (FastAPI 0.121 and later)'}; {settings}"
 
 
 def _open(run: TaskRun) -> Iterator[object]:
     """The dependencies of a request whose transaction is open, the innermost first."""
-    if not fastapi_is(TASKS_COME_FIRST):
+    if not is_at_least("fastapi", TASKS_COME_FIRST):
         return
     for (dependency, *rest), reference in list(run.request.dependencies.items()):
         value = reference()

@@ -93,9 +93,7 @@ class Watch:
         self._ask()
 
     def _ask(self) -> None:
-        try:
-            self._call_soon(self._respond)
-        except RuntimeError:  # the loop is closed, or trio's run is over
+        if not self._call_soon(self._respond):  # the loop is closed
             self.end()
 
     def _respond(self) -> None:
@@ -116,7 +114,7 @@ class Watch:
 
     def _look_closer(self, now: float) -> float:
         """The loop is late: see what is on its thread. Returns when to look again."""
-        first_look = self._since + max(0.0, self._threshold - NEXT_LOOK)
+        first_look = self._since + max(0.0, self._threshold - 2 * NEXT_LOOK)  # one of three may come too late
         if now < first_look:
             return min(now + LONGEST, first_look)
         frames = frames_of_thread(self.thread)
@@ -124,9 +122,11 @@ class Watch:
         if any(package_of(frame) in _DEBUGGERS for frame in frames):
             self._is_debugged, self._blocks = True, []
         elif frames and self._responded is None:
-            self._blocks = self._blocks or [Block(app, self.apps, self._since) for app in self.apps]
+            apps, watched = self.apps, [block.app for block in self._blocks]
+            since = now if watched else self._since  # an app that comes later blames nothing before
+            self._blocks += [Block(app, since) for app in apps if app not in watched]
             for block in self._blocks:
-                block.look(run, frames, now)
+                block.look(run, frames, now, apps)
         return monotonic() + NEXT_LOOK  # the look itself takes a moment
 
 

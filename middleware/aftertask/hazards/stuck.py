@@ -32,11 +32,6 @@ class StuckWatch:
         self._reported: dict[tuple[TaskRun, int], set[type]] = {}
         self._is_open = True
 
-    @property
-    def is_needed(self) -> bool:
-        """Whether a signal wants these events and a task has a limit."""
-        return self._is_open and self._shortest_limit < math.inf
-
     def add(self, info: TaskInfo) -> None:
         """There is a task with these limits."""
         limits = [info.slow_after if self._emit.wants(Slow) else None]
@@ -59,7 +54,7 @@ class StuckWatch:
 
     def clock_advanced(self) -> None:
         """A test advanced the clock: what is due is emitted before this returns."""
-        if self.is_needed:
+        if self._is_open and self._shortest_limit < math.inf:
             self.look()
 
     def after_fork(self) -> None:

@@ -11,8 +11,6 @@ from .._taskrun import OUTCOMES, TaskRun
 from . import families as f
 from .families import Family
 
-ENGINE = "local"
-
 
 class Instruments:
     """
@@ -51,11 +49,13 @@ class TaskSeries:
     Attributes:
         labels: Its `task` and `engine`.
         live: The runs in flight, and the state under which `tasks_inflight` counts each.
+        kept: Those of them that the journal has.
     """
 
-    def __init__(self, task: str, of: Instruments) -> None:
-        self.labels = labels = (task, ENGINE)
+    def __init__(self, task: str, engine: str, of: Instruments) -> None:
+        self.labels = labels = (task, engine)
         self.live: dict[TaskRun, str] = {}
+        self.kept: set[TaskRun] = set()
         self._gauges = of.gauges
         self.scheduled = of.counters[f.SCHEDULED].labels(*labels)
         self.finished = {outcome: of.counters[f.FINISHED].labels(*labels, outcome) for outcome in OUTCOMES}
@@ -81,17 +81,25 @@ class TaskSeries:
         """Time of the last failure; there is no series before the first one."""
         return self._gauges[f.LAST_FAILURE].labels(*self.labels)
 
-    def add(self, run: TaskRun) -> None:
-        """Count a run as scheduled and in flight."""
-        self.scheduled.inc()
+    def arrive(self, run: TaskRun) -> None:
+        """Count a run as in flight."""
         self.inflight["scheduled"].inc()
         self.live[run] = "scheduled"
+
+    def keep(self, run: TaskRun) -> None:
+        """Count a run in flight as one that the journal has."""
+        if run in self.live and run not in self.kept:
+            self.kept.add(run)
+            self._gauges[f.KEPT].labels(*self.labels).inc()
 
     def remove(self, run: TaskRun) -> None:
         """Count a run as no longer in flight."""
         state = self.live.pop(run, None)
         if state is not None:
             self.inflight[state].dec()
+        if run in self.kept:
+            self.kept.remove(run)
+            self._gauges[f.KEPT].labels(*self.labels).dec()
 
     def update_states(self) -> tuple[float | None, float | None]:
         """
@@ -118,4 +126,4 @@ class TaskSeries:
 
 
 def _of_kind(kind: str) -> list[Family]:
-    return [family for family in f.FAMILIES if family.kind == kind]
+    return [family for family in (*f.FAMILIES, f.KEPT) if family.kind == kind]

@@ -16,18 +16,18 @@ from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.registry import Collector
 
 from .. import _clock
-from .._core.process import on_fork, start_thread
+from .._core.process import hold_for_fork, on_fork, start_thread
 from .._core.request import COMPONENT
 from .._log import log
-from .._taskrun import TaskInfo, TaskRun
+from .._taskrun import LOCAL, TaskInfo, TaskRun
 from .._version import __version__
 from ..errors import RegistryClash
 from ..events import Pool
 from ..tasks import registered_tasks
 from . import families as f
-from ._instruments import ENGINE, Instruments, TaskSeries
+from ._instruments import Instruments, TaskSeries
 from ._labels import Bounds
-from ._multiprocess import Past, Workers
+from ._multiprocess import Runs, Workers
 from .families import Family
 
 #: In multi-process mode, gauges that change without an event are written this often, in seconds.
@@ -40,6 +40,9 @@ _ACCOUNTS = (f.SCHEDULED, f.FINISHED, f.INFLIGHT)
 
 Labels = tuple[str, ...]
 
+#: A task's name and its engine.
+Task = tuple[str, str]
+
 
 class MetricSet(Collector):
     """
@@ -51,6 +54,7 @@ class MetricSet(Collector):
     Attributes:
         lock: Held while a run is scheduled or ends, and while what the accounting rule adds up is collected.
         of: prometheus-client's objects.
+        hidden: Families that are not exposed, because no app has a journal, and no worker dead letters.
     """
 
     def __init__(self, workers: Workers | None) -> None:
@@ -58,12 +62,14 @@ class MetricSet(Collector):
         # Reentrant: collecting garbage may close a coroutine, which ends its run, at any line of any thread.
         self.lock = threading.RLock()
         self.of = Instruments()
-        self._by_task: dict[str, TaskSeries] = {}
+        self.hidden = set(f.JOURNAL)
+        self._by_task: dict[Task, TaskSeries] = {}
+        self._engines: set[str] = set()
         self._bounds = Bounds(lambda label: self.of.counters[f.LABEL_OVERFLOW].labels(label).inc())
-        self._infos: dict[str, Labels] = {}
+        self._infos: dict[Task, Labels] = {}
         self._pools: weakref.WeakKeyDictionary[Pool, tuple[Family, ...]] = weakref.WeakKeyDictionary()
         self._shown: dict[Family, set[Labels]] = {}
-        self._is_sampling = False
+        self._is_sampling = self._sweeps = False
         for label in ("task", "error_type"):
             self.of.counters[f.LABEL_OVERFLOW].labels(label)
         self.of.counters[f.SELF_ERRORS].labels(COMPONENT)  # or its first error would be invisible to increase()
@@ -71,54 +77,63 @@ class MetricSet(Collector):
         self.of.gauges[f.BUILD_INFO].labels(__version__, python_version(), starlette.__version__).set(1)
         if workers is not None:
             on_fork(self)
+            hold_for_fork(self)
             workers.join(self._settle)
 
     # --- tasks
 
-    def has(self, task: str) -> bool:
+    def has(self, info: TaskInfo) -> bool:
         """Whether a task has series of its own."""
-        return task in self._by_task
+        return (info.task, info.engine) in self._by_task
 
     def series(self, info: TaskInfo) -> TaskSeries:
         """The series of a task; those of `__other__` if it can have none of its own."""
-        found = self._by_task.get(info.task)
+        found = self._by_task.get((info.task, info.engine))
         return self._create(info) if found is None else found
 
     def _create(self, info: TaskInfo) -> TaskSeries:
         with self.lock:
             label = info.task if info.registered else self._bounds.task(info.task)
-            series = self.declare(label)
+            series = self.declare(label, info.engine)
             if label != f.OTHER:
                 self.describe_task(info)
             return series
 
-    def declare(self, task: str) -> TaskSeries:
+    def declare(self, task: str, engine: str) -> TaskSeries:
         """Create a task's series at 0, unless they exist."""
         with self.lock:
-            if task not in self._by_task:
-                self._by_task[task] = TaskSeries(task, self.of)
-            return self._by_task[task]
+            if (task, engine) not in self._by_task:
+                self._by_task[task, engine] = TaskSeries(task, engine, self.of)
+            return self._by_task[task, engine]
 
-    def declare_registered(self) -> None:
-        """Create the series of every task that `@task` has registered so far."""
+    def declare_registered(self, engine: str | None = None) -> None:
+        """
+        Create the series of every task that `@task` has registered so far.
+
+        Args:
+            engine: Create them on this engine from now on; None means those on which they are created already.
+        """
+        if engine is not None:
+            self._engines.add(engine)
         for entry in registered_tasks():
-            if entry.name not in self._infos:
-                self.declare(entry.name)
-                self._set_info(entry.name, entry.policy.owner, entry.executor)
+            for name in sorted(self._engines):
+                if (entry.name, name) not in self._infos:
+                    self.declare(entry.name, name)
+                    self._set_info(entry.name, name, entry.policy.owner, entry.executor)
 
     def describe_task(self, info: TaskInfo) -> None:
         """Expose a task's owner, executor and timeout."""
-        self._set_info(info.task, info.owner, info.executor)
+        self._set_info(info.task, info.engine, info.owner, info.executor)
         if info.timeout is not None:
             self.of.gauges[f.TASK_TIMEOUT].labels(info.task).set(info.timeout)
 
-    def _set_info(self, task: str, owner: str | None, executor: str) -> None:
-        labels = (task, ENGINE, owner or "", executor)
+    def _set_info(self, task: str, engine: str, owner: str | None, executor: str) -> None:
+        labels = (task, engine, owner or "", executor)
         with self.lock:
-            before = self._infos.get(task)
+            before = self._infos.get((task, engine))
             if before == labels:
                 return
-            self._infos[task] = labels
+            self._infos[task, engine] = labels
             if before is not None:
                 self._forget(f.TASK_INFO, before)
             self.of.gauges[f.TASK_INFO].labels(*labels).set(1)
@@ -127,9 +142,16 @@ class MetricSet(Collector):
         """Count a run as scheduled and in flight."""
         series = self.series(run.info)
         with self.lock:
-            series.add(run)
+            series.scheduled.inc()
+            series.arrive(run)
         if series.labels[0] == f.OTHER:
             self._bounds.count_folded_run()
+
+    def arrive(self, run: TaskRun) -> None:
+        """Count a run as in flight here."""
+        series = self.series(run.info)
+        with self.lock:
+            series.arrive(run)
 
     def error_type(self, series: TaskSeries, name: str) -> str:
         """The `error_type` label of an exception class."""
@@ -193,7 +215,7 @@ class MetricSet(Collector):
             accounts = [self.of.collected(family) for family in _ACCOUNTS]
         yield from accounts
         for family in f.FAMILIES:
-            if family not in _ACCOUNTS:
+            if family not in _ACCOUNTS and family not in self.hidden:
                 yield self.of.collected(family)
 
     def register_in(self, registry: CollectorRegistry) -> None:
@@ -218,6 +240,18 @@ class MetricSet(Collector):
 
     # --- several processes
 
+    def hold(self) -> None:
+        """Keep other threads from writing while this one forks: prometheus-client's lock would be copied as it is."""
+        self.lock.acquire()
+
+    def let_go(self) -> None:
+        """The process has forked; this is the parent."""
+        self.lock.release()
+
+    def sweep(self) -> None:
+        """From now on, fold the files of processes that have ended into one, so that the directory does not grow."""
+        self._sweeps = True
+
     def start(self) -> None:
         """Begin to write what changes without an event; does nothing if this process is alone, or has begun."""
         if self.workers is None or self._is_sampling:
@@ -231,9 +265,10 @@ class MetricSet(Collector):
     def after_fork(self) -> None:
         """Count from 0 in a child process: what the parent counted is the parent's."""
         self.lock = threading.RLock()
-        self._is_sampling = False
+        self._is_sampling = self._sweeps = False
         for series in self._by_task.values():
             series.live.clear()
+            series.kept.clear()
         if self.workers is not None:
             self.workers.after_fork()
 
@@ -241,21 +276,35 @@ class MetricSet(Collector):
         while True:
             try:
                 self.refresh()
+                if self._sweeps and self.workers is not None:
+                    self.workers.sweep()
             except Exception as error:
                 self.of.counters[f.SELF_ERRORS].labels(_SAMPLER).inc()
                 log("error", "signal.failed", signal=_SAMPLER, on="sample", error_type=type(error).__name__)
             time.sleep(SAMPLE_EVERY)
 
-    def _settle(self, past: Past) -> None:
-        """Count what an earlier process with this pid left unfinished, and clear its gauges."""
-        for (task, engine), count in past.unfinished.items():
-            self.of.counters[f.FINISHED].labels(task, engine, "lost").inc(count)
-            self.of.counters[f.NOT_RUN].labels(task, "lost", "crash").inc(count)
-            self.of.counters[f.BAD].labels(task, engine).inc(count)
+    def lose(self, run: TaskRun) -> None:
+        """Count a run of a dead worker as scheduled, and lost, here."""
+        series = self.series(run.info)
+        with self.lock:
+            series.scheduled.inc()
+            self._end(series.labels[0], "lost", 1)
+
+    def _end(self, task: str, outcome: str, count: float) -> None:
+        self.of.counters[f.FINISHED].labels(task, LOCAL, outcome).inc(count)
+        if outcome == "lost":
+            self.of.counters[f.NOT_RUN].labels(task, outcome, "crash").inc(count)
+            self.of.counters[f.BAD].labels(task, LOCAL).inc(count)
+
+    def _settle(self, unfinished: Runs, past: Iterable[Metric]) -> None:
+        """Count as finished what an earlier process with this pid left, and clear its gauges."""
+        for (task, outcome), count in unfinished.items():
+            self._end(task, outcome, count)
         gauges = {family.full_name: gauge for family, gauge in self.of.gauges.items()}
-        for metric in past.gauges:
+        for metric in past:
             for sample in metric.samples if metric.name in gauges else ():
-                gauges[metric.name].labels(**sample.labels).set(0)
+                gauge = gauges[metric.name]
+                (gauge.labels(**sample.labels) if sample.labels else gauge).set(0)
 
 
 _sets: weakref.WeakKeyDictionary[CollectorRegistry, MetricSet] = weakref.WeakKeyDictionary()

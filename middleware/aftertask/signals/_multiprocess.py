@@ -2,27 +2,30 @@
 Several processes, one scrape: prometheus-client keeps each process's values in files of `PROMETHEUS_MULTIPROC_DIR`.
 
 Each worker holds a lock on a file of its own for as long as it lives, so a worker is dead exactly when its lock is
-free, even if another process has its pid. What a dead worker had scheduled and not finished is lost; that is computed
-from its files at each scrape, so it is counted exactly once, whichever worker is scraped.
+free, even if another process has its pid. What a dead worker had scheduled and not finished is offloaded if the journal
+has it, else lost; that is computed from its files at each scrape, so it is counted exactly once, whichever worker is
+scraped.
 """
 
 from __future__ import annotations
 
 import collections
+import operator
 import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, NamedTuple, TypeAlias
+from typing import IO, TypeAlias
 
 from prometheus_client import CollectorRegistry, Metric
+from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
-from prometheus_client.samples import Sample
 
+from .._taskrun import LOCAL
 from . import families as f
 
 if sys.platform != "win32":
@@ -31,30 +34,16 @@ if sys.platform != "win32":
 #: Without these locks (Windows) no worker is ever taken for dead.
 _CAN_LOCK = sys.platform != "win32"
 
-#: Number of runs by task and engine.
-Runs: TypeAlias = Mapping[tuple[str, str], float]
+#: Number of runs by task and outcome.
+Runs: TypeAlias = collections.Counter[tuple[str, str]]
+
+#: In place of the pid: what ended processes counted.
+_ENDED = "ended"
 
 _PID = re.compile(r"_(\d+)\.\w+$")
 
-#: The samples that count a lost run, by family.
-_COUNTS_LOST: dict[str, dict[str, str]] = {
-    f.FINISHED.full_name: {"outcome": "lost"},
-    f.NOT_RUN.full_name: {"outcome": "lost", "reason": "crash"},
-    f.BAD.full_name: {},
-}
-
-
-class Past(NamedTuple):
-    """
-    What an earlier process with the same pid left in the files that this process continues.
-
-    Attributes:
-        unfinished: Runs that it had scheduled and not finished.
-        gauges: Its gauges of what was going on.
-    """
-
-    unfinished: Runs
-    gauges: list[Metric]
+#: The families that count a run of a dead worker.
+_COUNTS = (f.FINISHED.full_name, f.NOT_RUN.full_name, f.BAD.full_name)
 
 
 class Workers(Collector):
@@ -83,21 +72,24 @@ class Workers(Collector):
         registry.register(self)
         return registry
 
-    def join(self, settle: Callable[[Past], object]) -> None:
+    def join(self, settle: Callable[[Runs, Iterable[Metric]], object]) -> None:
         """
         Make this process one of the workers; does nothing if it is one.
 
         Args:
-            settle: Called with what an earlier process with this pid left behind, if there was one: after a restart of
-                a container the pids are the same again, and the files go on from their last values.
+            settle: Called with the runs that an earlier process with this pid had not finished, and its gauges of what
+                was going on: after a restart of a container the pids are the same again, and the files go on from their
+                last values.
         """
         if not _CAN_LOCK or self._own_lock is not None:
             return
         # No scrape may see the runs of the past both as a dead worker's and as settled.
         with self._locked(fcntl.LOCK_EX):
-            lock_file = self._lock_file(os.getpid())
+            pid = os.getpid()
+            lock_file = self._lock_file(pid)
             if lock_file.exists():
-                settle(self._past(os.getpid()))
+                gauges = [file for mode in ("live*", "sum") for file in self._path.glob(f"gauge_{mode}_{pid}.db")]
+                settle(self._unfinished(pid), _merged(gauges))
             self._own_lock = lock_file.open("ab")
             fcntl.lockf(self._own_lock, fcntl.LOCK_EX)
 
@@ -110,13 +102,44 @@ class Workers(Collector):
         """The sum over all workers."""
         with self._locked(fcntl.LOCK_SH if _CAN_LOCK else None):
             dead = self._dead()
-            lost = _unfinished(self._path / f"counter_{pid}.db" for pid in dead)
-            files = [file for file in self._path.glob("*.db") if not (_is_live_gauge(file) and _pid(file) in dead)]
-            metrics: list[Metric] = list(MultiProcessCollector.merge(map(str, files)))  # type: ignore[no-untyped-call]
+            unfinished = sum(map(self._unfinished, dead), Runs())
+            ended = {file for file in self._path.glob("gauge_live*.db") if _pid(file) in dead}
+            metrics = _merged(file for file in self._path.glob("*.db") if file not in ended)
             for pid in dead:
                 if not _is_running(pid):  # another process may have opened files under this pid
-                    mark_process_dead(pid, str(self._path))  # type: ignore[no-untyped-call]
-        return [_with_lost(metric, lost) for metric in metrics]
+                    with suppress(FileNotFoundError):  # another scrape was faster
+                        mark_process_dead(pid, str(self._path))  # type: ignore[no-untyped-call]
+        return [_with_unfinished(metric, unfinished) for metric in metrics if metric.name != f.KEPT.full_name]
+
+    def sweep(self) -> None:
+        """
+        Fold what dead workers counted into one file per kind, and remove theirs.
+
+        Where a pool replaces its processes all the time, their files would pile up. A worker with unfinished runs keeps
+        its files, from which these are counted.
+        """
+        with self._locked(fcntl.LOCK_EX if _CAN_LOCK else None):
+            for pid in self._dead():
+                if _is_running(pid) or self._unfinished(pid):
+                    continue
+                mark_process_dead(pid, str(self._path))  # type: ignore[no-untyped-call]
+                for kind in ("counter", "histogram", "gauge_sum"):
+                    self._fold(kind, pid, operator.add)
+                self._fold("gauge_max", pid, max)
+                self._lock_file(pid).unlink()
+
+    def _fold(self, kind: str, pid: int, merge: Callable[[float, float], float]) -> None:
+        file = self._path / f"{kind}_{pid}.db"
+        if not _has_values(file):
+            return
+        total = MmapedDict(str(self._path / f"{kind}_{_ENDED}.db"))  # type: ignore[no-untyped-call]
+        try:
+            for key, value, timestamp, _ in MmapedDict.read_all_values_from_file(file):  # type: ignore[no-untyped-call]
+                before, _ = total.read_value(key)  # type: ignore[no-untyped-call]
+                total.write_value(key, merge(before, value), timestamp)  # type: ignore[no-untyped-call]
+        finally:
+            total.close()  # type: ignore[no-untyped-call]
+        file.unlink()
 
     def _dead(self) -> set[int]:
         """The pids of workers that no longer hold their lock."""
@@ -126,10 +149,21 @@ class Workers(Collector):
         files = {_pid(file): file for file in self._path.glob("aftertask_*.lock") if _pid(file) != os.getpid()}
         return {pid for pid, file in files.items() if _is_free(file)}
 
-    def _past(self, pid: int) -> Past:
-        gauges = [str(file) for file in self._path.glob("gauge_live*.db") if _pid(file) == pid]
-        merged: Iterable[Metric] = MultiProcessCollector.merge(gauges)  # type: ignore[no-untyped-call]
-        return Past(_unfinished([self._path / f"counter_{pid}.db"]), list(merged))
+    def _unfinished(self, pid: int) -> Runs:
+        """
+        Runs that a dead worker had scheduled and not finished, and how they end.
+
+        Only those of its own engine: a run of another one may have gone on elsewhere, and its engine knows.
+        """
+        sums = {family.full_name: collections.Counter[str]() for family in (f.SCHEDULED, f.FINISHED, f.KEPT)}
+        for metric in _merged(self._path / f"{kind}_{pid}.db" for kind in ("counter", "gauge_sum")):
+            for sample in metric.samples if metric.name in sums else ():
+                if sample.labels["engine"] == LOCAL:
+                    sums[metric.name][sample.labels["task"]] += int(sample.value)
+        scheduled, finished, kept = sums.values()
+        left = scheduled - finished
+        ends = {"offloaded": left & kept, "lost": left - kept}
+        return Runs({(task, end): count for end, runs in ends.items() for task, count in runs.items()})
 
     def _lock_file(self, pid: int) -> Path:
         return self._path / f"aftertask_{pid}.lock"
@@ -143,34 +177,30 @@ class Workers(Collector):
             yield
 
 
-def _unfinished(counter_files: Iterable[Path]) -> Runs:
-    """Runs scheduled and not finished, as the counters of these files show them."""
-    runs: collections.Counter[tuple[str, str]] = collections.Counter()
-    signs = {f.SCHEDULED.full_name: 1, f.FINISHED.full_name: -1}
-    files = [str(file) for file in counter_files if file.exists()]
-    for metric in MultiProcessCollector.merge(files):  # type: ignore[no-untyped-call]
-        sign = signs.get(metric.name)
-        for sample in metric.samples if sign else ():
-            runs[sample.labels["task"], sample.labels["engine"]] += sign * sample.value
-    return +runs
+def _merged(files: Iterable[Path]) -> list[Metric]:
+    names = [str(file) for file in files if _has_values(file)]
+    return list(MultiProcessCollector.merge(names))  # type: ignore[no-untyped-call]
 
 
-def _with_lost(metric: Metric, lost: Runs) -> Metric:
-    """The metric with these lost runs counted, if it counts lost runs."""
-    where = _COUNTS_LOST.get(metric.name)
-    if where is None or not lost:
+def _has_values(file: Path) -> bool:
+    """False also for an empty file, which prometheus-client cannot read: its worker has only just created it."""
+    try:
+        return file.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def _with_unfinished(metric: Metric, unfinished: Runs) -> Metric:
+    """The metric with these runs counted, if it counts such runs."""
+    if metric.name not in _COUNTS or not unfinished:
         return metric
     counted = Metric(metric.name, metric.documentation, metric.type)
     for sample in metric.samples:
-        more = _lost_of(sample, lost) if where.items() <= sample.labels.items() else 0
-        counted.add_sample(sample.name, sample.labels, sample.value + more)
+        labels = sample.labels
+        counts = labels.get("engine", LOCAL) == LOCAL and labels.get("reason", "crash") == "crash"
+        more = unfinished[labels["task"], labels.get("outcome", "lost")] if counts else 0
+        counted.add_sample(sample.name, labels, sample.value + more)
     return counted
-
-
-def _lost_of(sample: Sample, lost: Runs) -> float:
-    """How many of the lost runs are of the sample's task, and of its engine if it has that label."""
-    task, engine = sample.labels["task"], sample.labels.get("engine")
-    return sum(count for (name, on), count in lost.items() if name == task and engine in (None, on))
 
 
 def _is_free(lock_file: Path) -> bool:
@@ -182,17 +212,11 @@ def _is_free(lock_file: Path) -> bool:
     return True
 
 
-def _is_live_gauge(file: Path) -> bool:
-    return file.name.startswith("gauge_live")
-
-
 def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except OSError as error:
+        return isinstance(error, PermissionError)
     return True
 
 

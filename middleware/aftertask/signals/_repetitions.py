@@ -1,8 +1,10 @@
-"""Which failures are logged in full: identical ones once a minute."""
+"""What a line about a failure says, and which failures are logged in full: identical ones once a minute."""
 
 from __future__ import annotations
 
 import threading
+
+from ..events import TaskRun
 
 #: Seconds after which an identical failure of a task is logged in full again.
 FULL_EVERY = 60.0
@@ -31,3 +33,18 @@ class Repetitions:
             if len(self._seen) < _MOST_KINDS:
                 self._seen[failure] = timestamp, 0
             return 0
+
+
+def sentence(name: str, run: TaskRun, what: str) -> str:
+    """
+    The message of a stdlib record, which has to be readable where only the message is printed:
+    `task.failed mail.welcome: ConnectionError: refused (POST /signup, attempt 2 of 4)`.
+    """
+    request = run.request
+    where = [" ".join(part for part in (request.http_method, request.http_route) if part)]
+    if run.info.max_attempts > 1 and run.attempt:
+        where.append(f"attempt {run.attempt} of {run.info.max_attempts}")
+    where += [f"{key}={value}" for key, value in run.notes.items()]
+    place = ", ".join(part for part in where if part)
+    said = f"{name} {run.task}: {what}" if what else f"{name} {run.task}"
+    return f"{said} ({place})" if place else said

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import sys
-from types import ModuleType
 
 from .._log import log
 
@@ -30,8 +29,9 @@ def warn_of_several_workers() -> None:
 
 def _gunicorn_workers() -> int:
     """Number of gunicorn's workers so far if this is the second one, which is the first to see another; else 0."""
-    # A worker is a fork of the arbiter and has its list of the workers started before it.
-    arbiter = getattr(_imported("gunicorn.arbiter"), "Arbiter", None)
+    # A worker is a fork of the arbiter and has its list of the workers started before it. Neither server is imported
+    # here: one that runs in this process is imported already.
+    arbiter = getattr(sys.modules.get("gunicorn.arbiter"), "Arbiter", None)
     ages = [getattr(worker, "age", 0) for worker in getattr(arbiter, "WORKERS", {}).values()]
     return 2 if ages == [1] else 0
 
@@ -48,7 +48,7 @@ def _spawned_workers() -> int:
 
 def _uvicorn_workers() -> int:
     """The setting of the uvicorn server that handles this process's signals; 0 if there is none."""
-    uvicorn = _imported("uvicorn")
+    uvicorn = sys.modules.get("uvicorn")
     server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     if uvicorn is None or not isinstance(server, uvicorn.Server):
         return 0
@@ -60,8 +60,3 @@ def _requested_workers() -> int:
     option = re.search(r"(?:^|\0)(?:--workers|-w)[=\0]?(\d+)(?:\0|$)", "\0".join(sys.argv))
     text = option[1] if option else os.environ.get("WEB_CONCURRENCY", "")
     return int(text) if text.isdigit() else 0
-
-
-def _imported(name: str) -> ModuleType | None:
-    # Not imported here: a server that runs in this process is imported already.
-    return sys.modules.get(name)

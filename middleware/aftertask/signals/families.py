@@ -37,7 +37,7 @@ class Family:
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
-    mode: Literal["livesum", "livemax", "max"] = "livesum"
+    mode: Literal["livesum", "livemax", "max", "sum"] = "livesum"
 
     @property
     def full_name(self) -> str:
@@ -87,6 +87,24 @@ THREADPOOL_WAITING = Family("threadpool_waiting", "gauge", "Threads of a pool: c
 CONCURRENCY_LIMIT = Family("concurrency_limit", "gauge", "Slots of a limit: total.", ("limiter",))
 CONCURRENCY_IN_USE = Family("concurrency_in_use", "gauge", "Slots of a limit: in use.", ("limiter",))
 CONCURRENCY_WAITING = Family("concurrency_waiting", "gauge", "Slots of a limit: runs waiting.", ("limiter",))
+JOURNAL_ENTRIES = Family(
+    "journal_entries", "gauge", "Runs in the journal that have not ended, by state.", ("state",), mode="livemax"
+)
+JOURNAL_RECOVERED = Family(
+    "journal_recovered", "counter", "Runs of dead workers, by what became of them.", ("task", "action")
+)
+JOURNAL_ERRORS = Family("journal_errors", "counter", "Writes to the journal that failed.", ("op",))
+JOURNAL_DROPPED = Family("journal_dropped", "counter", "Runs whose history could not be written.")
+JOURNAL_WRITE = Family(
+    "journal_write_seconds", "histogram", "Time until a change is on disk.", ("op",), buckets=DELIVERY_BUCKETS
+)
+DEAD_LETTERED = Family("dead_letters", "counter", "Runs that became dead letters.", ("task", "reason"))
+# In OpenMetrics a gauge must not have the name of a counter's family.
+DEAD_LETTERS = Family("journal_dead_letters", "gauge", "Dead letters in the journal.", mode="livemax")
+OFFLOAD = Family("offload", "counter", "Runs handed to an engine, by status.", ("engine", "status"))
+OFFLOAD_SECONDS = Family(
+    "offload_seconds", "histogram", "Time to hand a run to an engine.", ("engine",), buckets=DELIVERY_BUCKETS
+)
 ALERTS = Family("alerts", "counter", "Runs to be alerted, by channel and what became of them.", ("channel", "status"))
 ALERT_DELIVERY = Family(
     "alert_delivery_seconds",
@@ -102,11 +120,18 @@ BUILD_INFO = Family("build_info", "gauge", "Versions in use.", ("version", "pyth
 TASK_INFO = Family("task_info", "gauge", "Owner and executor of a task.", (*_TASK, "owner", "executor"), mode="max")
 TASK_TIMEOUT = Family("task_timeout_seconds", "gauge", "Timeout of one attempt.", ("task",), mode="max")
 
+#: Exposed only where an app has a journal; `DEAD_LETTERED` also where a Celery worker has dead letters.
+_WORK = (JOURNAL_ENTRIES, JOURNAL_RECOVERED, JOURNAL_ERRORS, JOURNAL_DROPPED, JOURNAL_WRITE)
+JOURNAL = (*_WORK, DEAD_LETTERED, DEAD_LETTERS)
+
 #: Limit, in use, waiting.
 THREADPOOL = (THREADPOOL_LIMIT, THREADPOOL_BUSY, THREADPOOL_WAITING)
 CONCURRENCY = (CONCURRENCY_LIMIT, CONCURRENCY_IN_USE, CONCURRENCY_WAITING)
 
 FAMILIES = tuple(value for value in list(globals().values()) if isinstance(value, Family))
+
+#: Only in the files of several workers, never exposed: if the worker dies, the journal has these runs.
+KEPT = Family("tasks_kept", "gauge", "Durable runs in flight that the journal has.", _TASK, mode="sum")
 
 #: States of a run in flight, as in `TaskRun.state`.
 STATES = ("scheduled", "queued", "running", "backoff")
@@ -116,8 +141,8 @@ NOT_RUN_REASONS = (
     ("skipped", "sibling_failed"),
     *(("dropped", reason) for reason in ("http_exception", "validation", "handler_error", "own_background")),
     *(("dropped", reason) for reason in ("client_gone", "request_cancelled", "request_failed", "added_too_late")),
-    *(("dropped", reason) for reason in ("websocket", "other")),
-    *(("rejected", reason) for reason in ("queue_full", "not_serializable")),
+    *(("dropped", reason) for reason in ("websocket", "cancel_run", "revoked", "other")),
+    *(("rejected", reason) for reason in ("queue_full", "not_serializable", "duplicate_key", "no_journal")),
     ("expired", "deadline"),
     *(("lost", reason) for reason in ("shutdown", "crash")),
 )

@@ -23,6 +23,8 @@ from ..events import (
     HazardFound,
     LoopBlocked,
     Lost,
+    Offloaded,
+    OffloadFailed,
     Rejected,
     Retrying,
     Scheduled,
@@ -36,7 +38,7 @@ from ..events import (
     TaskRun,
     TimedOut,
 )
-from ._repetitions import Repetitions
+from ._repetitions import Repetitions, sentence
 from .families import NO_TASK
 
 #: The keys of every line about a run, which the task's own lines get, too.
@@ -170,6 +172,20 @@ class Logs(Signal):
         """`task.cancelled`."""
         self._ended("warning", event, event.reason)
 
+    def offloaded(self, event: Offloaded) -> None:
+        """`offload.sent`."""
+        if enabled("debug"):
+            self._line("debug", "offload.sent", event, event.queue, queue=event.queue, message_id=event.run.id)
+        self._forget(event.run)
+
+    def offload_failed(self, event: OffloadFailed) -> None:
+        """`offload.fallback` if the run executes here, else `offload.failed`."""
+        keys = _failure_keys(event.failure) | {"message_id": event.run.id, "duration_s": event.duration_s}
+        if event.falls_back:
+            self._line("warning", "offload.fallback", event, _error_text(event.failure), **keys)
+        else:
+            self._line("error", "offload.failed", event, _error_text(event.failure), **keys)
+
     def _failure(self, event: Failed | TimedOut) -> None:
         failure, run = event.failure, event.run
         try:
@@ -195,15 +211,17 @@ class Logs(Signal):
         finally:
             self._forget(run)
 
+    def departed(self, run: TaskRun) -> None:
+        """Forget a run that goes on elsewhere."""
+        self._forget(run)
+
     # --- runs that never started
 
     def skipped(self, event: Skipped) -> None:
         """`task.skipped`, with the run that failed and its task."""
         cause = event.caused_by
-        if cause is None:
-            self._ended("warning", event, event.reason)
-        else:
-            self._ended("warning", event, event.reason, caused_by=cause.id, caused_by_task=cause.task)
+        keys = {} if cause is None else {"caused_by": cause.id, "caused_by_task": cause.task}
+        self._ended("warning", event, event.reason, "" if cause is None else f" of {cause.task}", **keys)
 
     def dropped(self, event: Dropped) -> None:
         """`task.dropped`; at info if a client caused it."""
@@ -211,22 +229,22 @@ class Logs(Signal):
         self._ended(level, event, event.reason, error_type=event.error_type)
 
     def rejected(self, event: Rejected) -> None:
-        """`task.rejected`."""
-        self._ended("warning", event, event.reason)
+        """`task.rejected`, with what to do."""
+        self._ended("warning", event, event.reason, f": {event.hint}" if event.hint else "", hint=event.hint)
 
     def expired(self, event: Expired) -> None:
         """`task.expired`."""
         self._ended("warning", event, event.reason)
 
     def lost(self, event: Lost) -> None:
-        """`task.lost`."""
-        self._ended("error", event, event.reason, age_s=event.age_s)
+        """`task.lost`; the line of a dead letter is the journal's, `task.dead_lettered`."""
+        if event.dead is None:
+            self._ended("error", event, event.reason, age_s=event.age_s)
 
-    def _ended(self, level: Level, event: Ended, reason: str, **keys: Any) -> None:
+    def _ended(self, level: Level, event: Ended, reason: str, because: str = "", **keys: Any) -> None:
         try:
             if enabled(level):
-                because_of = f" of {keys['caused_by_task']}" if "caused_by_task" in keys else ""
-                self._line(level, f"task.{event.outcome}", event, reason + because_of, reason=reason, **keys)
+                self._line(level, f"task.{event.outcome}", event, reason + because, reason=reason, **keys)
         finally:
             self._forget(event.run)
 
@@ -275,7 +293,7 @@ class Logs(Signal):
         failed = log(
             "warning",
             "loop.blocked",
-            message=lambda: f"loop.blocked {NO_TASK}: {what}" if run is None else _sentence("loop.blocked", run, what),
+            message=lambda: f"loop.blocked {NO_TASK}: {what}" if run is None else sentence("loop.blocked", run, what),
             timestamp=report.timestamp,
             **({"task": NO_TASK} if run is None else run_keys(run)),
             blocked_s=report.blocked_s,
@@ -309,7 +327,7 @@ class Logs(Signal):
         failed = log(
             level,
             name,
-            message=lambda: _sentence(name, run, what),
+            message=lambda: sentence(name, run, what),
             timestamp=event.timestamp,
             exc_info=error,
             contained=contained,
@@ -331,6 +349,20 @@ class Logs(Signal):
     def _forget(self, run: TaskRun) -> None:
         self._unbind(run)
         self._from_endpoint.pop(run, None)
+
+
+def _failure_keys(failure: Failure) -> dict[str, Any]:
+    return {
+        "error_type": failure.type,
+        "error_message": failure.message,
+        "error_fingerprint": failure.fingerprint,
+    }
+
+
+def _error_text(failure: Failure) -> str:
+    """The class and the first line of the message."""
+    message = failure.message.partition("\n")[0]
+    return f"{failure.type}: {message}" if message else failure.type
 
 
 class _Rate:
@@ -357,32 +389,3 @@ class _Rate:
         self._admitted += 1
         left_out, self._left_out = self._left_out, 0
         return left_out
-
-
-def _failure_keys(failure: Failure) -> dict[str, Any]:
-    return {
-        "error_type": failure.type,
-        "error_message": failure.message,
-        "error_fingerprint": failure.fingerprint,
-    }
-
-
-def _error_text(failure: Failure) -> str:
-    """The class and the first line of the message."""
-    message = failure.message.partition("\n")[0]
-    return f"{failure.type}: {message}" if message else failure.type
-
-
-def _sentence(name: str, run: TaskRun, what: str) -> str:
-    """
-    The message of a stdlib record, which has to be readable where only the message is printed:
-    `task.failed mail.welcome: ConnectionError: refused (POST /signup, attempt 2 of 4)`.
-    """
-    request = run.request
-    where = [" ".join(part for part in (request.http_method, request.http_route) if part)]
-    if run.info.max_attempts > 1 and run.attempt:
-        where.append(f"attempt {run.attempt} of {run.info.max_attempts}")
-    where += [f"{key}={value}" for key, value in run.notes.items()]
-    place = ", ".join(part for part in where if part)
-    said = f"{name} {run.task}: {what}" if what else f"{name} {run.task}"
-    return f"{said} ({place})" if place else said

@@ -8,7 +8,7 @@ from typing import TypeAlias
 from anyio.lowlevel import RunVar
 from prometheus_client import REGISTRY, CollectorRegistry
 
-from .._taskrun import TaskInfo, TaskRun
+from .._taskrun import JOURNAL, LOCAL, TaskInfo, TaskRun
 from ..events import (
     Abandoned,
     AbandonedEnded,
@@ -20,6 +20,7 @@ from ..events import (
     HazardFound,
     Lost,
     Offloaded,
+    OffloadFailed,
     Pool,
     Rejected,
     Retrying,
@@ -34,6 +35,7 @@ from . import families as f
 from ._instruments import TaskSeries
 from ._metric_set import metric_set
 from ._several_workers import warn_of_several_workers
+from .journal_metrics import JournalMetrics
 
 NotRun: TypeAlias = Skipped | Dropped | Rejected | Expired | Lost
 
@@ -48,13 +50,16 @@ class Metrics(Signal):
     Args:
         registry: Where the families are registered; None means prometheus-client's own registry.
         tasks: Names of tasks whose series exist from the start, besides those that `@task` registered.
+        engine: Where these tasks run.
 
     Raises:
         RegistryClash: The registry holds a family of the same name that is not aftertask's.
         FileNotFoundError: `PROMETHEUS_MULTIPROC_DIR` is not a directory.
     """
 
-    def __init__(self, registry: CollectorRegistry | None = None, *, tasks: Iterable[str] = ()) -> None:
+    def __init__(
+        self, registry: CollectorRegistry | None = None, *, tasks: Iterable[str] = (), engine: str = LOCAL
+    ) -> None:
         self._registry = REGISTRY if registry is None else registry
         self._set = metric_set(self._registry)
         self._of = self._set.of
@@ -62,8 +67,8 @@ class Metrics(Signal):
         self._has_seen_loop: RunVar[bool] = RunVar(f"aftertask_metrics_{id(self)}", False)
         self._is_alone = self._set.workers is None
         for name in tasks:
-            self._set.declare(name)
-        self._set.declare_registered()
+            self._set.declare(name, engine)
+        self._set.declare_registered(engine)
         if self._is_alone:
             warn_of_several_workers()
 
@@ -85,9 +90,15 @@ class Metrics(Signal):
     def task_known(self, info: TaskInfo) -> None:
         """Create a registered task's series; others are created by their first run."""
         if info.registered:
-            self._set.declare(info.task)
-        if self._set.has(info.task):
+            self._set.declare(info.task, info.engine)
+        if self._set.has(info):
             self._set.describe_task(info)
+
+    def engine_known(self, name: str) -> None:
+        """Create an engine's series."""
+        for status in ("ok", "error", "fallback"):
+            self._of.counters[f.OFFLOAD].labels(name, status)
+        self._of.histograms[f.OFFLOAD_SECONDS].labels(name)
 
     def pool_known(self, pool: Pool, *, threads: bool) -> None:
         """Expose a limiter or a thread pool."""
@@ -99,6 +110,16 @@ class Metrics(Signal):
         """A run came into being."""
         self._set.start()
         self._set.schedule(event.run)
+
+    def arrived(self, run: TaskRun) -> None:
+        """A run goes on here; it was counted as scheduled elsewhere."""
+        self._set.start()
+        self._set.arrive(run)
+
+    def departed(self, run: TaskRun) -> None:
+        """A run goes on elsewhere."""
+        with self._set.lock:
+            self._series(run).remove(run)
 
     def started(self, event: Started) -> None:
         """An attempt begins; before the first one the run has waited."""
@@ -118,13 +139,14 @@ class Metrics(Signal):
         series.end_to_end.observe(_end_to_end_s(event), exemplar)
         series.last_success.set(event.timestamp)
 
-    def failed(self, event: Failed) -> None:
-        """The last attempt raised."""
-        self._failed(event)
+    def _failed(self, event: Failed | TimedOut) -> None:
+        """The last attempt raised, or passed its timeout."""
+        series, exemplar = self._ended(event), self._exemplar(event.run)
+        self._attempt_raised(series, event, exemplar)
+        series.end_to_end.observe(_end_to_end_s(event), exemplar)
+        series.last_failure.set(event.timestamp)
 
-    def timed_out(self, event: TimedOut) -> None:
-        """The timeout ended the last attempt."""
-        self._failed(event)
+    failed = timed_out = _failed
 
     def cancelled(self, event: Cancelled) -> None:
         """A started run was cancelled from outside; how long its attempt took says nothing."""
@@ -133,26 +155,29 @@ class Metrics(Signal):
     def offloaded(self, event: Offloaded) -> None:
         """The run was handed to another engine."""
         self._ended(event)
+        if event.engine != JOURNAL:
+            self._handed_over(event.engine, "ok", event.duration_s)
 
-    def skipped(self, event: Skipped) -> None:
-        """An earlier run of the batch failed."""
-        self._not_run(event)
+    def offload_failed(self, event: OffloadFailed) -> None:
+        """An engine did not take the run."""
+        self._handed_over(event.engine, "fallback" if event.falls_back else "error", event.duration_s)
 
-    def dropped(self, event: Dropped) -> None:
-        """The request ended without starting the run."""
-        self._not_run(event)
+    def _not_run(self, event: NotRun) -> None:
+        """The run never started, or will never finish."""
+        series = self._ended(event)
+        if event.run.attempt == 0:
+            self._of.counters[f.NOT_RUN].labels(series.labels[0], event.outcome, event.reason).inc()
 
-    def rejected(self, event: Rejected) -> None:
-        """The run was not accepted."""
-        self._not_run(event)
-
-    def expired(self, event: Expired) -> None:
-        """The run's deadline passed before it started."""
-        self._not_run(event)
+    skipped = dropped = rejected = expired = _not_run
 
     def lost(self, event: Lost) -> None:
-        """The run will never run or finish."""
-        self._not_run(event)
+        """The run will never run or finish; one of a dead worker was scheduled in that worker's metrics."""
+        if event.dead is not None:  # it was never counted there: the journal had it
+            self._set.lose(event.run)
+        elif event.reason != "crash" or event.run.engine != LOCAL:
+            self._not_run(event)
+        elif self._is_alone:  # else the sweep over the dead worker's files counts it
+            self._set.lose(event.run)
 
     # --- threads, hazards, the event loop
 
@@ -199,7 +224,20 @@ class Metrics(Signal):
         """This many alerts wait for a channel."""
         self._of.gauges[f.ALERT_QUEUE].labels(channel).set(length)
 
+    def count_dead_letters(self, task: str, reason: str, count: int) -> None:
+        """Count runs of a worker that became dead letters; a count of 0 creates the series."""
+        self._set.hidden.discard(f.DEAD_LETTERED)
+        self._of.counters[f.DEAD_LETTERED].labels(task, reason).inc(count)
+
+    def for_journal(self) -> JournalMetrics:
+        """What counts the work of the app's journal."""
+        return JournalMetrics(self._set)
+
     # --- shared by several events
+
+    def _handed_over(self, engine: str, status: str, seconds: float) -> None:
+        self._of.counters[f.OFFLOAD].labels(engine, status).inc()
+        self._of.histograms[f.OFFLOAD_SECONDS].labels(engine).observe(seconds)
 
     def _series(self, run: TaskRun) -> TaskSeries:
         return self._set.series(run.info)
@@ -212,17 +250,6 @@ class Metrics(Signal):
         if event.bad:
             series.bad.inc()
         return series
-
-    def _not_run(self, event: NotRun) -> None:
-        series = self._ended(event)
-        if event.run.attempt == 0:
-            self._of.counters[f.NOT_RUN].labels(series.labels[0], event.outcome, event.reason).inc()
-
-    def _failed(self, event: Failed | TimedOut) -> None:
-        series, exemplar = self._ended(event), self._exemplar(event.run)
-        self._attempt_raised(series, event, exemplar)
-        series.end_to_end.observe(_end_to_end_s(event), exemplar)
-        series.last_failure.set(event.timestamp)
 
     def _attempt_raised(
         self, series: TaskSeries, event: Retrying | Failed | TimedOut, exemplar: dict[str, str] | None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import re
-from typing import Any
 from urllib.parse import parse_qs
 
 import anyio
@@ -15,35 +14,10 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .._core.route import with_included
 from ._metric_set import exposed
 
 # Busy sync endpoints must not delay a scrape, nor may many scrapes take their threads.
 _limiter: RunVar[anyio.CapacityLimiter] = RunVar("aftertask_scrapes")
-
-
-def is_taken(scope: Scope, inside: object, path: str) -> bool:
-    """
-    Whether the app itself has a route or mount of exactly this path; a catch-all does not count.
-
-    Args:
-        scope: The ASGI scope; it names the app if the middleware is part of it.
-        inside: The app inside the middleware, whose routes count if the scope does not name an app yet.
-        path: The path of the metrics.
-    """
-    routes = getattr(scope.get("app"), "routes", None)
-    for _ in range(100):
-        if routes is not None or inside is None:
-            break
-        routes, inside = getattr(inside, "routes", None), getattr(inside, "app", None)
-    return any(_path_of(route) == path for route in with_included(routes or ()))
-
-
-def _path_of(route: Any) -> str | None:
-    path = getattr(route, "path", None)
-    if not isinstance(path, str):
-        return None
-    return path.rstrip("/") or path
 
 
 async def answer(scope: Scope, receive: Receive, send: Send, registry: CollectorRegistry) -> None:

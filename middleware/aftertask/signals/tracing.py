@@ -10,7 +10,17 @@ from opentelemetry import trace as api
 from opentelemetry._logs import LogRecord, SeverityNumber, get_logger
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import Tracer as SdkTracer
-from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, Tracer, TracerProvider
+from opentelemetry.trace import (
+    Link,
+    Span,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceFlags,
+    Tracer,
+    TracerProvider,
+)
 from opentelemetry.util.types import AttributeValue
 
 from .. import _clock
@@ -22,8 +32,10 @@ from ..events import (
     Failure,
     HazardFound,
     Lost,
+    Offloaded,
     Rejected,
     Retrying,
+    Scheduled,
     Signal,
     Skipped,
     Started,
@@ -33,6 +45,9 @@ from ..events import (
 )
 
 _SCOPE = "aftertask"
+
+#: Origins of runs whose request was another process's, or long ago: always a root of its own with a link.
+_FROM_JOURNAL = ("journal", "dead_letter")
 
 
 class Tracing(Signal):
@@ -79,6 +94,11 @@ class Tracing(Signal):
 
     # --- an attempt
 
+    def scheduled(self, event: Scheduled) -> None:
+        """Note the request's span for the journal, which has to know it before the run starts."""
+        if event.run.info.durable:
+            _parent(event.run)
+
     def started(self, event: Started) -> None:
         """Start the attempt's span and make it current."""
         run = event.run
@@ -87,14 +107,19 @@ class Tracing(Signal):
         tracer = self._find_tracer()
         if tracer is None or mode == "none":
             return
+        span = self.start_span(tracer, event, parent, mode)
+        run.span_context = _valid(span)
+        self._open[run] = span, otel.attach(api.set_span_in_context(span))
+
+    def start_span(self, tracer: Tracer, event: Started, parent: Context, mode: str) -> Span:
+        """The span of an attempt; the worker of an engine has one of another kind."""
+        run = event.run
         links = [Link(self._first[run])] if run in self._first else []
-        if mode == "link" and run.parent is None:
+        if (mode == "link" or run.origin in _FROM_JOURNAL) and run.parent is None:
             request_span = api.get_current_span(parent).get_span_context()
             links += [Link(request_span)] if request_span.is_valid else []
             parent = Context()
-        span = tracer.start_span(f"background_task {run.task}", parent, SpanKind.INTERNAL, _attributes(event), links)
-        run.span_context = _valid(span)
-        self._open[run] = span, otel.attach(api.set_span_in_context(span))
+        return tracer.start_span(f"background_task {run.task}", parent, SpanKind.INTERNAL, attributes(event), links)
 
     def retrying(self, event: Retrying) -> None:
         """End the attempt's span with its error; the next attempt's links to it."""
@@ -119,7 +144,11 @@ class Tracing(Signal):
         """End the attempt's span, if one runs."""
         self._end(event)
 
-    def _end(self, event: Succeeded | Failed | TimedOut | Cancelled) -> None:
+    def offloaded(self, event: Offloaded) -> None:
+        """End the span of the attempt that handed the run over."""
+        self._end(event)
+
+    def _end(self, event: Succeeded | Failed | TimedOut | Cancelled | Offloaded) -> None:
         span = self._leave(event.run)
         self._first.pop(event.run, None)
         if span is None:
@@ -150,6 +179,11 @@ class Tracing(Signal):
         if span is not None and run.thread_wait_s is not None:
             span.set_attribute("aftertask.thread_wait", round(run.thread_wait_s, 6))
         return span
+
+    def departed(self, run: TaskRun) -> None:
+        """Forget a run that goes on elsewhere."""
+        self._leave(run)
+        self._first.pop(run, None)
 
     # --- runs that never started: they have no span, but their log lines have the request's trace
 
@@ -202,7 +236,11 @@ def _parent(run: TaskRun) -> Context:
     request = run.request
     if request.context is None:  # the request is over
         known = request.span_context
-        return api.set_span_in_context(api.NonRecordingSpan(known)) if isinstance(known, SpanContext) else Context()
+        if known is None:
+            return Context()
+        if not isinstance(known, SpanContext):  # of another process
+            known = SpanContext(known.trace_id, known.span_id, True, TraceFlags(known.trace_flags))
+        return api.set_span_in_context(api.NonRecordingSpan(known))
     # A copy, because a context can be entered only once at a time, and a run may be rejected in a worker thread.
     parent = request.context.copy().run(otel.get_current)
     if request.span_context is None:
@@ -215,7 +253,8 @@ def _valid(span: Span) -> SpanContext | None:
     return context if context.is_valid else None
 
 
-def _attributes(event: Started) -> dict[str, AttributeValue]:
+def attributes(event: Started) -> dict[str, AttributeValue]:
+    """What an attempt's span has from its start."""
     run = event.run
     attributes: dict[str, AttributeValue | None] = {
         "code.function.name": run.info.code,

@@ -119,8 +119,11 @@ def recorded(app: Starlette) -> Iterator[Recorder]:
     afterwards the app is as before.
 
     Raises:
+        TypeError: It is no Starlette or FastAPI app.
         ValueError: The app has no `AftertaskMiddleware`.
     """
+    if not isinstance(app, Starlette):
+        raise TypeError(f"recorded() takes the Starlette or FastAPI app itself, got {app!r}; import it and pass it")
     recorder = Recorder()
     layers, stack = app.user_middleware, app.middleware_stack
     ours = [layer for layer in layers if isinstance(layer.cls, type) and issubclass(layer.cls, AftertaskMiddleware)]

@@ -130,8 +130,9 @@ def _name_in_parent(kind: type) -> str:
 
 def _pickled(error: BaseException) -> bytes | None:
     """The exception; None if it cannot be rebuilt, or would be rebuilt as another class or with another message."""
-    # Pickle looks up a class by the name of its module; anyio registers this one only since 4.14.
-    sys.modules.setdefault(_WORKERS_MAIN, sys.modules["__main__"])
+    # Pickle looks up a class by the name of its module; anyio registers it since 4.14, multiprocessing another.
+    if "__main__" in sys.modules:  # a parent that was not started from a file gives its workers none
+        sys.modules[_WORKERS_MAIN] = sys.modules["__main__"]
     try:
         pickled = pickle.dumps(error)
         rebuilt = pickle.loads(pickled)

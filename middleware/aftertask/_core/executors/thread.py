@@ -14,7 +14,7 @@ import anyio.to_thread
 from ... import _clock
 from ..._taskrun import TaskRun
 from ...tasks import is_async
-from ..loops import call_soon_from_any_thread, on_trio
+from ..loops import CallSoon, call_soon_from_any_thread, on_trio
 
 
 class ThreadCall:
@@ -47,8 +47,8 @@ class ThreadCall:
         finally:
             with self._lock:
                 abandoned, self._state = self._state == "abandoned", "ended"
-            if abandoned:
-                self._end_on_loop()
+            if abandoned and self._on_end is not None and not self._call_soon(self._on_end):
+                self._on_end()  # the event loop is closed, so nothing else can do it
 
     def abandon(self, on_end: Callable[[], object]) -> bool:
         """Stop waiting for it. Returns whether it is running now and continues; only then is `on_end` called."""
@@ -58,14 +58,6 @@ class ThreadCall:
                 self._state, self._on_end = "abandoned", on_end if running else None
             return running
 
-    def _end_on_loop(self) -> None:
-        if self._on_end is None:
-            return
-        try:
-            self._call_soon(self._on_end)
-        except RuntimeError:  # the event loop is closed, so nothing else can do it
-            self._on_end()
-
 
 class OwnLoop:
     """An async function of a run, called in a thread with an event loop of its own."""
@@ -74,7 +66,7 @@ class OwnLoop:
         self._run, self._function = run, function
         self._backend = "trio" if on_trio() else "asyncio"
         self._scope = anyio.CancelScope()
-        self._call_soon: Callable[[Callable[[], object]], object] | None = None
+        self._call_soon: CallSoon | None = None
         self._cancelled = False
 
     def __call__(self) -> object:
@@ -93,10 +85,7 @@ class OwnLoop:
         """Cancel it from another thread; it ends at its next `await`."""
         self._cancelled = True
         if self._call_soon is not None:
-            try:
-                self._call_soon(self._scope.cancel)
-            except RuntimeError:  # it has ended meanwhile
-                pass
+            self._call_soon(self._scope.cancel)  # unless it has ended meanwhile
 
 
 async def call_in_thread(

@@ -1,0 +1,212 @@
+"""Arguments and results as JSON text and back: one pydantic schema a signature, and nothing changes on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NotRequired, TypeAlias, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic_core import to_json
+from typing_extensions import TypedDict  # pydantic accepts the standard library's only from Python 3.12 on
+
+from ._text import type_name
+from .errors import NotSerializable
+from .tasks import code_name, signature_of
+
+Func: TypeAlias = Callable[..., object]
+Fields: TypeAlias = dict[str, Any]
+Form: TypeAlias = TypeAdapter[Fields]
+Call: TypeAlias = tuple[Func, Sequence[object], Mapping[str, object]]
+
+# Bytes that are no UTF-8 would fail, and nan would become null.
+_CONFIG = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="strings", extra="forbid")
+
+_VARIADIC = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+
+#: Signatures whose schema is kept; functions may be made on the fly.
+_CACHED = 1000
+
+#: A result of more bytes of JSON is not kept.
+LARGEST_RESULT = 16_384
+
+#: Arguments of a durable run of more bytes of JSON are refused: SQLite writes the row again at each of its changes.
+LARGEST_ARGUMENTS = 1024 * 1024
+
+
+class DoesNotFit(Exception):
+    """Stored arguments do not fit the signature that the function has here."""
+
+
+def encode(func: Func, args: Sequence[object], kwargs: Mapping[str, object], *, largest: float = math.inf) -> str:
+    """
+    A call's arguments as a JSON object by the names of the parameters.
+
+    They are decoded and compared, by type and value: what would come back as something else is refused. A datetime
+    keeps its UTC offset, not the name of its zone.
+
+    Raises:
+        NotSerializable: An argument would not come back as it is; the message names it. Or the text has more than
+            `largest` bytes.
+    """
+    func, args, kwargs = _flattened(func, args, kwargs)
+    signature, form = _form_of(func)
+    try:
+        given = signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise NotSerializable(f"{code_name(func)}: {error}") from None
+    size = 0
+    try:
+        text = form.dump_json(given, warnings="error")
+        if same(given, form.validate_json(text)):
+            size = len(text)
+            if size <= largest:
+                return text.decode()
+    except Exception:  # of validators, serializers and comparisons of the app's, too
+        pass
+    if size:
+        raise NotSerializable(
+            f"{code_name(func)}: its arguments are {size} bytes of JSON, and at most {largest} can be stored; put the "
+            f"data in a database or a file, and pass its key"
+        )
+    raise _refusal(func, signature, given) from None
+
+
+def decode(func: Func, text: str) -> tuple[tuple[object, ...], Mapping[str, object]]:
+    """
+    The positional and the keyword arguments of a stored call.
+
+    Raises:
+        DoesNotFit: They do not fit the signature that the function has now.
+    """
+    try:
+        signature, form = _form_of(func)
+        bound = signature.bind_partial()
+        bound.arguments.update(form.validate_json(text))
+        signature.bind(*bound.args, **bound.kwargs)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise DoesNotFit(f"{where}: {error.errors()[0]['msg']}") from None
+    except Exception as error:  # of a validator of the app's, too
+        raise DoesNotFit(f"{type_name(type(error))}: {error}") from None
+    return bound.args, bound.kwargs
+
+
+def encode_result(result: object) -> str:
+    """
+    What a function returned, as JSON.
+
+    Raises:
+        NotSerializable: It cannot be written as JSON, or is too large.
+    """
+    if isinstance(result, Iterator):
+        raise NotSerializable(f"a result of type {type(result).__qualname__} cannot be kept: reading it would run it")
+    try:
+        text = to_json(result, bytes_mode="base64", inf_nan_mode="strings")
+    except Exception as error:  # of a serializer of the app's
+        raise NotSerializable(f"a result of type {type(result).__qualname__} cannot be kept: {error}") from None
+    if len(text) > LARGEST_RESULT:
+        raise NotSerializable(f"a result of {len(text)} bytes cannot be kept; at most {LARGEST_RESULT} are")
+    return text.decode()
+
+
+def same(one: object, other: object) -> bool:
+    """Whether two values are equal and of the same types, all the way down."""
+    if type(one) is not type(other):
+        return False
+    match one, other:
+        case float(), float():
+            return (math.isnan(one) and math.isnan(other)) or (one == other and str(one) == str(other))
+        case ((list() | tuple()), (list() | tuple())):
+            return len(one) == len(other) and all(map(same, one, other))
+        case dict(), dict():
+            return len(one) == len(other) and all(
+                same(key, other_key) and same(one[key], other[other_key])
+                for key, other_key in zip(one, other, strict=True)
+            )
+        case ((set() | frozenset()), (set() | frozenset())):
+            return {(type(each), each) for each in one} == {(type(each), each) for each in other}
+        case BaseModel(), BaseModel():
+            return same(vars(one), vars(other)) and one == other
+    if dataclasses.is_dataclass(one):
+        names = [field.name for field in dataclasses.fields(one)]
+        return all(same(getattr(one, name), getattr(other, name)) for name in names)
+    if getattr(one, "tzinfo", None) is not None and callable(offset := getattr(one, "utcoffset", None)):
+        return bool(one == other) and offset() == getattr(other, "utcoffset")()  # noqa: B009  # of the same class
+    return bool(one == other) or (one != one and other != other and str(one) == str(other))  # Decimal("NaN")
+
+
+def _flattened(func: Func, args: Sequence[object], kwargs: Mapping[str, object]) -> Call:
+    """A partial as its function with all its arguments: only the function is found again by name."""
+    while isinstance(func, functools.partial):
+        partial: functools.partial[object] = func
+        func, args, kwargs = partial.func, (*partial.args, *args), {**partial.keywords, **kwargs}
+    return func, args, kwargs
+
+
+@functools.lru_cache(_CACHED)
+def _form_of(func: Func) -> tuple[inspect.Signature, Form]:
+    """A signature, and the JSON object of its arguments: a key for each parameter, no other."""
+    try:
+        signature = signature_of(func)
+    except ValueError:
+        raise NotSerializable(f"{code_name(func)} has no signature, so its arguments cannot be stored") from None
+    fields: Fields = {}
+    for name, hint in _hints_of(func, signature).items():
+        parameter = signature.parameters[name]
+        is_required = parameter.default is parameter.empty and parameter.kind not in _VARIADIC
+        fields[name] = hint if is_required else NotRequired[hint]
+        try:
+            _form({name: hint})
+        except (PydanticUserError, TypeError, NameError) as error:
+            reason = str(error).splitlines()[0]
+            raise NotSerializable(f"{code_name(func)}: the argument {name!r} cannot be stored: {reason}") from None
+    return signature, _form(fields)
+
+
+def _hints_of(func: Func, signature: inspect.Signature) -> Fields:
+    """What each parameter binds: `*args` a tuple, `**kwargs` a dictionary."""
+    try:
+        hints = get_type_hints(inspect.unwrap(func), include_extras=True)
+    except Exception as error:  # an annotation is any code
+        raise NotSerializable(f"{code_name(func)}: its annotations cannot be read: {error}") from None
+    bound: Fields = {}
+    for name, parameter in signature.parameters.items():
+        hint = hints.get(name, Any)
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            hint = tuple.__class_getitem__((hint, ...))
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            hint = dict.__class_getitem__((str, hint))
+        bound[name] = hint
+    return bound
+
+
+def _form(fields: Mapping[str, object]) -> Form:
+    make: Any = TypedDict  # whose keys are known only now
+    # A union, because pydantic takes a configuration for anything but a class that could have its own.
+    return TypeAdapter(make("Arguments", dict(fields)) | None, config=_CONFIG)
+
+
+def _refusal(func: Func, signature: inspect.Signature, given: Mapping[str, object]) -> NotSerializable:
+    """The error that names the argument at fault; looked for only when there is one."""
+    hints = _hints_of(func, signature)
+    for name, value in given.items():
+        part = _form({name: hints[name]})
+        try:
+            back = part.validate_json(part.dump_json({name: value}, warnings="error"))[name]
+            why = None if same(value, back) else f"it would come back as {type(back).__qualname__}"
+        except RecursionError:
+            why = "it is nested too deeply, or contains itself"
+        except Exception:
+            why = "its annotation does not describe it"
+        if why is not None:
+            hint = hints[name]
+            kind = "has no annotation" if hint is Any else f"is annotated as {getattr(hint, '__name__', hint)}"
+            return NotSerializable(
+                f"{code_name(func)}: the argument {name!r} of type {type(value).__qualname__} {kind}, and cannot be "
+                f"stored: {why}; annotate it with its exact type, or pass plain JSON values"
+            )
+    return NotSerializable(f"{code_name(func)}: its arguments cannot be stored")

@@ -1,0 +1,221 @@
+"""Arguments come back as they are, or are refused by name."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime as dt
+import decimal
+import enum
+import functools
+import uuid
+from pathlib import Path
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, field_validator
+
+from aftertask import NotSerializable
+from aftertask._encoding import LARGEST_RESULT, DoesNotFit, decode, encode, encode_result, same
+
+
+class Colour(enum.Enum):
+    """An enumeration."""
+
+    RED = "r"
+
+
+class Order(BaseModel):
+    """A model."""
+
+    id: int
+    at: dt.datetime
+    lines: list[tuple[str, decimal.Decimal]] = []
+
+
+@dataclasses.dataclass
+class Point:
+    """A dataclass."""
+
+    x: float
+    y: float
+
+
+def takes(annotation: Any) -> Any:
+    """A function with one argument of this type."""
+
+    def function(value): ...  # type: ignore[no-untyped-def]
+
+    function.__annotations__ = {"value": annotation} if annotation is not None else {}
+    return function
+
+
+#: Annotations, and values that may or may not fit them.
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner) | st.tuples(inner),
+    max_leaves=8,
+)
+CASES: dict[Any, st.SearchStrategy[Any]] = {
+    None: JSON,
+    Any: JSON | st.binary() | st.decimals() | st.uuids() | st.sets(st.integers()),
+    int: st.integers() | st.booleans() | st.floats() | st.text(),
+    float: st.floats() | st.integers(),
+    bool: st.booleans() | st.integers(),
+    str: st.text() | st.binary(),
+    bytes: st.binary() | st.text(),
+    decimal.Decimal: st.decimals() | st.floats(),
+    uuid.UUID: st.uuids() | st.text(),
+    dt.datetime: st.datetimes(timezones=st.none() | st.timezones()) | st.dates(),
+    dt.date: st.dates() | st.datetimes(),
+    dt.time: st.times(),
+    dt.timedelta: st.timedeltas() | st.floats(),
+    dt.datetime | str: st.datetimes() | st.text() | st.datetimes().map(str),
+    Colour: st.sampled_from(Colour) | st.just("r"),
+    Path: st.text(min_size=1).map(Path),
+    set[int]: st.sets(st.integers() | st.booleans()),
+    frozenset[str]: st.frozensets(st.text()),
+    dict[int, float]: st.dictionaries(st.integers(), st.floats()),
+    tuple[int, ...]: st.lists(st.integers()).map(tuple) | st.lists(st.integers()),
+    list[bytes]: st.lists(st.binary()),
+    Point: st.builds(Point, st.floats(), st.floats() | st.integers()),
+    Order: st.builds(
+        Order,
+        id=st.integers(),
+        at=st.datetimes(),
+        lines=st.lists(st.tuples(st.text(), st.decimals(allow_nan=False, allow_infinity=False))),
+    ),
+}
+
+
+@given(st.data())
+def test_a_value_comes_back_as_it_is_or_is_refused(data: st.DataObject) -> None:
+    """By type and value, whatever the annotation."""
+    annotation = data.draw(st.sampled_from(list(CASES)))
+    value = data.draw(CASES[annotation])
+    function = takes(annotation)
+    try:
+        text = encode(function, (value,), {})
+    except NotSerializable:
+        return
+    args, kwargs = decode(function, text)
+    assert not kwargs and same(args[0], value)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value"),
+    [
+        (None, {"a": [1, 2.5, None, True, "x"]}),
+        (int, 2**80),
+        (float, float("nan")),
+        (float, float("-inf")),
+        (float, -0.0),
+        (bytes, b"\xff\x00"),
+        (decimal.Decimal, decimal.Decimal("1.00")),
+        (dt.datetime, dt.datetime(2026, 11, 28, 12, tzinfo=ZoneInfo("Europe/Berlin"))),
+        (Order, Order(id=1, at=dt.datetime(2026, 1, 1), lines=[("tea", decimal.Decimal("2.50"))])),
+        (Point, Point(1.0, 2.0)),
+        (dict[uuid.UUID, set[Colour]], {uuid.UUID(int=1): {Colour.RED}}),
+    ],
+)
+def test_what_an_annotation_describes_is_accepted(annotation: Any, value: Any) -> None:
+    """Such a value is not refused."""
+    args, _ = decode(takes(annotation), encode(takes(annotation), (value,), {}))
+    assert same(args[0], value)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "why"),
+    [
+        (None, decimal.Decimal(1), "would come back as str"),
+        (None, (1, 2), "would come back as list"),
+        (None, float("nan"), "would come back as str"),
+        (int, True, "would come back as int"),
+        (dt.datetime | str, "2026-01-01T00:00:00", "would come back as datetime"),
+        (int, "x", "does not describe it"),
+        (None, object(), "does not describe it"),
+        (str, "\ud800", "does not describe it"),
+        (contextlib.ExitStack, contextlib.ExitStack(), "cannot be stored"),
+    ],
+)
+def test_what_would_change_is_refused_by_name(annotation: Any, value: Any, why: str) -> None:
+    """The error names the function, the argument and why."""
+    with pytest.raises(NotSerializable, match="'value'") as raised:
+        encode(takes(annotation), (value,), {})
+    assert why in str(raised.value) and "takes.<locals>.function" in str(raised.value)
+
+
+def test_all_kinds_of_parameters() -> None:
+    """Positional-only, defaults, any number of either, partials; also names that pydantic uses itself."""
+
+    def function(model_config: int, /, copy: str = "c", *rest: float, _private: bool, **more: bytes) -> None: ...
+
+    partly = functools.partial(function, 1, _private=True)
+    args, kwargs = decode(function, encode(partly, ("x", 2.0, float("inf")), {"extra": b"\x80"}))
+    assert args == (1, "x", 2.0, float("inf")) and kwargs == {"_private": True, "extra": b"\x80"}
+    assert decode(function, encode(partly, (), {})) == ((1,), {"_private": True})
+
+
+def test_parameters_may_have_any_name() -> None:
+    """Also such that look like ours."""
+
+    def numbered(p1: int, p0: str, model_config: float) -> None: ...
+
+    text = encode(numbered, (1, "x"), {"model_config": 2.5})
+    assert decode(numbered, text) == ((1, "x", 2.5), {})
+
+
+def test_a_validator_that_breaks_is_no_surprise() -> None:
+    """Neither when the task is added nor when it is run again: others wait behind it."""
+    broken = False
+
+    class Strict(BaseModel):
+        id: int
+
+        @field_validator("id")
+        @classmethod
+        def check(cls, value: int) -> int:
+            if broken:
+                raise KeyError(value)
+            return value
+
+    text = encode(takes(Strict), (Strict(id=1),), {})
+    broken = True
+    with pytest.raises(NotSerializable, match="the argument 'value' of type"):
+        encode(takes(Strict), (Strict.model_construct(id=1),), {})
+    with pytest.raises(DoesNotFit, match="KeyError"):
+        decode(takes(Strict), text)
+
+
+def test_a_call_that_cannot_be_made_is_refused() -> None:
+    """As the call itself would be."""
+    with pytest.raises(NotSerializable, match="missing a required argument: 'value'"):
+        encode(takes(int), (), {})
+
+
+def test_a_changed_signature_still_takes_what_fits_it() -> None:
+    """A new parameter with a default does no harm; a renamed, removed or retyped one does."""
+
+    def old(a: int, b: str) -> None: ...
+    def wider(a: int, b: str, c: bool = False) -> None: ...
+    def renamed(a: int, c: str) -> None: ...
+    def removed(a: int) -> None: ...
+    def retyped(a: int, b: dt.date) -> None: ...
+
+    text = encode(old, (1, "x"), {})
+    assert decode(wider, text) == ((1, "x"), {})
+    for other in (renamed, removed, retyped):
+        with pytest.raises(DoesNotFit):
+            decode(other, text)
+
+
+def test_a_result_is_small_json() -> None:
+    """Anything else is not kept."""
+    assert encode_result({"a": [1, b"x"]}) == '{"a":[1,"eA=="]}'
+    with pytest.raises(NotSerializable, match="at most 16384"):
+        encode_result("x" * LARGEST_RESULT)
+    with pytest.raises(NotSerializable, match="of type object"):
+        encode_result(object())
