@@ -40,12 +40,18 @@ def run(page: Page, board: str) -> None:
     page.wait_for_url(re.compile("/runs/"))
 
 
+def dead(page: Page, board: str) -> None:
+    """The dead letters."""
+    page.goto(f"{board}dead")
+
+
 #: The name of each picture, the page, the window's width and height, and the color scheme.
 PICTURES = (
     ("board", now, 1200, 820, "light"),
     ("board-dark", now, 1200, 820, "dark"),
     ("board-runs", runs, 1200, 820, "light"),
     ("board-run", run, 1200, 1020, "dark"),
+    ("board-letters", dead, 1200, 820, "light"),
     ("board-phone", now, 390, 844, "light"),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
 from typing import Any
 
 import pytest
@@ -20,6 +21,28 @@ from aftertask.board import Board
 
 #: The fixture `board_for`.
 BoardFor = Callable[..., TestClient]
+
+#: What a browser sends with a form of the page.
+SAME = {"sec-fetch-site": "same-origin"}
+
+
+def text_of(html: str) -> str:
+    """What a reader sees of a page, on one line."""
+    parts: list[str] = []
+
+    class Text(HTMLParser):
+        def handle_data(self, data: str) -> None:
+            parts.append(data)
+
+    Text().feed(html)
+    return " ".join(" ".join(parts).split())
+
+
+def page(client: TestClient, path: str = "/") -> str:
+    """The text of a page."""
+    response = client.get(f"/board{path}")
+    assert response.status_code == 200, response.text
+    return text_of(response.text)
 
 
 @pytest.fixture

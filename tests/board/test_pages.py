@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-from html.parser import HTMLParser
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
@@ -21,7 +20,7 @@ from aftertask import AftertaskMiddleware, Limit, Policy, Retry, Settings, note,
 from aftertask.alerts import Alert
 from aftertask.board import Board
 from aftertask.testing import VirtualClock
-from board.conftest import BoardFor
+from board.conftest import BoardFor, page, text_of
 
 
 async def works() -> None:
@@ -31,25 +30,6 @@ async def works() -> None:
 async def breaks() -> None:
     """A task that fails."""
     raise ConnectionError("mail.internal refused")
-
-
-def text_of(html: str) -> str:
-    """What a reader sees of a page, on one line."""
-    parts: list[str] = []
-
-    class Text(HTMLParser):
-        def handle_data(self, data: str) -> None:
-            parts.append(data)
-
-    Text().feed(html)
-    return " ".join(" ".join(parts).split())
-
-
-def page(client: TestClient, path: str = "/") -> str:
-    """The text of a page."""
-    response = client.get(f"/board{path}")
-    assert response.status_code == 200, response.text
-    return text_of(response.text)
 
 
 def run_id(client: TestClient, **query: str) -> str:

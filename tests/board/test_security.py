@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,9 +27,9 @@ from starlette.websockets import WebSocketDisconnect
 from aftertask import AftertaskMiddleware, Settings
 from aftertask.alerts import Alert
 from aftertask.board import Board
-from board.conftest import BoardFor
-
-SAME = {"sec-fetch-site": "same-origin"}
+from aftertask.journal import letters, rows
+from aftertask.journal.file import connect
+from board.conftest import SAME, BoardFor
 
 #: Each path of the board, the method that it takes if any, the right that this needs, and the status with that right.
 ROUTES = [
@@ -43,11 +46,18 @@ ROUTES = [
     ("/api/runs/nothing", "GET", "view", 404),
     ("/api/tasks", "GET", "view", 200),
     ("/api/changes", "GET", "view", 200),
+    ("/dead", "GET", "view", 200),
+    ("/api/dead", "GET", "view", 200),
+    ("/dead/replay", "POST", "act", 303),
+    ("/dead/delete", "POST", "act", 303),
+    ("/dead/nothing", None, "view", 404),
+    ("/runs/{id}/cancel", "POST", "act", 303),
+    ("/runs/nothing/cancel", "POST", "act", 404),
+    ("/runs/{id}/nothing", None, "view", 404),
     ("/channels/page/test", "POST", "act", 303),
     ("/channels/nothing/test", "POST", "act", 404),
     ("/nothing", None, "view", 404),
     ("/api/nothing", None, "view", 404),
-    ("/api/dead", None, "view", 404),  # comes with the journal
 ]
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 RIGHTS: list[tuple[str, ...]] = [(), ("view",), ("args",), ("act",), ("view", "args"), ("view", "act")]
@@ -71,15 +81,17 @@ def nothing_sent() -> None:
 
 
 @pytest.mark.parametrize("rights", RIGHTS, ids="+".join)
-def test_each_route_and_method_needs_its_right(board_for: BoardFor, rights: tuple[str, ...]) -> None:
+def test_each_route_and_method_needs_its_right(board_for: BoardFor, tmp_path: Path, rights: tuple[str, ...]) -> None:
     """Without `view` nothing is served; without `act` nothing is done; any other method is refused."""
-    client = board_for(works, rights=rights, alerts=[page])
-    client.get("/")
-    id = board_of(client).signal.ended()[0].id
-    for path, takes, right, status in ROUTES:
+    path = tmp_path / "tasks.db"
+    client = board_for(works, rights=rights, alerts=[page], journal=path)
+    for at, (route, takes, right, status) in enumerate(ROUTES):
         for method in METHODS:
             sent.clear()
-            response = client.request(method, f"/board{path.format(id=id)}", headers=SAME, follow_redirects=False)
+            id = f"letter-{at}-{method}"
+            add_letter(path, id)
+            where = f"/board{route.format(id=id)}"
+            response = client.request(method, where, headers=SAME, data={"id": id}, follow_redirects=False)
             if "view" not in rights:
                 expected = 403
             elif takes is None:
@@ -88,8 +100,24 @@ def test_each_route_and_method_needs_its_right(board_for: BoardFor, rights: tupl
                 expected = 405
             else:
                 expected = status if right in rights else 403
-            assert response.status_code == expected, (method, path, rights)
-            assert len(sent) == (expected == 303), (method, path, rights)
+            assert response.status_code == expected, (method, route, rights)
+            assert len(sent) == (expected == 303 and route.startswith("/channels")), (method, route, rights)
+            assert is_letter(path, id) == (expected != 303 or not route.startswith("/dead")), (method, route, rights)
+
+
+def add_letter(path: Path, id: str) -> None:
+    """A dead letter in the journal."""
+    now = time.time()
+    row: dict[str, Any] = {"id": id, "task": "t", "code": "t", "state": "failed", "dead": "failed", "durable": 1}
+    row |= {"idempotent": 0, "origin": "request", "scheduled_at": now, "settled_at": now, "arguments": "{}"}
+    with closing(connect(path)) as db:
+        rows.upsert(db, row)
+
+
+def is_letter(path: Path, id: str) -> bool:
+    """Whether it is still one."""
+    with closing(connect(path)) as db:
+        return bool(letters.named(db, [id]))
 
 
 def board_of(client: TestClient) -> Board:
@@ -129,12 +157,17 @@ def test_every_answer_keeps_the_page_to_itself(board_for: BoardFor, path: str) -
         ({}, False),
     ],
 )
-def test_a_post_must_come_from_the_page(board_for: BoardFor, headers: dict[str, str], allowed: bool) -> None:
+@pytest.mark.parametrize("action", ["/channels/page/test", "/dead/replay", "/dead/delete", "/runs/letter/cancel"])
+def test_a_post_must_come_from_the_page(
+    board_for: BoardFor, tmp_path: Path, headers: dict[str, str], allowed: bool, action: str
+) -> None:
     """By Fetch Metadata; only where a browser sends none, by the origin."""
-    client = board_for(works, alerts=[page])
-    response = client.post("/board/channels/page/test", headers=headers, follow_redirects=False)
+    client = board_for(works, alerts=[page], journal=tmp_path / "tasks.db")
+    add_letter(tmp_path / "tasks.db", "letter")
+    response = client.post(f"/board{action}", headers=headers, data={"id": "letter"}, follow_redirects=False)
     assert response.status_code == (303 if allowed else 403)
-    assert len(sent) == allowed
+    assert len(sent) == (allowed and action.startswith("/channels"))
+    assert is_letter(tmp_path / "tasks.db", "letter") == (not allowed or not action.startswith("/dead"))
 
 
 def test_every_action_is_logged(board_for: BoardFor, caplog: pytest.LogCaptureFixture) -> None:
@@ -158,6 +191,26 @@ def test_every_action_is_logged(board_for: BoardFor, caplog: pytest.LogCaptureFi
         ("alert_test", "page", "ada", True),
     ]
     assert [getattr(line, "reason", None) for line in found] == ["no_right", "cross_site", None]
+
+
+def test_each_action_on_runs_is_logged(board_for: BoardFor, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With the run, or the number of letters."""
+    caplog.set_level("INFO")
+    client = board_for(works, journal=tmp_path / "tasks.db")
+    for id in ("letter-1", "letter-2", "letter-3"):
+        add_letter(tmp_path / "tasks.db", id)
+    client.post("/board/runs/letter-1/cancel", headers=SAME, follow_redirects=False)
+    client.post("/board/dead/replay", headers=SAME, data={"id": "letter-1"}, follow_redirects=False)
+    client.post("/board/dead/delete?all=1&task=t", headers=SAME, follow_redirects=False)
+    client.post("/board/dead/delete?all=1&task=t", follow_redirects=False)
+    found = [record for record in caplog.records if record.message.startswith("board.action")]
+    names = ("action", "run_id", "letters", "allowed", "reason")
+    assert [tuple(getattr(line, name, None) for name in names) for line in found] == [
+        ("cancel_run", "letter-1", None, True, None),
+        ("dead_replay", "letter-1", 1, True, None),
+        ("dead_delete", None, 2, True, None),
+        ("dead_delete", None, None, False, "cross_site"),
+    ]
 
 
 def test_a_sent_test_shows_its_result(board_for: BoardFor) -> None:
@@ -304,6 +357,9 @@ def test_the_boards_own_requests_are_not_observed(board_for: BoardFor) -> None:
         "limit=%D9%A1",  # an Arabic digit
         "before=0",
         "before=x",
+        "before=1.0~",
+        "before=1e9~x",
+        "before=1.0~" + "x" * 65,
         "state=alive",
         "task=" + "x" * 201,
         "q=" + "x" * 201,
@@ -339,3 +395,10 @@ def test_without_jinja_the_way_out_is_named() -> None:
     code = "import sys; sys.modules['jinja2'] = None\nimport aftertask.board"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "aftertask.board needs Jinja2: pip install 'aftertask[board]'" in done.stderr
+
+
+def test_the_board_needs_nothing_of_what_a_journal_needs() -> None:
+    """It reads one without pydantic, which encodes arguments."""
+    code = "import sys; sys.modules['pydantic'] = None\nimport aftertask.board"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

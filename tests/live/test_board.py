@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
         def has_failures() -> bool:
             runs = httpx2.get(f"{url}api/runs?state=failed&task=mail.receipt", timeout=20).json()["runs"]
-            return url in log.read_text() and bool(runs)
+            letters = httpx2.get(f"{url}api/dead", timeout=20).json()["letters"]
+            return url in log.read_text() and bool(runs) and letters > 1
 
-        eventually(has_failures, seconds=60, what="a failed receipt on the board")
+        eventually(has_failures, seconds=60, what="a failed receipt and dead letters on the board")
         yield url
 
 
@@ -68,6 +69,27 @@ def shop(tmp_path: Path) -> Iterator[Server]:
     """The shop, without customers."""
     with uvicorn("app:app", SHOP, tmp_path / "log") as server:
         yield server
+
+
+@pytest.fixture
+def journaled(tmp_path: Path) -> Iterator[Server]:
+    """The same with a journal, and with two dead letters: the carrier is down."""
+    with uvicorn("app:app", SHOP, tmp_path / "log", AFTERTASK_JOURNAL=str(tmp_path / "tasks.db")) as server:
+        carrier_is(server, up=False)
+        for number in (1, 2):
+            assert httpx2.post(f"{server.url}/parcels/{number}", timeout=20).status_code == 200
+        eventually(lambda: dead_letters(server) == 2, what="two dead letters")
+        yield server
+
+
+def carrier_is(shop: Server, *, up: bool) -> None:
+    """Whether parcels can be booked."""
+    assert httpx2.post(f"{shop.url}/carrier", params={"up": up}, timeout=20).status_code == 200
+
+
+def dead_letters(shop: Server) -> int:
+    """How many there are."""
+    return int(httpx2.get(f"{shop.url}/aftertask/api/dead", timeout=20).json()["letters"])
 
 
 @pytest.fixture
@@ -122,13 +144,19 @@ def test_each_page_is_sound_and_accessible(demo: str, visit: Visit, look: dict[s
     """In every look: live, with its content, without a serious finding of axe-core."""
     page = visit(demo, **look)
     expect(page.locator("#live")).to_have_text("Live")
-    expect(page.get_by_role("heading", level=1)).to_have_text(re.compile("1 task failing|No task fails now"))
+    expect(page.get_by_role("heading", level=1)).to_have_text(re.compile(r"\d tasks? failing|No task fails now"))
     check_with_axe(page)
     page.goto(f"{demo}runs")
     expect(page.locator("tbody tr")).to_have_count(50)
     check_with_axe(page)
     failed_receipt(page, demo)
     expect(page.locator("pre").first).to_contain_text("MailServerDown")
+    check_with_axe(page)
+    page.goto(f"{demo}dead")
+    expect(page.locator("tbody a").first).to_have_text("parcels.book")
+    check_with_axe(page)
+    page.locator("section", has=page.locator("#letters")).locator("tbody a").first.click()
+    expect(page.get_by_text("Dead letter because it failed")).to_be_visible()
     check_with_axe(page)
     is_dark = page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(17, 20, 24)"
     assert is_dark == (look.get("color_scheme") == "dark")
@@ -142,17 +170,25 @@ def check_with_axe(page: Page) -> None:
     assert [(each["id"], each["nodes"][0]["html"]) for each in serious] == []
 
 
+#: Notes when a page has had this many rows, by the clock of this machine.
+WHEN_ROWS = """wanted => new Promise(done => {
+    const look = () => document.querySelectorAll("tbody tr").length >= wanted && done(Date.now() / 1000);
+    new MutationObserver(look).observe(document.getElementById("main"), {childList: true, subtree: true});
+    look();
+})"""
+
+
 def test_a_change_is_on_the_page_within_two_seconds(shop: Server, visit: Visit) -> None:
-    """At least once in three: the machine may be busy."""
+    """From the end of the run to its row; at least four times of five: something else may hold the machine up."""
     page = visit(f"{shop.url}/aftertask/runs?state=bad")
     expect(page.locator("#live")).to_have_text("Live")
     took = []
-    for number in range(1, 4):
-        started = time.monotonic()
+    for number in range(1, 6):
         order(shop, fault="mail")
-        expect(page.locator("tbody tr")).to_have_count(3 * number, timeout=20_000)
-        took.append(time.monotonic() - started)
-    assert min(took) < 2, took
+        shown = page.evaluate(WHEN_ROWS, 3 * number)
+        newest = httpx2.get(f"{shop.url}/aftertask/api/runs?limit=1", timeout=20).json()["runs"][0]
+        took.append(shown - datetime.fromisoformat(newest["ended"]).timestamp())
+    assert sorted(took)[3] < 2, took
 
 
 def test_a_run_is_followed_from_its_start_to_its_end(shop: Server, visit: Visit) -> None:
@@ -164,6 +200,82 @@ def test_a_run_is_followed_from_its_start_to_its_end(shop: Server, visit: Visit)
     expect(page.locator("h1 .state")).to_have_text("running")
     expect(page.locator("h1 .state")).to_have_text("succeeded", timeout=20_000)
     expect(page.get_by_role("heading", name="Where it is now")).to_have_count(0)
+
+
+def test_a_run_is_cancelled_by_the_button(journaled: Server, visit: Visit) -> None:
+    """The page says what that did, and then shows it."""
+    page = visit(f"{journaled.url}/aftertask/runs?state=running")
+    httpx2.post(f"{journaled.url}/reports", params={"seconds": 100}, timeout=20)
+    page.get_by_role("link", name="reports.build").click()
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_text("It is cancelled")).to_be_visible()
+    expect(page.locator("h1 .state")).to_have_text("cancelled")
+    expect(page.get_by_role("button", name="Cancel")).to_have_count(0)
+
+
+@pytest.mark.timeout(240)
+def test_a_dead_letter_is_replayed_to_success(demo: str, visit: Visit) -> None:
+    """When the outage of the demo is over."""
+
+    def is_over() -> bool:
+        runs = httpx2.get(f"{demo}api/runs?task=parcels.book&limit=5", timeout=20).json()["runs"]
+        return {run["state"] for run in runs} == {"succeeded"}
+
+    eventually(is_over, seconds=120, what="the end of the outage")
+    page = visit(f"{demo}dead")
+    page.locator("section", has=page.locator("#letters")).locator("tbody a").first.click()
+    page.get_by_role("button", name="Replay").click()
+    expect(page.get_by_text("It will run again")).to_be_visible()
+    letter = page.url.rpartition("/")[2].partition("?")[0]
+    page.locator("p", has_text="is replayed by").get_by_role("link").click()
+    expect(page.locator("h1 .state")).to_have_text("succeeded", timeout=20_000)
+    page.get_by_role("link", name=letter).click()
+    expect(page.get_by_text("is replayed by")).to_be_visible()
+
+
+def test_dead_letters_are_acted_on_by_the_keyboard_alone(journaled: Server, visit: Visit) -> None:
+    """One is chosen and replayed, the other deleted, which takes two steps."""
+    page = visit(f"{journaled.url}/aftertask/dead")
+    check_with_axe(page)
+    carrier_is(journaled, up=True)
+    tab_to(page, "tbody input[type=checkbox]")
+    page.keyboard.press("Space")
+    page.wait_for_timeout(1500)  # an update passes, and leaves the choice alone
+    assert page.evaluate("document.activeElement.checked")
+    page.keyboard.press("Shift+Tab")
+    tab_to(page, "#chosen button")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("It will run again")).to_be_visible()
+    page.goto(f"{journaled.url}/aftertask/dead")
+    expect(page.locator("section", has=page.locator("#letters")).locator("tbody tr")).to_have_count(1)
+    tab_to(page, "details:last-of-type summary")
+    page.keyboard.press("Enter")
+    tab_to(page, "details[open] button")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("None. A durable run")).to_be_visible()
+    query = f"{journaled.url}/aftertask/api/runs?task=parcels.book&state=succeeded"
+    runs = eventually(lambda: httpx2.get(query, timeout=20).json()["runs"], what="the replay succeeding")
+    assert len(runs) == 1
+
+
+def test_many_dead_letters_are_replayed_by_the_button(journaled: Server, visit: Visit) -> None:
+    """The page shows how far it is, and then that none is left."""
+    page = visit(f"{journaled.url}/aftertask/dead")
+    carrier_is(journaled, up=True)
+    page.get_by_role("button", name="Replay all 2").click()
+    expect(page.get_by_text("2 of 2 are run again")).to_be_visible()
+    expect(page.get_by_text("None. A durable run")).to_be_visible()
+    page.get_by_role("navigation").get_by_role("link", name="Runs").click()
+    expect(page.locator("tr", has_text="parcels.book").locator(".state.succeeded")).to_have_count(2, timeout=20_000)
+
+
+def test_dead_letters_can_be_replayed_without_script(journaled: Server, visit: Visit) -> None:
+    """Each button is a form."""
+    page = visit(f"{journaled.url}/aftertask/dead", java_script_enabled=False)
+    page.get_by_role("checkbox").first.check()
+    page.get_by_role("button", name="Replay chosen").click()
+    expect(page.get_by_text("It will run again")).to_be_visible()
+    assert dead_letters(journaled) >= 1
 
 
 def test_filters_are_in_the_address_and_survive_going_back(demo: str, visit: Visit) -> None:
@@ -277,7 +389,7 @@ def test_it_can_be_read_without_script(demo: str, visit: Visit) -> None:
     page = visit(demo, java_script_enabled=False)
     text = page.locator("main").inner_text()
     assert "in the last 10 minutes" in text and "MailServerDown" in text
-    page.get_by_role("link", name="Runs", exact=True).click()
+    page.get_by_role("navigation").get_by_role("link", name="Runs").click()
     page.get_by_label("State").select_option("failed")
     page.get_by_role("button", name="Filter").click()
     page.locator("tbody a").first.click()
@@ -294,17 +406,21 @@ def test_a_test_alert_is_sent_by_the_button(demo: str, visit: Visit) -> None:
 @pytest.fixture
 def hostile(tmp_path: Path) -> Iterator[str]:
     """The board of an app whose task has a hostile name, error and progress."""
-    with uvicorn("hostile:app", APPS, tmp_path / "log", ready="/aftertask/") as server:
+    journal = str(tmp_path / "tasks.db")
+    with uvicorn("hostile:app", APPS, tmp_path / "log", ready="/aftertask/", AFTERTASK_JOURNAL=journal) as server:
         httpx2.get(server.url, timeout=20)
+        eventually(lambda: dead_letters(server) == 1, what="a dead letter")
         yield f"{server.url}/aftertask/"
 
 
 def test_hostile_text_is_shown_as_text(hostile: str, visit: Visit) -> None:
     """No script runs, nothing is requested, no line is broken out of."""
-    for path in ("", "runs"):
+    for path in ("", "runs", "dead"):
         page = visit(f"{hostile}{path}")
         expect(page.get_by_role("link", name="<script>alert(1)</script>").first).to_be_visible()
-    page.locator("tbody a").first.click()
+        check_with_axe(page)
+    page.locator("section", has=page.locator("#letters")).locator("tbody a").first.click()
     expect(page.locator("h1")).to_contain_text("<script>alert(1)</script><img")
     expect(page.locator("h1")).to_contain_text("[U+202E][U+0000]")
+    expect(page.locator("dd", has_text='{"what":"<script>')).to_be_visible()
     check_with_axe(page)

@@ -1,9 +1,10 @@
-"""`Board`: a live page about the background tasks of this process. `app.mount("/aftertask", Board(authorize=…))`."""
+"""`Board`: a live page about an app's background tasks. `app.mount("/aftertask", Board(authorize=…))`."""
 
 from __future__ import annotations
 
 try:
-    from ._app import Authorize, Board
+    from ._access import Authorize
+    from ._app import Board
 except ModuleNotFoundError as error:
     if error.name != "jinja2":
         raise

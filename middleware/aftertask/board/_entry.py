@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from .. import _clock
+from .._stored import Row, StoredRun
 from .._taskrun import Progress, TaskInfo, TaskRun
+from ..journal.rows import Place
 
 #: Longer names of tasks are cut to this many characters.
 LONGEST_NAME = 200
@@ -62,6 +66,8 @@ class Entry:
 
     `number` counts the ended runs of the process, `raised` is the class of the exception that ended its request, and
     `caused_by` the id and task of the run because of which it was skipped; `whose` is what `note()` attached.
+    `stored` is what the journal says of it, `first` the first run of the same request there, and `is_here` whether
+    this process runs or ran it.
     """
 
     id: str
@@ -79,13 +85,21 @@ class Entry:
     whose: dict[str, str | int | float | bool]
     state: str
     attempts: list[Attempt]
-    notes: list[Note]
+    notes: list[Note] = field(default_factory=list)
     number: int = 0
     bad: bool = False
     ended: float | None = None
     reason: str | None = None
     raised: str = ""
     caused_by: tuple[str, str] | None = None
+    stored: StoredRun | None = None
+    first: str | None = None
+    is_here: bool = True
+
+    @property
+    def place(self) -> Place:
+        """Where a page of ended runs goes on behind this one; one in flight is before all of them."""
+        return (_clock.timestamp(), "~") if self.ended is None else (self.ended, self.id)
 
     @property
     def last(self) -> Attempt | None:
@@ -168,6 +182,59 @@ def entry_of(run: TaskRun, origin: Origin, trail: Trail | None) -> Entry:
         attempts=attempts,
         notes=[] if trail is None else list(trail.notes),
     )
+
+
+def entry_of_row(row: Row, info: TaskInfo | None) -> Entry:
+    """A run of any worker; `info` is what this process knows of its task, None if it does not know the task."""
+    stored, more = StoredRun.of(row), json.loads(row["more"] or "{}")
+    attempts = [
+        Attempt(number, started, took_s, short(error), message, hint=hint, delay_s=delay_s)
+        for number, started, took_s, error, message, hint, delay_s in more.get("attempts", ())
+    ]
+    state = stored.state
+    if stored.attempt > (attempts[-1].number if attempts else 0) and stored.started_timestamp is not None:
+        started = more.get("began_at") or stored.started_timestamp
+        attempts.append(Attempt(stored.attempt, started, _took_s(stored, started)))
+        if stored.outcome in ("failed", "timed_out"):
+            attempts[-1].error_type, attempts[-1].message = short(stored.error_type or ""), stored.error_message
+    elif attempts and stored.outcome is None:
+        state = "backoff"
+    if attempts and attempts[-1].error_type is not None:
+        attempts[-1].stack, attempts[-1].hint = stored.stack, more.get("hint")
+    waited, started_at = stored.queue_wait_s, stored.started_timestamp
+    cause = more.get("caused_by")
+    return Entry(
+        id=stored.id,
+        task=short(stored.task),
+        info=info or TaskInfo(stored.task, row["code"], executor=""),
+        origin=Origin(stored.http_method, stored.http_route, stored.request_id),
+        parent=more.get("parent"),
+        scheduled=stored.timestamp,
+        queued=more.get("queued_at", row["ready_at"]) if waited is None or started_at is None else started_at - waited,
+        queue_wait_s=waited,
+        thread_wait_s=more.get("thread_wait_s"),
+        blocked_s=more.get("blocked_s", 0.0),
+        progress=stored.progress,
+        trace_id=stored.trace_id,
+        whose=more.get("notes", {}),
+        state=state,
+        attempts=attempts,
+        bad=bool(row["bad"]),
+        ended=stored.settled_timestamp,
+        reason=stored.reason,
+        raised=short(stored.error_type or "") if state == "dropped" else "",
+        caused_by=None if cause is None else (cause[0], short(cause[1])),
+        stored=stored,
+        first=row["first"],
+        is_here=False,
+    )
+
+
+def _took_s(stored: StoredRun, started: float) -> float | None:
+    """What is not known of a worker that is gone lasted until it was noticed, at the most."""
+    if stored.duration_s is not None or stored.settled_timestamp is None:
+        return stored.duration_s
+    return max(0.0, stored.settled_timestamp - started)
 
 
 def short(name: str) -> str:

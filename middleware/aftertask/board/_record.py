@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import deque
-from typing import NamedTuple
+from collections import defaultdict, deque
+from dataclasses import dataclass
 
 from .. import _clock, events
 from .._taskrun import RequestInfo, TaskInfo, TaskRun
@@ -15,31 +15,28 @@ from ._tally import Buckets, Tally
 #: Tasks beyond this many are counted together; hazards and pools beyond it are not kept.
 MOST_NAMES, OTHER = 200, "__other__"
 
+#: The last runs that ended, and those that ended badly or failed, with stacks: successes never push these out.
+_RUNS, _FAILURES = 2000, 500
 #: The most attempts, the last ones, and notes that are kept of a run.
 _ATTEMPTS, _NOTES = 20, 10
 
 
-class Hazard(NamedTuple):
+@dataclass(slots=True)
+class Hazard:
     """A hazard of a task: how often it was found, and when and where last."""
 
     task: str
     kind: str
     advice: str
-    times: int
     at: float
     run_id: str
+    times: int = 1
 
 
 class Record(events.Signal):
-    """
-    Keeps what the board shows. An ended run costs a few microseconds; a run in flight costs nothing until it is shown.
+    """Keeps what the board shows. An ended run costs microseconds; a run in flight costs nothing until it is shown."""
 
-    Args:
-        runs: Number of ended runs that are kept.
-        failures: Number of bad or failed runs that are kept besides, with their stacks: successes never push them out.
-    """
-
-    def __init__(self, *, runs: int = 2000, failures: int = 500) -> None:
+    def __init__(self) -> None:
         self.since = _clock.timestamp()
         self.lock = threading.RLock()  # a signal handler may lose runs while this thread holds it
         self.tallies: dict[str, Tally] = {}
@@ -48,9 +45,9 @@ class Record(events.Signal):
         self.lag, self.last_lag = Buckets(), 0.0
         self.version = 0
         self.last_number = 0
-        self._recent: deque[Entry] = deque(maxlen=runs)
-        self._failures: deque[Entry] = deque(maxlen=failures)
-        self._trails: dict[TaskRun, Trail] = {}  # each run ends, and is removed then
+        self._recent: deque[Entry] = deque(maxlen=_RUNS)
+        self._failures: deque[Entry] = deque(maxlen=_FAILURES)
+        self._trails = defaultdict[TaskRun, Trail](lambda: Trail([], []))  # each run ends, and is removed then
         self._origins: weakref.WeakKeyDictionary[RequestInfo, Origin] = weakref.WeakKeyDictionary()
 
     def _end(self, event: events.Ended) -> None:
@@ -84,19 +81,18 @@ class Record(events.Signal):
 
     def _tally(self, info: TaskInfo) -> Tally:
         name = short(info.task)
-        tally = self.tallies.get(name)
-        if tally is None:
-            if len(self.tallies) >= MOST_NAMES and name != OTHER:
-                return self._tally(TaskInfo(OTHER, OTHER))
-            tally = self.tallies[name] = Tally(info)
-        return tally
+        if name not in self.tallies and len(self.tallies) >= MOST_NAMES:
+            name, info = OTHER, TaskInfo(OTHER, OTHER)
+        if name not in self.tallies:
+            self.tallies[name] = Tally(info)
+        return self.tallies[name]
 
     def retrying(self, event: events.Retrying) -> None:
         """Keep the attempt."""
         attempt = Attempt(event.attempt, event.timestamp - event.duration_s, event.duration_s, delay_s=event.delay_s)
         _add_failure(attempt, event.failure)
         with self.lock:
-            attempts = self._trails.setdefault(event.run, Trail([], [])).attempts
+            attempts = self._trails[event.run].attempts
             for earlier in attempts:
                 earlier.stack = None
             attempts[:] = [*attempts, attempt][-_ATTEMPTS:]
@@ -111,22 +107,23 @@ class Record(events.Signal):
     def hazard_found(self, event: events.HazardFound) -> None:
         """Count the hazard, and note it at its run."""
         advice = event.advice if event.argument is None else f"argument {event.argument!r}: {event.advice}"
-        self._count_hazard(short(event.run.task), event.kind, advice, event.timestamp, event.run.id)
+        self._count_hazard(Hazard(short(event.run.task), event.kind, advice, event.timestamp, event.run.id))
         self._note(event.run, Note(event.timestamp, event.kind, advice, event.stack))
 
-    def _count_hazard(self, task: str, kind: str, advice: str, at: float, run_id: str) -> None:
+    def _count_hazard(self, hazard: Hazard) -> None:
+        key = hazard.task, hazard.kind
         with self.lock:
             self.version += 1
-            before = self.hazards.get((task, kind))
-            if before is not None or len(self.hazards) < MOST_NAMES:
-                times = 1 if before is None else before.times + 1
-                self.hazards[task, kind] = Hazard(task, kind, advice, times, at, run_id)
+            if key in self.hazards:
+                hazard.times += self.hazards[key].times
+            if key in self.hazards or len(self.hazards) < MOST_NAMES:
+                self.hazards[key] = hazard
 
     def _note(self, run: TaskRun, note: Note) -> None:
         with self.lock:
             self.version += 1
             if run.outcome is None:
-                notes = self._trails.setdefault(run, Trail([], [])).notes
+                notes = self._trails[run].notes
             else:  # a trap is found in what a run has returned
                 notes = next((entry.notes for entry in reversed(self._recent) if entry.id == run.id), [])
                 note.stack = None
@@ -154,7 +151,7 @@ class Record(events.Signal):
         """Count a block that no run is to blame for; the others are hazards of their task."""
         if report.run is None:
             advice = f"no background task is to blame; the last time for {report.blocked_s:.3g} s at {report.where}"
-            self._count_hazard("", "blocked_loop", advice, report.timestamp, "")
+            self._count_hazard(Hazard("", "blocked_loop", advice, report.timestamp, ""))
 
     def ended(self) -> list[Entry]:
         """The runs that are kept, the last to end first."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -67,6 +69,11 @@ def percent(share: float) -> str:
     return f"{share:.1%}".replace("%", " %")
 
 
+def shown(value: object) -> str:
+    """A JSON value as text."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def bars(values: Sequence[float], most: float, height: float) -> str:
     """The path of a bar for each value, in a view box that is one unit wide for each; `most` is as high as the box."""
     if not most:
@@ -96,7 +103,8 @@ def templates() -> Callable[[str, dict[str, object]], Awaitable[str]]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (seconds, ago, iso, clock, percent, words)
+    filters = (seconds, ago, iso, clock, percent, shown, words)
+    environment.filters["fields"] = asdict
     environment.filters |= {each.__name__: each for each in filters}
     environment.globals |= {"bars": bars, "segments": segments}
 
@@ -132,6 +140,7 @@ def run_json(entry: Entry) -> dict[str, object]:
         "http_route": origin.route,
         "request_id": origin.request_id,
         "progress": None if progress is None else progress.text,
+        **({} if entry.stored is None else plain(entry.stored, "durable dead replay_of replayed_by")),
     }
 
 

@@ -24,27 +24,20 @@ class Buckets:
     """Numbers by time; the window grows with them until it is full."""
 
     def __init__(self) -> None:
-        self._values = [0.0] * BUCKETS
-        self._newest = 0
+        self._values: dict[int, float] = {}
         self._oldest = int(_clock.timestamp() / WIDTH) - _LEAST + 1
 
     def add(self, at: float, value: float = 1.0, how: Callable[[float, float], float] = operator.add) -> None:
         """Add to the bucket of a moment, in seconds since the Unix epoch; with `max`, it keeps the largest value."""
-        slot = self._slot(at)
-        self._values[slot] = how(self._values[slot], value)
+        bucket = int(at / WIDTH)
+        self._values[bucket] = how(self._values.get(bucket, 0.0), value)
+        if len(self._values) > BUCKETS:
+            del self._values[min(self._values)]
 
     def until(self, now: float) -> list[float]:
         """The buckets of the window, the oldest first."""
-        at = self._slot(now) + 1
-        return (self._values[at:] + self._values[:at])[self._oldest - self._newest - 1 :]
-
-    def _slot(self, at: float) -> int:
-        """The place of the bucket of a moment, after those that have passed since are emptied."""
-        bucket = max(int(at / WIDTH), self._newest)
-        for passed in range(max(self._newest, bucket - BUCKETS) + 1, bucket + 1):
-            self._values[passed % BUCKETS] = 0.0
-        self._newest = bucket
-        return bucket % BUCKETS
+        end = int(now / WIDTH) + 1
+        return [self._values.get(bucket, 0.0) for bucket in range(max(end - BUCKETS, self._oldest), end)]
 
 
 class Tally:
