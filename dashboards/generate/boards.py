@@ -67,7 +67,7 @@ def _variables(board: Board) -> Iterator[Any]:
     yield _source("datasource", "Data source", "prometheus")
     yield _labels("job", "Job", "aftertask_build_info")
     yield _labels("instance", "Instance", 'aftertask_build_info{job=~"$job"}')
-    # There is one engine today; Grafana cannot hide a variable only while it has one value.
+    # Most apps have one engine, and Grafana cannot hide a variable only while it has one value.
     yield _labels("engine", "Engine", f"aftertask_task_info{{{where}}}").hide(HIDDEN)
     tasks = f'aftertask_task_info{{{where},engine=~"$engine"}}'
     yield _labels("task", "Task", tasks, several=not board.one_task)

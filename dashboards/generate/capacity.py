@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 from aftertask.cli._rules import Limits
-from panels import BYTES, COUNT, ORANGE, PER_MINUTE, RED, SECONDS, SHARE, Ask, Board, Panel, Row, quantiles
+from panels import (
+    BYTES,
+    COUNT,
+    ORANGE,
+    PER_MINUTE,
+    RED,
+    SECONDS,
+    SHARE,
+    SHOWN,
+    Ask,
+    Board,
+    Panel,
+    Row,
+    quantiles,
+    rising,
+    used,
+)
 
 LIMITS = Limits()
+#: Every job has these metrics, and Prometheus scrapes more than our apps.
+OF_APPS = "and on (job, instance) aftertask_build_info"
 
 
 def late(seconds: int) -> str:
@@ -25,13 +43,9 @@ LOAD = Row(
             stacked=True,
             to_task=True,
             description="Seconds of work per second: the average number of busy runs. The task with the largest share "
-            "is the one to speed up, limit or move elsewhere.",
+            "is the one to speed up, limit or move elsewhere. A run counts as it ends: a long one is a spike.",
             asks=[
-                Ask(
-                    query="topk(10, sum by (task) "
-                    "(rate(aftertask_attempt_duration_seconds_sum[$__rate_interval])) > 0)",
-                    legend="{{task}}",
-                )
+                Ask(query=rising("aftertask_attempt_duration_seconds_sum", "task", most=10), legend="{{task}}"),
             ],
         ),
         Panel(
@@ -51,7 +65,7 @@ LOAD = Row(
             stacked=True,
             description="queued grows: too little capacity, or one run holds up its siblings. backoff grows: a "
             "dependency is down. scheduled: responses that are still being sent.",
-            asks=[Ask(query="sum by (state) (aftertask_tasks_inflight) > 0", legend="{{state}}")],
+            asks=[Ask(query=used("aftertask_tasks_inflight", "state"), legend="{{state}}")],
         ),
         Panel(
             title="Oldest waiting, by instance",
@@ -62,7 +76,13 @@ LOAD = Row(
             description="How long the oldest queued run has waited; has a value even while nothing starts. One "
             "instance only: restart it, after a look at its stacks.",
             asks=[
-                Ask(query="max by (instance) (aftertask_oldest_queued_age_seconds) > 0", legend="{{instance}}"),
+                Ask(
+                    # No value, not 0, where none waits; a legend would keep the last wait as its last value.
+                    query="(max by (instance) (aftertask_oldest_queued_age_seconds) "
+                    "or 0 * max by (instance) (aftertask_build_info)) "
+                    f"and max by (instance) (max_over_time(aftertask_oldest_queued_age_seconds{SHOWN})) > 0",
+                    legend="{{instance}}",
+                ),
             ],
         ),
         Panel(
@@ -109,7 +129,7 @@ LIMITED = Row(
             stacked=True,
             description="Runs that are accepted and have no slot. Growing without end: runs that hold a slot do not "
             "finish, or the limit is too low.",
-            asks=[Ask(query="sum by (limiter) (aftertask_concurrency_waiting) > 0", legend="{{limiter}}")],
+            asks=[Ask(query=used("aftertask_concurrency_waiting", "limiter"), legend="{{limiter}}")],
         ),
         Panel(
             title="Thread pool usage",
@@ -133,7 +153,7 @@ LIMITED = Row(
             unit=COUNT,
             stacked=True,
             description="Above 0 for long: the pool is exhausted. For the task see busy seconds.",
-            asks=[Ask(query="sum by (pool) (aftertask_threadpool_waiting) > 0", legend="{{pool}}")],
+            asks=[Ask(query=used("aftertask_threadpool_waiting", "pool"), legend="{{pool}}")],
         ),
         Panel(
             title="Abandoned threads",
@@ -143,7 +163,7 @@ LIMITED = Row(
             to_task=True,
             description="Threads that continue past their task's timeout. A thread cannot be stopped: give the call in "
             "it a timeout of its own.",
-            asks=[Ask(query="topk(10, sum by (task) (aftertask_abandoned_threads) > 0)", legend="{{task}}")],
+            asks=[Ask(query=used("aftertask_abandoned_threads", "task", most=10), legend="{{task}}")],
         ),
     ],
 )
@@ -162,7 +182,7 @@ LOOP = Row(
             asks=[
                 Ask(
                     query="histogram_quantile(0.99, "
-                    "sum by (le, instance) (rate(aftertask_event_loop_lag_seconds_bucket[$__rate_interval])))",
+                    "sum by (le, instance) (rate(aftertask_event_loop_lag_seconds_bucket[$__rate_interval]))) >= 0",
                     legend="{{instance}}",
                 )
             ],
@@ -175,11 +195,7 @@ LOOP = Row(
             description="Share of the time in which the loop was blocked, by the task to blame. "
             "Make that task a plain def, or use an async client.",
             asks=[
-                Ask(
-                    query="topk(10, sum by (task) "
-                    "(rate(aftertask_event_loop_blocked_seconds_total[$__rate_interval])) > 0)",
-                    legend="{{task}}",
-                )
+                Ask(query=rising("aftertask_event_loop_blocked_seconds_total", "task", most=10), legend="{{task}}"),
             ],
         ),
         Panel(
@@ -188,7 +204,7 @@ LOOP = Row(
             unit=BYTES,
             description="Resident memory, by instance, from prometheus-client (one process only). A sawtooth that ends "
             "at the limit: the process is killed, and its runs with it.",
-            asks=[Ask(query="sum by (instance) (process_resident_memory_bytes)", legend="{{instance}}")],
+            asks=[Ask(query=f"sum by (instance) (process_resident_memory_bytes {OF_APPS})", legend="{{instance}}")],
         ),
         Panel(
             title="CPU",
@@ -198,7 +214,8 @@ LOOP = Row(
             "process can do no more: add processes.",
             asks=[
                 Ask(
-                    query="sum by (instance) (rate(process_cpu_seconds_total[$__rate_interval]))", legend="{{instance}}"
+                    query=f"sum by (instance) (rate(process_cpu_seconds_total[$__rate_interval]) {OF_APPS})",
+                    legend="{{instance}}",
                 )
             ],
         ),

@@ -39,11 +39,22 @@ QUANTILES = {
     "p99 error": "dark-red",
 }
 STATUSES = {"sent": "green", "failed": "red", "dropped": "yellow", "rate_limited": "purple"}
-OTHERS = {"success rate": "green", "scheduled": "blue", "finished": "green", "waiting": "light-blue", "running": "blue"}
+OTHERS = {
+    "success rate": "green",
+    "scheduled": "blue",
+    "finished": "green",
+    "waiting": "light-blue",
+    "running": "blue",
+    "oldest waiting": "light-blue",
+    "oldest running": "blue",
+    "1 s": "light-blue",
+    "10 s": "blue",
+    "60 s": "dark-blue",
+}
 #: Lines that are limits: dashed, without fill.
 LIMITS = ("SLO", "timeout")
 
-_BY_LABEL = {"{{outcome}}": OUTCOMES, "{{state}}": STATES, "{{status}}": STATUSES}
+_BY_LABEL = {"{{outcome}}": OUTCOMES, "{{state}}": STATES}
 _SINGLE = {**OTHERS, **QUANTILES, "abandoned threads": STATES["abandoned threads"]}
 
 
@@ -71,6 +82,13 @@ def overrides(legends: list[str]) -> Iterator[tuple[str, list[models.DynamicConf
             )
         if legend == "{{task}}":
             yield "__none__", [models.DynamicConfigValue(id_val="displayName", value="no task")]
+
+
+def endings(legends: list[str]) -> Iterator[tuple[str, list[models.DynamicConfigValue]]]:
+    """The same for series with a status after another word, by a regular expression."""
+    if any(legend.endswith(" {{status}}") for legend in legends):
+        for status, colour in STATUSES.items():
+            yield f"/ {status}$/", [_colour(colour)]
 
 
 def _colour(colour: str) -> models.DynamicConfigValue:

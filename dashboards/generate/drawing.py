@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from grafana_foundation_sdk.builders import (
@@ -24,7 +24,7 @@ from grafana_foundation_sdk.models import dashboard as models
 from grafana_foundation_sdk.models import heatmap as heat
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat as FORMAT
 
-from colours import by_name, overrides
+from colours import by_name, endings, overrides
 from panels import BYTES, COUNT, PER_MINUTE, SECONDS, SHARE, WHOLE, Column, Panel, asked
 
 PROMETHEUS = kinds.DataSourceRef(type_val="prometheus", uid="${datasource}")
@@ -63,9 +63,9 @@ def draw(panel: Panel) -> Any:
     return built.datasource(PROMETHEUS)
 
 
-def _thresholds(panel: Panel) -> dashboard.ThresholdsConfig:
+def _thresholds(panel: Panel, own: Sequence[tuple[float, str]] = ()) -> dashboard.ThresholdsConfig:
     steps = [models.Threshold(value=None, color=panel.first)]
-    steps += [models.Threshold(value=value, color=colour) for value, colour in panel.steps]
+    steps += [models.Threshold(value=value, color=colour) for value, colour in own or panel.steps]
     return dashboard.ThresholdsConfig().mode(models.ThresholdsMode.ABSOLUTE).steps(steps)
 
 
@@ -74,10 +74,10 @@ def _series(panel: Panel) -> timeseries.Panel:
         timeseries.Panel()
         .color_scheme(by_name())
         .draw_style(kinds.GraphDrawStyle.BARS if panel.bars else kinds.GraphDrawStyle.LINE)
-        .line_width(0 if panel.bars else 1)
-        .fill_opacity(80 if panel.bars else 30 if panel.stacked else 8)
+        # A line on a stack would be that of its topmost series, also where this is 0.
+        .line_width(0 if panel.bars or panel.stacked else 1)
+        .fill_opacity(80 if panel.bars else 60 if panel.stacked else 8)
         .show_points(kinds.VisibilityMode.AUTO)
-        .min(0)
         .axis_soft_max(SOFT_MAX[panel.unit])
         .thresholds(_thresholds(panel))
         .legend(
@@ -102,10 +102,13 @@ def _series(panel: Panel) -> timeseries.Panel:
         built = built.thresholds_style(common.GraphThresholdsStyleConfig().mode(kinds.GraphThresholdsStyleMode.DASHED))
     if panel.high is not None:
         built = built.max(panel.high)
+    built = built.min(0) if panel.low is None else built.axis_soft_min(panel.low)
     if panel.to_task:
         built = built.data_links([_to_task("${job:queryparam}", "${__field.labels.task}")])
     for name, properties in overrides([ask.legend for ask in panel.answerable]):
         built = built.override_by_name(name, properties)
+    for pattern, properties in endings([ask.legend for ask in panel.answerable]):
+        built = built.override_by_regexp(pattern, properties)
     return built
 
 
@@ -121,13 +124,26 @@ def _stat(panel: Panel) -> stat.Panel:
         .thresholds(_thresholds(panel))
         .color_mode(kinds.BigValueColorMode.BACKGROUND if panel.filled else kinds.BigValueColorMode.VALUE)
         .graph_mode(kinds.BigValueGraphMode.NONE if panel.answerable[0].now else kinds.BigValueGraphMode.AREA)
+        # The wide layout, which Grafana takes for tiles of a wide screen, has small figures.
+        .wide_layout(False)
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]).values(False))
+        .min(0)
     )
     if panel.decimals is not None:
         built = built.decimals(panel.decimals)
-    if panel.texts:
-        built = built.mappings([_text(*each) for each in panel.texts])
-    return built
+    if panel.high is not None:
+        built = built.max(panel.high)
+    for ask in panel.answerable:
+        if ask.steps:
+            steps = models.DynamicConfigValue(id_val="thresholds", value=_thresholds(panel, ask.steps).build())
+            built = built.override_by_name(ask.legend, [steps])
+    mappings: list[Any] = [_text(*each) for each in panel.texts]
+    if not panel.filled:
+        # Nothing to measure is neither good nor bad.
+        neutral = models.ValueMappingResult(text=panel.empty, color="text")
+        nothing = models.DashboardSpecialValueMapOptions(match=models.SpecialValueMatch.NULL_AND_NAN, result=neutral)
+        mappings.append(models.SpecialValueMap(options=nothing))
+    return built.mappings(mappings)
 
 
 def _text(low: float | None, high: float | None, text: str, colour: str) -> models.RangeMap:
@@ -142,7 +158,7 @@ def _table(panel: Panel) -> table.Panel:
         table.Panel()
         .show_header(True)
         .filterable(False)
-        .min_width(70)
+        .min_width(95)
         .thresholds(_thresholds(panel))
         .with_transformation(models.DataTransformerConfig(id_val="merge", options={}))
         .with_transformation(
@@ -168,7 +184,10 @@ def _table(panel: Panel) -> table.Panel:
         values = [models.DynamicConfigValue(id_val=name, value=value) for name, value in properties.items()]
         built = built.override_by_name(column.name, values)
     if panel.sort_by:
-        built = built.sort_by([common.TableSortByFieldState().display_name(panel.sort_by).desc(True)])
+        texts = {column.name for column in panel.columns if not column.unit}
+        built = built.sort_by(
+            [common.TableSortByFieldState().display_name(name).desc(name not in texts) for name in panel.sort_by]
+        )
     return built
 
 
@@ -177,8 +196,9 @@ def _column(column: Column) -> dict[str, Any]:
     found: dict[str, Any] = {
         "noValue": column.empty,
         "unit": column.unit or None,
-        "decimals": 0 if column.unit == WHOLE else None,
+        "decimals": {WHOLE: 0, SHARE: 1, SECONDS: 1}.get(column.unit),
         "custom.width": column.width,
+        "custom.wrapHeaderText": True if column.width and " " in column.name else None,
     }
     if column.steps or column.words:
         style = {"type": "color-background", "mode": "basic"} if column.cell else {"type": "color-text"}
@@ -187,6 +207,8 @@ def _column(column: Column) -> dict[str, Any]:
         steps: list[dict[str, Any]] = [{"color": "transparent" if column.cell else "text", "value": None}]
         steps += [{"color": colour, "value": value} for value, colour in column.steps]
         found["thresholds"] = {"mode": "absolute", "steps": steps}
+    if column.zero:
+        found["mappings"] = [{"type": "value", "options": {"0": {"text": column.zero, "index": 0}}}]
     if column.words:
         options = {word: {"color": colour, "index": at} for at, (word, colour) in enumerate(column.words.items())}
         found["mappings"] = [{"type": "value", "options": options}]

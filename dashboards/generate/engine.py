@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from panels import COUNT, PER_MINUTE, RED, SECONDS, WHOLE, Ask, Board, Column, Panel, Row, per_minute
+from panels import COUNT, PER_MINUTE, RED, SECONDS, SHOWN, WHOLE, Ask, Board, Column, Panel, Row, per_minute, used
 
 SAFETY = Row(
     title="What never started, and what will fail",
@@ -35,7 +35,7 @@ SAFETY = Row(
                 Column(of="Value", name="Found", unit=WHOLE, steps=[(0.5, RED)]),
                 Column(of="job", name="Job"),
             ],
-            sort_by="Found",
+            sort_by=["Found"],
         ),
     ],
 )
@@ -46,6 +46,8 @@ OWN = Row(
         Panel(
             title="Alert channels",
             kind="table",
+            width=24,
+            height=6,
             empty="No channel configured",
             description="What each channel delivered in the shown time, and when last. failed: check its address and "
             "token. Slow: other alerts wait for it.",
@@ -71,10 +73,11 @@ OWN = Row(
                 Column(of="Value #E", name="Waiting", unit=WHOLE),
                 Column(of="job", name="Job"),
             ],
-            sort_by="Failed",
+            sort_by=["Failed"],
         ),
         Panel(
             title="Alerts by channel and status",
+            width=8,
             unit=PER_MINUTE,
             empty="No alerts",
             stacked=True,
@@ -90,6 +93,7 @@ OWN = Row(
         ),
         Panel(
             title="Deduplicated alerts",
+            width=8,
             unit=PER_MINUTE,
             empty="None deduplicated",
             stacked=True,
@@ -105,10 +109,112 @@ OWN = Row(
         ),
         Panel(
             title="Alerts awaiting delivery",
+            width=8,
             unit=COUNT,
             empty="No alert waits",
-            description="Growing: the channel cannot be reached. Tasks do not wait for it.",
-            asks=[Ask(query="sum by (channel) (aftertask_alert_queue_length) > 0", legend="{{channel}}")],
+            description="With those that wait to be sent with their repetitions as one. Growing on and on: the channel "
+            "cannot be reached. Tasks do not wait for it.",
+            asks=[Ask(query=used("aftertask_alert_queue_length", "channel"), legend="{{channel}}")],
+        ),
+    ],
+)
+
+JOURNAL = Row(
+    title="The journal",
+    panels=[
+        Panel(
+            title="New dead letters",
+            unit=PER_MINUTE,
+            empty="No dead letter, or neither a journal nor a worker",
+            stacked=True,
+            description="Durable runs, and runs on Celery, that did not succeed. interrupted: the worker died while it "
+            "ran; unconfirmed: before its request had ended. aftertask dead list names those of a journal.",
+            asks=[Ask(query=per_minute("aftertask_dead_letters_total", "task, reason"), legend="{{task}} {{reason}}")],
+        ),
+        Panel(
+            title="Dead letters kept",
+            unit=COUNT,
+            empty="No journal",
+            description="They stay until they are replayed or deleted.",
+            asks=[Ask(query="max by (job) (aftertask_journal_dead_letters)", legend="{{job}}")],
+        ),
+        Panel(
+            title="Runs in the journal, by state",
+            unit=COUNT,
+            empty="Every run has ended",
+            stacked=True,
+            description="Runs that have not ended. accepted: its request has not ended. ready for long: no worker "
+            "knows the task, or all are busy.",
+            asks=[
+                Ask(
+                    # Every worker of a job exposes the same file.
+                    query="sum by (state) (max by (job, state) (aftertask_journal_entries)) "
+                    f"and sum by (state) (max_over_time(aftertask_journal_entries{SHOWN})) > 0",
+                    legend="{{state}}",
+                )
+            ],
+        ),
+        Panel(
+            title="Runs of dead workers",
+            unit=PER_MINUTE,
+            empty="No worker died with runs",
+            stacked=True,
+            description="What became of them. lost: make the task durable. rerun: the journal ran it again.",
+            asks=[
+                Ask(query=per_minute("aftertask_journal_recovered_total", "task, action"), legend="{{task}} {{action}}")
+            ],
+        ),
+        Panel(
+            title="Time until a change is on disk",
+            unit=SECONDS,
+            empty="No journal",
+            description="95th percentile. intent: a request with a durable task waits for it before it responds.",
+            asks=[
+                Ask(
+                    query="histogram_quantile(0.95, sum by (le, op) "
+                    "(rate(aftertask_journal_write_seconds_bucket[$__rate_interval]))) >= 0",
+                    legend="{{op}}",
+                )
+            ],
+        ),
+        Panel(
+            title="Errors of the journal",
+            unit=PER_MINUTE,
+            empty="No errors",
+            description="Disk full, file locked or deleted: the log line journal.failed says which. intent: requests "
+            "with durable tasks fail. Accepted runs are not lost.",
+            asks=[
+                Ask(query=per_minute("aftertask_journal_errors_total", "op"), legend="{{op}}"),
+                Ask(query=per_minute("aftertask_journal_dropped_total", "job"), legend="not recorded"),
+            ],
+        ),
+    ],
+)
+
+OFFLOAD = Row(
+    title="Hand-over to engines",
+    panels=[
+        Panel(
+            title="Hand-overs by engine and status",
+            unit=PER_MINUTE,
+            empty="No engine",
+            stacked=True,
+            description="error: the broker did not take the run within the deadline; it failed, or waits in the "
+            "journal. fallback: it ran here. The log lines offload.failed and offload.fallback have the cause.",
+            asks=[Ask(query=per_minute("aftertask_offload_total", "engine, status"), legend="{{engine}} {{status}}")],
+        ),
+        Panel(
+            title="Time to hand a run over",
+            unit=SECONDS,
+            empty="No engine",
+            description="95th percentile. Near the deadline: the broker is slow, or does not answer.",
+            asks=[
+                Ask(
+                    query="histogram_quantile(0.95, sum by (le, engine) "
+                    "(rate(aftertask_offload_seconds_bucket[$__rate_interval]))) >= 0",
+                    legend="{{engine}}",
+                )
+            ],
         ),
     ],
 )
@@ -120,8 +226,8 @@ ITSELF = Row(
             title="Accounting drift",
             unit=COUNT,
             lines=True,
-            description="Scheduled - finished - in flight, by instance: always 0. Anything else is a bug in aftertask: "
-            "please report it.",
+            description="Scheduled - finished - in flight, by instance: always 0, or on a worker what waits in the "
+            "broker for its next attempt. Anything else is a bug in aftertask: please report it.",
             asks=[
                 Ask(
                     query="sum by (job, instance) (aftertask_tasks_scheduled_total) - "
@@ -185,6 +291,7 @@ ITSELF = Row(
                 Column(of="engine", name="Engine"),
                 Column(of="job", name="Job"),
             ],
+            sort_by=["Task"],
         ),
     ],
 )
@@ -193,5 +300,5 @@ BOARD = Board(
     uid="aftertask-engine",
     title="Background tasks: internals",
     description="What will fail, aftertask's own alerts, how it is doing, and whether its counts add up.",
-    rows=[SAFETY, OWN, ITSELF],
+    rows=[SAFETY, OWN, ITSELF, JOURNAL, OFFLOAD],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from overview import BAD, LIMITS, bad_share
-from panels import COUNT, PER_MINUTE, RED, SECONDS, SHARE, Ask, Board, Panel, Row, per_minute, quantiles
+from panels import COUNT, PER_MINUTE, RED, SECONDS, SHARE, Ask, Board, Panel, Row, per_minute, quantiles, used
 
 FAILS = Row(
     title="$task",
@@ -40,8 +40,8 @@ FAILS = Row(
             unit=PER_MINUTE,
             empty="Every run started",
             stacked=True,
-            description="Runs that ended without having started. A client causes http_exception and validation; the "
-            "others are for the app to fix.",
+            description="Runs that ended without having started. A client causes http_exception and validation, "
+            "cancel_run and revoked are on purpose; the others are for the app to fix.",
             asks=[
                 Ask(
                     query=per_minute("aftertask_tasks_not_run_total", "outcome, reason"),
@@ -138,8 +138,8 @@ FAILS = Row(
             description="backoff: runs that wait for their next attempt. Abandoned threads continue past the timeout "
             "and cannot be stopped.",
             asks=[
-                Ask(query="sum by (state) (aftertask_tasks_inflight) > 0", legend="{{state}}"),
-                Ask(query="sum(aftertask_abandoned_threads) > 0", legend="abandoned threads"),
+                Ask(query=used("aftertask_tasks_inflight", "state"), legend="{{state}}"),
+                Ask(query=used("aftertask_abandoned_threads", ""), legend="abandoned threads"),
             ],
         ),
     ],

@@ -23,6 +23,8 @@ from panels import (
 )
 
 BAD = "failed|timed_out|lost|rejected|skipped|dropped"
+#: What neither a client causes at will nor anyone cancels on purpose.
+OURS = '{reason!~"http_exception|validation|revoked|cancel_run"}'
 LIMITS = Limits()
 FIRING = 'ALERTS{alertname=~"Aftertask.+",alertstate="firing"}'
 
@@ -31,6 +33,11 @@ def bad_share(window: str, by: str = "") -> str:
     """PromQL: the share of the counted runs that ended badly."""
     bad = f"sum by ({by}) (increase(aftertask_tasks_bad_total[{window}]))"
     return f"{bad} / ({counted(by, 'increase', window)} > 0)"
+
+
+def firing(severity: str) -> str:
+    """PromQL: how many alerts of this severity fire."""
+    return f'count({FIRING[:-1]},severity="{severity}"}}) or vector(0)'
 
 
 NOW = Row(
@@ -42,6 +49,7 @@ NOW = Row(
             title="Instances up",
             unit=SHARE,
             decimals=0,
+            high=1,
             filled=True,
             empty="No instance",
             description="Share of the processes of the last day that Prometheus can scrape now. Below 100 %: see which "
@@ -55,6 +63,7 @@ NOW = Row(
             height=4,
             title="Success rate",
             unit=SHARE,
+            high=1,
             description="Share of the runs of the last 5 minutes that did not end badly. Below the SLO: look at the "
             "table for the task.",
             asks=[Ask(query=f"1 - {bad_share('5m')}")],
@@ -69,7 +78,7 @@ NOW = Row(
             description="Runs per minute that ended badly, over the last 5 minutes. Their users had a success "
             "response: find out which work has to be done again.",
             asks=[Ask(query="60 * sum(rate(aftertask_tasks_bad_total[5m])) or vector(0)")],
-            steps=[(0.5, ORANGE), (5, RED)],
+            steps=[(1, ORANGE), (10, RED)],
         ),
         Panel(
             kind="stat",
@@ -99,9 +108,11 @@ NOW = Row(
             filled=True,
             empty="No alerts",
             description="Alerts of aftertask's rules that fire now; 0 also if Prometheus has not loaded the rules. "
-            "The next row names them.",
-            asks=[Ask(query=f"count({FIRING}) or vector(0)")],
-            steps=[(1, RED)],
+            "The next row names them, with those of severity info, which are not counted.",
+            asks=[
+                Ask(query=firing("critical"), legend="critical", steps=[(1, RED)]),
+                Ask(query=firing("warning"), legend="warning", steps=[(1, ORANGE)]),
+            ],
         ),
     ],
 )
@@ -125,41 +136,46 @@ TASKS = Panel(
             "(increase(aftertask_attempt_duration_seconds_bucket[$__range]))) >= 0",
             "sum by (job, task) (increase(aftertask_retries_total[$__range])) / "
             "(sum by (job, task) (increase(aftertask_attempt_duration_seconds_count[$__range])) > 0)",
-            "max by (job, task) (aftertask_oldest_running_age_seconds) > 0",
+            # 0 for a task that does not run, so that the column does not come and go.
+            "max by (job, task) (aftertask_oldest_running_age_seconds) or 0 * max by (job, task) (aftertask_task_info)",
             'sum by (job, task) (increase(aftertask_event_loop_blocked_seconds_total{task!="__none__"}[$__range]))',
             "time() - max by (job, task) (aftertask_last_success_timestamp_seconds > 0)",
             "time() - max by (job, task) (aftertask_last_failure_timestamp_seconds > 0)",
             "max by (job, task, owner) (aftertask_task_info)",
         )
     ],
+    # As wide as a word of their headings and the longest values, so that on a screen of 1280 pixels the rest is enough
+    # for owner and job.
     columns=[
         Column(of="task", name="Task", width=290),
-        Column(of="Value #A", name="Bad runs", unit=WHOLE, width=90),
+        Column(of="Value #A", name="Bad runs", unit=WHOLE, width=65),
         Column(
             of="Value #B",
             name="Bad share",
             unit=SHARE,
-            width=90,
+            width=65,
             steps=[(1 - LIMITS.objective, ORANGE), (LIMITS.failing_share, RED)],
             cell=True,
         ),
-        Column(of="Value #C", name="Runs", unit=WHOLE, width=80),
-        Column(of="Value #D", name="Wait p95", unit=SECONDS, width=75),
-        Column(of="Value #E", name="Run p95", unit=SECONDS, width=75),
-        Column(of="Value #F", name="Retries", unit=SHARE, width=70, steps=[(LIMITS.retry_share, RED)]),
+        Column(of="Value #C", name="Runs", unit=WHOLE, width=62),
+        Column(of="Value #D", name="Wait p95", unit=SECONDS, width=76),
+        Column(of="Value #E", name="Run p95", unit=SECONDS, width=76),
+        Column(of="Value #F", name="Retries", unit=SHARE, width=62, steps=[(LIMITS.retry_share, RED)]),
         Column(
             of="Value #G",
             name="Running for",
             unit=SECONDS,
+            zero="-",
+            width=80,
             steps=[(300, ORANGE), (LIMITS.stuck_seconds, RED)],
         ),
-        Column(of="Value #H", name="Blocked loop", unit=SECONDS),
-        Column(of="Value #I", name="Last success", unit=SECONDS, empty="never"),
-        Column(of="Value #J", name="Last failure", unit=SECONDS),
+        Column(of="Value #H", name="Blocked loop", unit=SECONDS, zero="-", width=75),
+        Column(of="Value #I", name="Last success", unit=SECONDS, empty="never", width=80),
+        Column(of="Value #J", name="Last failure", unit=SECONDS, width=80),
         Column(of="owner", name="Owner"),
         Column(of="job", name="Job"),
     ],
-    sort_by="Bad runs",
+    sort_by=["Bad runs", "Running for"],
     to_task=True,
 )
 
@@ -173,8 +189,8 @@ WHICH = Row(
             height=6,
             title="Alerts",
             empty="No alert fires",
-            description="Alerts of aftertask's rules that fire now, the newest first, and since when their condition "
-            "has held. The notification of each links its runbook.",
+            description="Alerts of aftertask's rules that fire now, critical ones first, then the newest, and since "
+            "when their condition has held. The notification of each links its runbook.",
             asks=[
                 Ask(
                     query="1000 * max by (alertname, severity, job, task, instance) "
@@ -195,7 +211,7 @@ WHICH = Row(
                 Column(of="job", name="Job"),
                 Column(of="Value", name="Since", unit=AGO),
             ],
-            sort_by="Since",
+            sort_by=["Severity", "Since"],
         ),
     ],
 )
@@ -234,11 +250,11 @@ SINCE = Row(
             empty="Every run started",
             stacked=True,
             to_task=True,
-            description="Runs that ended without having started. A client causes http_exception and validation; the "
-            "others are for the app to fix.",
+            description="Runs that ended without having started, for the app to fix. Those that a client causes "
+            "(http_exception, validation), and those cancelled or revoked on purpose, are in Internals.",
             asks=[
                 Ask(
-                    query=per_minute("aftertask_tasks_not_run_total", "task, reason", most=10),
+                    query=per_minute("aftertask_tasks_not_run_total", "task, reason", OURS, most=10),
                     legend="{{reason}} of {{task}}",
                 )
             ],
@@ -273,6 +289,7 @@ BUDGET = Row(
             title="Success rate vs. SLO",
             width=10,
             unit=SHARE,
+            low=0.95,
             high=1,
             description="Share of runs that did not end badly, beside the SLO. In a gap nothing ran. The SLO is the "
             "variable slo, in the dashboard's settings or its address (var-slo=0.999).",

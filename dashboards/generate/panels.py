@@ -20,6 +20,10 @@ AGO = units.DateTimeFromNow
 
 GREEN, ORANGE, RED = "green", "orange", "red"
 
+#: The shown time as one window for all of a graph: what was 0 throughout is left out, what is 0 by now is drawn as 0,
+#: so that the last value in a legend is the newest.
+SHOWN = "[$__range] @ end()"
+
 #: Metrics of others that a panel may ask for: prometheus-client's of the process, Prometheus's of targets and alerts.
 FOREIGN = ("process_resident_memory_bytes", "process_cpu_seconds_total", "up", "ALERTS", "ALERTS_FOR_STATE")
 
@@ -33,8 +37,12 @@ def asked(query: str) -> str:
         name, own = found[1], found[2]
         labels = ["job"] if name.startswith("ALERTS") else ["job", "instance"]
         if name in EMITTED:
-            labels += [label for label in ("engine", "task") if label in EMITTED[name].labels]
+            # The variable is about where runs are executed; a hand-over has the engine that it goes to.
+            narrow = ("task",) if name.startswith("aftertask_offload_") else ("engine", "task")
+            labels += [label for label in narrow if label in EMITTED[name].labels]
         chosen = [f'{label}=~"${label}"' for label in labels]
+        if name.startswith("ALERTS"):  # many are of no instance or no task, and then about all
+            chosen += [f'{label}=~"|${label}"' for label in ("instance", "task")]
         return f"{name}{{{','.join([*chosen, *([own] if own else [])])}}}"
 
     return _METRIC.sub(matchers, query)
@@ -50,12 +58,14 @@ class Ask:
         legend: What a series is called.
         exemplars: Whether its histogram's traces are shown as dots.
         now: Whether only its newest value counts.
+        steps: From which value on a stat has which colour, if it has several values.
     """
 
     query: str
     legend: str = ""
     exemplars: bool = False
     now: bool = False
+    steps: list[tuple[float, str]] = field(default_factory=list)
 
 
 def quantiles(histogram: str, by: str = "", matchers: str = "", word: str = "") -> list[Ask]:
@@ -63,15 +73,31 @@ def quantiles(histogram: str, by: str = "", matchers: str = "", word: str = "") 
     inner = f"sum by ({', '.join(filter(None, ('le', by)))}) (rate({histogram}_bucket{matchers}[$__rate_interval]))"
     legends = [f"p{q:g}" + (f" {word}" if word else "") + (f" {{{{{by}}}}}" if by else "") for q in (50, 95, 99)]
     return [
-        Ask(query=f"histogram_quantile({q / 100:g}, {inner})", legend=legend, exemplars=q == 99)
+        # Without runs a quantile is no number, which Grafana lists in the legend.
+        Ask(query=f"histogram_quantile({q / 100:g}, {inner}) >= 0", legend=legend, exemplars=q == 99)
         for q, legend in zip((50, 95, 99), legends, strict=True)
     ]
 
 
+def rising(counter: str, by: str, matchers: str = "", most: int = 0) -> str:
+    """PromQL: rates by these labels, of what rose in the shown time; only the highest if `most` is above 0."""
+    rose = f"sum by ({by}) (increase({counter}{matchers}{SHOWN})) > 0"
+    return f"sum by ({by}) (rate({counter}{matchers}[$__rate_interval])) and {_highest(rose, most)}"
+
+
 def per_minute(counter: str, by: str, matchers: str = "", most: int = 0) -> str:
-    """PromQL: how often a minute, by these labels, without series at 0; the highest ones if `most` is above 0."""
-    rates = f"60 * sum by ({by}) (rate({counter}{matchers}[$__rate_interval])) > 0"
-    return f"topk({most}, {rates})" if most else rates
+    """PromQL: how often a minute, of what happened in the shown time; only the most frequent if `most` is above 0."""
+    return f"60 * {rising(counter, by, matchers, most)}"
+
+
+def used(gauge: str, by: str, most: int = 0) -> str:
+    """PromQL: a gauge by these labels, if above 0 in the shown time; only the highest if `most` is above 0."""
+    peaks = f"sum by ({by}) (max_over_time({gauge}{SHOWN})) > 0"
+    return f"sum by ({by}) ({gauge}) and {_highest(peaks, most)}"
+
+
+def _highest(series: str, most: int) -> str:
+    return f"topk({most}, {series})" if most else series
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +109,7 @@ class Column:
         of: The label or value (`Value #A` for the first query) it shows.
         name: Its heading.
         empty: What stands in a cell without a value.
+        zero: What stands in a cell for 0, if not 0.
         width: In pixels; None shares what is left.
         steps: The colours of its cells, from which value on; none below the first.
         words: The colours of certain texts.
@@ -93,6 +120,7 @@ class Column:
     name: str
     unit: str = ""
     empty: str = "-"
+    zero: str = ""
     width: int | None = None
     steps: list[tuple[float, str]] = field(default_factory=list)
     words: dict[str, str] = field(default_factory=dict)
@@ -110,11 +138,13 @@ class Panel:
         bars: Whether each interval is a bar.
         steps: From which value on which colour; the first colour is for everything below.
         lines: Whether the steps are drawn as dashed lines.
-        high: The end of the axis, if it has one.
+        high: The end of the axis, if it has one; that of a stat's trend, too.
+        low: Where the axis begins if nothing is below; None for 0, and never more.
         texts: What a stat says instead of a value: from, to, text and colour.
         filled: Whether a stat's colour fills it.
         to_task: Whether a series or a row leads to the task's own dashboard.
         columns: For tables: the columns, in order; every other one is hidden.
+        sort_by: The columns that sort the rows: the highest first, texts from A on.
     """
 
     title: str
@@ -131,12 +161,13 @@ class Panel:
     first: str = GREEN
     lines: bool = False
     high: float | None = None
+    low: float | None = None
     texts: list[tuple[float | None, float | None, str, str]] = field(default_factory=list)
     filled: bool = False
     decimals: int | None = None
     to_task: bool = False
     columns: list[Column] = field(default_factory=list)
-    sort_by: str = ""
+    sort_by: list[str] = field(default_factory=list)
 
     @property
     def answerable(self) -> list[Ask]:

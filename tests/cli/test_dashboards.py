@@ -23,10 +23,9 @@ from aftertask.cli._promql import EMITTED
 from aftertask.cli.app import app
 from aftertask.events import OUTCOMES
 from aftertask.signals import families
+from live.grafana import BOARDS, ROOT, panels, properties
 
-ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "dashboards"
-BOARDS = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
 #: Of panels and of columns: what a person reads at once, so no operations per second.
 PANEL_UNITS = {units.Short, units.PercentUnit, units.Seconds, units.BytesIEC, "suffix:/min"}
 COLUMN_UNITS = {units.LocaleFormat, units.PercentUnit, units.Seconds, units.DateTimeFromNow}
@@ -37,25 +36,6 @@ ALERT_LABELS = {"alertname", "alertstate", "severity", "task"}
 TARGET_LABELS = {"job", "instance"}
 
 each_board = pytest.mark.parametrize("name", list(BOARDS))
-
-
-def panels(board: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """All panels but the headings, those in folded rows too."""
-    for panel in board["panels"]:
-        if panel["type"] == "row":
-            yield from panel["panels"]
-        else:
-            yield panel
-
-
-def properties(panel: dict[str, Any], wanted: str) -> dict[str, Any]:
-    """One property of the series or columns that a panel has overrides for, by their name."""
-    return {
-        override["matcher"]["options"]: each["value"]
-        for override in panel["fieldConfig"]["overrides"]
-        for each in override["properties"]
-        if each["id"] == wanted
-    }
 
 
 def of_prometheus(board: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -225,7 +205,11 @@ def test_every_query_asks_for_what_we_emit(name: str) -> None:
             labels = labels_of(metric)
             assert set(matchers) <= labels, f"{title}: {metric} has no label {set(matchers) - labels}"
             shown = {"job"} if metric.startswith("ALERTS") else {"job", "instance", "engine", "task"} & labels
+            if metric.startswith("aftertask_offload_"):  # their engine is not the one that the variable chooses
+                shown -= {"engine"}
             assert {label: f"${label}" for label in shown}.items() <= matchers.items(), f"{title}: {metric}"
+            if metric.startswith("ALERTS"):  # those about all instances or tasks, too
+                assert {"instance": "|$instance", "task": "|$task"}.items() <= matchers.items(), title
             available |= labels
         for node in nodes(parsed(query)):
             if isinstance(node, promql.AggregateExpr) and node.modifier is not None:
@@ -236,11 +220,12 @@ def test_every_query_asks_for_what_we_emit(name: str) -> None:
 def test_rates_are_taken_of_counters_over_the_right_time(name: str) -> None:
     """`rate` directly of a counter, over `$__rate_interval`; a whole-range increase only for one value."""
     for title, query, target in of_prometheus(BOARDS[name]):
-        for function, metric, window in re.findall(r"\b(rate|increase|resets)\((\w+)\{[^}]*\}\[([^\]]+)\]", query):
+        windows = re.findall(r"\b(rate|increase|resets)\((\w+)\{[^}]*\}\[([^\]]+)\]( @ end\(\))?", query)
+        for function, metric, window, at_end in windows:
             family = EMITTED.get(metric)
             assert metric in FOREIGN or (family and family.kind in ("counter", "histogram")), f"{title}: {metric}"
             if window == "$__range":
-                assert target["instant"] and function == "increase", title
+                assert function == "increase" and (target["instant"] or at_end), title
             elif window != "$__rate_interval":
                 assert window in ("5m", "30m", "1h", "6h"), f"{title}: {window}"
         counters = set(re.findall(r"aftertask_\w+_total(?=\{)", query)) - set(
@@ -252,7 +237,7 @@ def test_rates_are_taken_of_counters_over_the_right_time(name: str) -> None:
 
 @each_board
 def test_the_legends_show_the_culprit_first(name: str) -> None:
-    """Sorted by the last value, with the maximum, in a panel of some height; zeros are neither drawn nor listed."""
+    """Sorted by the last value, with the maximum, in a panel of some height; what was always 0 is not listed."""
     for panel in panels(BOARDS[name]):
         if panel["type"] != "timeseries":
             continue
@@ -267,7 +252,39 @@ def test_the_legends_show_the_culprit_first(name: str) -> None:
             of_many = re.fullmatch(
                 r".*\{\{(task|outcome|reason|error_type|channel|status|state)\}\}", target["legendFormat"]
             )
-            assert not of_many or re.search(r"> 0\)?$", target["expr"]), panel["title"]
+            shown = r" and (topk\(10, )?(sum|max) by \(.*\[\$__range\] @ end\(\)\)\) > 0\)?$"
+            assert not of_many or re.search(shown, target["expr"]), panel["title"]
+            # A quantile of nothing is no number, which would be listed and drawn as nothing.
+            assert "histogram_quantile(" not in target["expr"] or target["expr"].endswith(" >= 0"), panel["title"]
+
+
+@each_board
+def test_a_stack_has_no_lines(name: str) -> None:
+    """The line on top would have the colour of the last series, even where that is 0."""
+    for panel in panels(BOARDS[name]):
+        drawn = panel["fieldConfig"]["defaults"].get("custom", {})
+        assert "stacking" not in drawn or drawn["lineWidth"] == 0, panel["title"]
+
+
+@each_board
+def test_a_tile_is_neutral_where_nothing_runs(name: str) -> None:
+    """An idle app is not broken; figures are large on wide screens, too; a trend starts at 0."""
+    for panel in panels(BOARDS[name]):
+        if panel["type"] != "stat":
+            continue
+        defaults = panel["fieldConfig"]["defaults"]
+        special = [each["options"] for each in defaults["mappings"] if each["type"] == "special"]
+        neutral = {"match": "null+nan", "result": {"text": defaults["noValue"], "color": "text"}}
+        assert special == ([] if panel["options"]["colorMode"] == "background" else [neutral]), panel["title"]
+        assert panel["options"]["wideLayout"] is False and defaults["min"] == 0, panel["title"]
+
+
+@each_board
+def test_what_every_job_has_is_asked_of_our_apps_only(name: str) -> None:
+    """With all jobs chosen, too: Prometheus scrapes more than ours."""
+    for title, query, _ in of_prometheus(BOARDS[name]):
+        foreign = {metric for metric, _ in selectors(query)} & (FOREIGN - {"ALERTS", "ALERTS_FOR_STATE"})
+        assert not foreign or re.search(r" and on \(job, instance\) .*aftertask_build_info", query), title
 
 
 @each_board
@@ -308,6 +325,18 @@ def test_titles_are_plain_and_short(name: str) -> None:
     assert all(target["range"] for panel in top for target in panel["targets"])
 
 
+def test_alerts_have_the_colour_of_their_severity() -> None:
+    """Red is for what cannot wait: a warning alone is orange."""
+    (tile,) = [panel for panel in panels(BOARDS["aftertask-overview"]) if panel["title"] == "Alerts firing"]
+    assert [target["legendFormat"] for target in tile["targets"]] == ["critical", "warning"]
+    for target in tile["targets"]:
+        severity = target["legendFormat"]
+        assert {matchers["severity"] for _, matchers in selectors(target["expr"])} == {severity}
+        steps = properties(tile, "thresholds")[severity]["steps"]
+        wanted = {"critical": "red", "warning": "orange"}[severity]
+        assert [(step["value"], step["color"]) for step in steps] == [(None, "green"), (1, wanted)]
+
+
 @each_board
 def test_marks_are_moments_of_what_their_query_has(name: str) -> None:
     """Only where a thing begins, since a region covers every graph; each label of a mark's text is in its query."""
@@ -342,6 +371,11 @@ def test_a_table_has_whole_names_and_no_filters(name: str) -> None:
         assert all("job" in target["expr"].split("by (")[1].split(")")[0] for target in panel["targets"]), panel[
             "title"
         ]
+        # On a screen of 1280 pixels, without its margins.
+        widths, rest = properties(panel, "custom.width"), panel["fieldConfig"]["defaults"]["custom"]["minWidth"]
+        assert rest >= 95, f"{panel['title']}: an owner or a job would be cut"
+        needed = sum(widths.get(column, rest) for column in renamed.values())
+        assert needed <= 1232 * panel["gridPos"]["w"] / 24, f"{panel['title']}: {needed} pixels"
         for column, unit in properties(panel, "unit").items():
             assert unit != units.LocaleFormat or properties(panel, "decimals")[column] == 0, column
 

@@ -82,6 +82,11 @@ def life(minutes: int, **over: str) -> dict[str, str]:
         f'aftertask_event_loop_blocked_seconds_total{{{I},task="__none__"}}': ("blocked_by_none", flat),
         f'aftertask_alerts_total{{{I},channel="hook",status="failed"}}': ("alerts_failed", flat),
         f'aftertask_alerts_total{{{I},channel="hook",status="sent"}}': ("alerts_sent", flat),
+        f'aftertask_dead_letters_total{{{I},task="mail",reason="interrupted"}}': ("dead", flat),
+        f"aftertask_journal_dead_letters{{{I}}}": ("letters", flat),
+        f'aftertask_journal_errors_total{{{I},op="intent"}}': ("journal_errors", flat),
+        f'aftertask_offload_total{{{I},engine="celery",status="ok"}}': ("handed_over", flow),
+        f'aftertask_offload_total{{{I},engine="celery",status="error"}}': ("offload_errors", flat),
     }
     series |= {f"up{{{I}}}": ("up", f"1x{minutes}"), f"aftertask_build_info{{{I}}}": ("built", f"1x{minutes}")}
     keys = {key for key, _ in series.values()}
@@ -190,6 +195,16 @@ CASES: dict[str, Case] = {
     "AlertDeliveryFailing not with one delivered": Case(
         life(90, alerts_failed="0x10 0+1x20 20x60", alerts_sent="0x10 0+1x20 20x60"), {25: set()}
     ),
+    "DeadLettersGrowing": Case(life(90, dead="0x30 2x60"), {29: set(), 35: {"DeadLettersGrowing"}, 65: set()}),
+    "DeadLettersUnattended": Case(
+        life(1700, letters="0x20 3x1600 0x80"), {1400: set(), 1600: {"DeadLettersUnattended"}, 1690: set()}
+    ),
+    "DeadLettersUnattended not if there is a day's end": Case(life(1700, letters="3x700 0x20 3x980"), {1690: set()}),
+    "JournalErrors": Case(life(90, journal_errors="0x10 0+1x20 20x60"), {10: set(), 20: {"JournalErrors"}, 45: set()}),
+    "OffloadFailing": Case(
+        life(90, offload_errors="0x10 0+1x20 20x60"), {10: set(), 20: {"OffloadFailing"}, 45: set()}
+    ),
+    "OffloadFailing not for two": Case(life(60, offload_errors="0x10 2x50"), {14: set(), 30: set()}),
     "SelfDegraded": Case(life(90, self_errors="0x10 1x80"), {9: set(), 23: {"SelfDegraded"}, 40: set()}),
     "LabelOverflow": Case(life(120, overflow="0x10 3x110"), {9: set(), 30: {"LabelOverflow"}, 80: set()}),
 }
@@ -246,7 +261,12 @@ def test_promtool_takes_them(exported: list[Path], tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if is_emitted_today(case)])
+def named(name: str, case: Case) -> Any:
+    """The case as a parameter; one of about a day takes long."""
+    return pytest.param(name, marks=pytest.mark.long if max(case.firing) > 1_000 else ())
+
+
+@pytest.mark.parametrize("name", [named(name, case) for name, case in CASES.items() if is_emitted_today(case)])
 def test_each_fault_fires_its_alert_and_no_other(name: str, exported: list[Path], tmp_path: Path) -> None:
     """An alert fires under its fault, none else does, and it ends when the fault does."""
     done = promtool(tmp_path, exported, {name: CASES[name]})
@@ -359,6 +379,7 @@ def test_alerts_that_are_about_a_task_carry_it(exported: list[Path]) -> None:
             "TasksDropped",
             "TaskStuck",
             "RetryStorm",
+            "DeadLettersGrowing",
             "EventLoopBlockedByTask",
         }
         if rule["alert"].removeprefix("Aftertask") in about:

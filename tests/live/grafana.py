@@ -23,6 +23,16 @@ def panels(board: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from panel["panels"] if panel["type"] == "row" else [panel]
 
 
+def properties(panel: dict[str, Any], wanted: str) -> dict[str, Any]:
+    """One property of the series or columns that a panel has overrides for, by their name."""
+    return {
+        override["matcher"]["options"]: each["value"]
+        for override in panel["fieldConfig"]["overrides"]
+        for each in override["properties"]
+        if each["id"] == wanted
+    }
+
+
 class Grafana:
     """What Grafana does to a query before it asks: variables in, the more than one value of each as alternatives."""
 

@@ -1,4 +1,4 @@
-"""Prometheus and Alertmanager with the configuration that is shipped, and somebody who is told."""
+"""Prometheus and Alertmanager with the configuration that is shipped, and a receiver of alerts."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ STACK = Path(__file__).parents[2] / "grafana"
 
 
 class People(Receiver):
-    """Who Alertmanager tells: keeps each alert's last status, by its labels."""
+    """Receives what Alertmanager sends: keeps each alert's last status, by its labels."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: dict[frozenset[tuple[str, str]], str] = {}
+        self.received: dict[frozenset[tuple[str, str]], str] = {}
         self.alerts: list[dict[str, Any]] = []
 
     def take(self, body: bytes) -> None:
         """One message, with some alerts."""
         for alert in json.loads(body)["alerts"]:
             self.alerts.append(alert)
-            self.told[frozenset(alert["labels"].items())] = alert["status"]
+            self.received[frozenset(alert["labels"].items())] = alert["status"]
 
     def statuses(self, alert: str, **labels: str) -> set[str]:
         """The last statuses of the alerts of this name with these labels."""
         wanted = {("alertname", f"Aftertask{alert}"), *labels.items()}
-        return {status for known, status in list(self.told.items()) if wanted <= known}
+        return {status for known, status in list(self.received.items()) if wanted <= known}
 
 
 @contextlib.contextmanager
 def alertmanager(folder: Path, people: People) -> Iterator[Server]:
-    """Alertmanager as shipped, but for who is told and how soon."""
+    """Alertmanager as shipped, but for the receiver and the intervals."""
     config = yaml.safe_load((STACK / "alertmanager" / "alertmanager.yml").read_text())
     config["route"] |= {"group_wait": "1s", "group_interval": "1s"}
     for receiver in config["receivers"]:

@@ -30,6 +30,7 @@ MAY_BE_ZERO = {"Hazards", "Waited longer than", "Oldest waiting", "Alert channel
 EMPTY = {
     *("Errors inside aftertask", "Label overflow", "Events left out", "Alerts", "Event loop blocked by"),
     *("Alerts awaiting delivery", "Calls waiting for a thread", "Hazards", "Deduplicated alerts"),
+    *("Runs of dead workers", "Errors of the journal"),
 }
 
 
@@ -69,6 +70,7 @@ def load(tmp_path: Path) -> Iterator[tuple[Server, Spans]]:
             "OTEL_EXPORTER_OTLP_ENDPOINT": spans.url,
             "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{spans.url}/v1/traces",
             "PYTHONUNBUFFERED": "1",
+            "JOURNAL": str(tmp_path / "tasks.db"),
         }
         with (
             uvicorn("monitored:app", APPS, tmp_path / "shop.log", **env) as shop,
@@ -76,7 +78,7 @@ def load(tmp_path: Path) -> Iterator[tuple[Server, Spans]]:
         ):
             # What is counted before the first scrape is no increase.
             eventually(lambda: instant(server, "aftertask_build_info"), what="a scrape")
-            for name in ("hold", "behind", "hang", "limited", "limited", "thread", "thread", "thread"):
+            for name in ("hold", "behind", "hang", "limited", "limited", "thread", "thread", "thread", "kept"):
                 fire_and_forget(shop, name)
             traffic = [sys.executable, str(ROOT / "examples" / "shop" / "traffic.py"), "--url", shop.url]
             customers = subprocess.Popen(
@@ -85,7 +87,7 @@ def load(tmp_path: Path) -> Iterator[tuple[Server, Spans]]:
             try:
 
                 def all_there() -> bool:
-                    for name in ("retry", "fail"):
+                    for name in ("retry", "fail", "letter", "remote"):
                         fire_and_forget(shop, name)
                     done = instant(server, "sum by (outcome) (aftertask_tasks_finished_total) > 3")
                     outcomes = {each["metric"]["outcome"] for each in done}

@@ -134,7 +134,7 @@ class Alert:
 
 WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
 
-_CLIENT = 'outcome="dropped",reason=~"http_exception|validation"'
+_CLIENT = 'outcome="dropped",reason=~"http_exception|validation|revoked|cancel_run"'
 _BASE = 'outcome!~"cancelled|offloaded|expired"'
 
 
