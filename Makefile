@@ -3,17 +3,24 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.made
+EXAMPLES := $(VENV)/.examples
 
-.PHONY: test check long docs demo screenshots bench upstream realworld versions grafana dashboards format clean
+.PHONY: test check long crash docs demo demo-celery screenshots bench upstream realworld versions grafana dashboards format clean
 
-$(STAMP): pyproject.toml
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+
+$(EXAMPLES): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[all]" --group dev
+	$(PIP) --upgrade "pip>=25.1"
+	$(PIP) -e ".[all]" --group examples
+	touch $(EXAMPLES)
+
+$(STAMP): $(EXAMPLES)
+	$(PIP) --group dev
 	touch $(STAMP)
 
 test: check ## lint, types and the tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -rs -n auto --dist worksteal
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -21,13 +28,20 @@ check: $(STAMP)
 	$(BIN)/mypy
 
 long: upstream docs ## what takes minutes: upstream suites, real servers, the documentation, slow tests
-	$(BIN)/python -m pytest -q -m long
+	$(BIN)/python -m pytest -q -m "long and not alone" -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -m "long and alone"
 
 docs: $(STAMP) ## the documentation as a website in site/; a broken link is an error
 	$(BIN)/zensical build --clean --strict
 
-demo: $(STAMP) ## a small shop under uvicorn with its own traffic; `make demo SECONDS=20` stops by itself
+crash: $(STAMP) ## kill real servers 2 000 times, and compare what their tasks did with the journal; takes over an hour
+	$(BIN)/python tests/crash.py
+
+demo: $(EXAMPLES) ## a small shop under uvicorn with its own traffic; `make demo SECONDS=20` stops by itself
 	$(BIN)/python examples/shop/demo.py $(if $(SECONDS),--seconds $(SECONDS))
+
+demo-celery: $(EXAMPLES) ## a web app, two Celery workers and Redis, with traffic; needs redis-server
+	$(BIN)/python examples/celery_offload/run.py $(if $(SECONDS),--seconds $(SECONDS))
 
 screenshots: $(STAMP) ## the pictures of the README and the docs, from the running demo, with Debian's Chromium
 	$(BIN)/python docs/screenshots.py
@@ -36,7 +50,10 @@ bench: $(STAMP) ## what observing a task costs, beside the same signals written 
 	$(BIN)/python tests/bench/overhead.py
 	$(BIN)/python tests/bench/history.py
 	$(BIN)/python tests/bench/hazards.py
+	$(BIN)/python tests/bench/journal.py
 	$(BIN)/python tests/bench/run_after.py
+	$(BIN)/python tests/bench/offload.py
+	$(BIN)/python tests/bench/celery_worker.py
 
 upstream: $(STAMP) ## Starlette's and FastAPI's own suites, bare and with the middleware in every app
 	$(BIN)/python tests/upstream/run.py

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +20,14 @@ from aftertask import AftertaskMiddleware, Settings
 from aftertask.tasks import registrations_forgotten
 from aftertask.testing import VirtualClock
 from kit import ClientFor, Env
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What a test logs may hold half of a character, which would not travel from one of several processes."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report
 
 
 @pytest.fixture(params=["asyncio", "trio"])

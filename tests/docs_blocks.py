@@ -93,12 +93,12 @@ def start(app: FastAPI) -> None:
             pass
 
 
-def execute(page: Path) -> None:
-    """Run the blocks of one page."""
+def execute(page: Path, folder: str) -> None:
+    """Run the blocks of one page in this folder."""
     page = page.resolve()
-    os.chdir(tempfile.mkdtemp())
+    os.chdir(folder)
     module = types.ModuleType("page")
-    sys.modules["page"] = module
+    sys.modules["page"] = sys.modules["main"] = module  # where a reader has put the app
     space = module.__dict__
     space |= given()
     own_app = False
@@ -119,13 +119,13 @@ def execute(page: Path) -> None:
         assert code == 0, f"the page's own tests ended with {code!r}"
 
 
-def child(page: Path, answer: Any) -> None:
+def child(page: Path, folder: str, answer: Any) -> None:
     """Run a page in this process, and send what went wrong with what was printed, or None."""
     warnings.simplefilter("error")
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
-            execute(page)
+            execute(page, folder)
     except BaseException:
         answer.send(f"{traceback.format_exc()}\n{printed.getvalue()[-3000:]}")
     else:
@@ -138,11 +138,12 @@ def main(pages: list[str]) -> None:
     found: dict[str, str | None] = {}
     for page in pages:
         here, there = fork.Pipe()
-        process = fork.Process(target=child, args=(Path(page), there))
-        process.start()
-        found[page] = here.recv() if here.poll(60) else "no answer within 60 seconds"
-        process.kill()
-        process.join()
+        with tempfile.TemporaryDirectory() as folder:
+            process = fork.Process(target=child, args=(Path(page), folder, there))
+            process.start()
+            found[page] = here.recv() if here.poll(60) else "no answer within 60 seconds"
+            process.kill()
+            process.join()
     print(json.dumps(found))
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from live.servers import program
+
 BENCH = Path(__file__).parent / "bench"
 VARIANTS = ("bare", "floor", "ours", "ours_none")
 
@@ -87,14 +89,29 @@ def test_our_variants_write_one_line_for_each_task() -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(120)
-def test_a_short_load_with_open_pages_prints_both_gates() -> None:
-    """As above: exit code 1 means that a gate failed. All runs end, with pages open and without."""
-    options = ["--rounds", "2", "--seconds", "3"]
+def test_a_short_load_with_open_pages_costs_little() -> None:
+    """Three short rounds share the machine: twice the time is allowed, but no more of the processor than ever."""
+    options = ["--rounds", "3", "--seconds", "3", "--ratio", "2", "--memory", "15"]
 
     done = subprocess.run(
         [sys.executable, str(BENCH / "board.py"), *options], capture_output=True, text=True, check=False
     )
 
-    assert done.returncode == (1 if "FAIL" in done.stdout else 0), done.stderr
-    ratio, memory = done.stdout.splitlines()
-    assert "with three open pages" in ratio and "resident memory grew by" in memory
+    assert done.returncode == 0, done.stdout + done.stderr
+    ratio, processor, memory = done.stdout.splitlines()
+    assert "with three open pages" in ratio and "of a processor" in processor and "memory grew by" in memory
+
+
+@pytest.mark.long
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("command", ["offload.py", "celery_worker.py --rounds 1 --tasks 200"])
+def test_a_short_run_beside_bare_celery_prints_its_figures(command: str) -> None:
+    """What a busy machine makes of them decides nothing here."""
+    program("redis-server")
+    name, *options = command.split()
+    done = subprocess.run([sys.executable, str(BENCH / name), *options], capture_output=True, text=True, check=False)
+
+    # A busy machine may hold the loop up, and then the log says so.
+    errors = [line for line in done.stderr.splitlines() if '"event": "loop.blocked"' not in line]
+    assert done.returncode in (0, 1) and not errors, done.stderr
+    assert "hand-over" in done.stdout or len(done.stdout.splitlines()) == 4

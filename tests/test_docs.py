@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -45,16 +46,19 @@ def name_of(page: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def ran() -> dict[str, str | None]:
-    """What went wrong in each page; None where every block ran."""
+def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+    """What went wrong in each page; None where every block ran. Nothing is left in the folder for temporary files."""
+    temporary = tmp_path_factory.mktemp("blocks")
     done = subprocess.run(
         [sys.executable, "tests/docs_blocks.py", *map(name_of, PAGES)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=280,
+        env={**os.environ, "TMPDIR": str(temporary)},
     )
     assert done.returncode == 0, done.stderr
+    assert list(temporary.iterdir()) == []
     found: dict[str, str | None] = json.loads(done.stdout)
     return found
 
@@ -74,22 +78,29 @@ def page(name: str) -> dict[str, Any]:
     return space
 
 
-def test_the_page_about_status_shows_a_run_that_is_in_flight() -> None:
-    """Its header has the id, and a run that has ended is unknown."""
+def test_the_page_about_status_shows_a_run_until_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its header has the id; the run is found in flight and afterwards, by polling and by events."""
+    monkeypatch.chdir(tmp_path)
     space = page("howto/status.md")
-    seen: list[dict[str, str]] = []
+    seen: list[dict[str, object]] = []
 
-    async def watched(pages: int) -> None:
+    @space["task"](name="reports.watched", keep_result=True)  # type: ignore[untyped-decorator]  # of the page
+    async def watched(pages: int) -> dict[str, int]:
         space["progress"](3, pages, "pages")
         run = aftertask.current_run()
         assert run is not None
         seen.append(await space["status"](run.id))
+        return {"pages": pages}
 
     space["build_report"] = watched
-    with recorded(space["app"]), TestClient(space["app"]) as client:
+    with TestClient(space["app"]) as client:
         answer = client.post("/reports", params={"pages": 10})
-        assert seen == [{"state": "running", "progress": "3/10 pages"}]
-        assert client.get(f"/runs/{answer.headers['x-run-id']}").status_code == 404
+        assert seen == [{"state": "running", "progress": "3/10 pages", "result": None}]
+        run = f"/runs/{answer.headers['x-run-id']}"
+        end = {"state": "succeeded", "progress": "3/10 pages", "result": {"pages": 10}}
+        assert client.get(run).json() == end
+        assert client.get(f"{run}/events").text == f"data: {json.dumps(end)}\n\n"
+        assert client.get("/runs/unknown/events").status_code == 404
 
 
 def test_the_page_without_grafana_lists_the_last_problems() -> None:
@@ -139,7 +150,12 @@ def test_the_manifests_are_yaml_and_their_query_is_promql() -> None:
     """Each block is one object of Kubernetes; the query names a metric of ours."""
     found = re.findall(r"```yaml\n(.*?)```", (DOCS / "howto" / "kubernetes.md").read_text(), re.DOTALL)
     objects = {found["kind"]: found for found in map(yaml.safe_load, found)}
-    assert objects.keys() == {"Deployment", "Ingress", "ScaledObject"}
+    assert objects.keys() == {"Deployment", "Ingress", "ScaledObject", "StatefulSet"}
+    kept = objects["StatefulSet"]["spec"]
+    (container,) = kept["template"]["spec"]["containers"]
+    (mount,) = container["volumeMounts"]
+    assert container["env"][0]["value"].startswith(f"{mount['mountPath']}/")
+    assert mount["name"] == kept["volumeClaimTemplates"][0]["metadata"]["name"]
     (trigger,) = objects["ScaledObject"]["spec"]["triggers"]
     assert "aftertask_tasks_inflight" in promql_parser.parse(trigger["metadata"]["query"]).prettify()
     pod = objects["Deployment"]["spec"]["template"]["spec"]
@@ -171,7 +187,7 @@ def test_every_page_is_in_the_navigation() -> None:
     assert sorted(listed) == sorted(str(each.relative_to(DOCS)) for each in DOCS.rglob("*.md"))
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "SECURITY.md", ROOT / "examples" / "shop" / "README.md"], ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "SECURITY.md", *ROOT.glob("examples/**/README.md")], ids=name_of)
 def test_no_link_to_a_file_is_broken(page: Path) -> None:
     """`make docs` checks the website; this also checks the pages outside of docs/, and links out of it."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
@@ -277,6 +293,18 @@ def test_the_table_of_options_of_check_is_complete() -> None:
     """Each option of `aftertask check` but `--help`."""
     listed = {option for row in rows("hazards.md", "## `aftertask check`") for option in re.findall(r"--[a-z-]+", row)}
     assert listed == options_of("check") - {"--help"}
+
+
+def test_the_table_of_what_check_finds_is_complete() -> None:
+    """One row for each kind, and none for another: the literals of `_findings.py` and `_mistakes.py`."""
+    kinds: set[str] = set()
+    for name in ("cli/_findings.py", "_mistakes.py"):
+        for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Finding", "Mistake"):
+                kinds |= {node.args[0].value} if isinstance(node.args[0], ast.Constant) else set()
+    text = (DOCS / "hazards.md").read_text().partition("## `aftertask check`")[2].partition("| Option")[0]
+    first_cells = re.findall(r"^\| (`[^|]+) \|", text, re.MULTILINE)
+    assert {kind for cell in first_cells for kind in re.findall(r"`([a-z_]+)`", cell)} - {"kind"} == kinds
 
 
 def test_the_hazards_page_lists_every_kind() -> None:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,6 @@ from pathlib import Path
 import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from starlette.testclient import TestClient
 
 from live.servers import Receiver, Server, eventually, free_port, process, uvicorn
 
@@ -40,21 +40,31 @@ class Hook(Receiver):
 
 
 def wait_for(server: Server, text: str) -> str:
-    """The server's output as soon as it contains this text."""
-    return (
-        eventually(lambda: text in server.log.read_text() and server.log.read_text(), what=f"{text!r} in the output")
-        or ""
-    )
+    """The server's output as soon as it contains this text in a complete line."""
+
+    def look() -> str:
+        output = server.log.read_text()
+        return output if "\n" in output.partition(text)[2] else ""
+
+    return eventually(look, what=f"{text!r} in the output")
 
 
-def test_the_quickstart_logs_and_counts_its_task(tmp_path: Path) -> None:
-    """It writes one JSON line, and /metrics has the task's numbers."""
+def test_the_quickstart_writes_the_lines_of_the_readme(tmp_path: Path) -> None:
+    """A failed task, the one that never ran because of it, and both in /metrics."""
+    readme = (ROOT / "README.md").read_text()
+    (shown,) = re.findall(r"```json\n(.*?)```", readme, re.DOTALL)
+    promised = [json.loads(line) for line in shown.replace("main.", "quickstart.").replace(",\n", ",").splitlines()]
     with uvicorn("quickstart:app", EXAMPLES, tmp_path / "log") as server:
         assert httpx2.post(f"{server.url}/signup", params={"email": "ada@example.org"}).json() == {"status": "ok"}
-        (line,) = wait_for(server, "task.succeeded").splitlines()
-        assert json.loads(line)["task"] == "quickstart.send_welcome_email"
-        labels = 'engine="local",outcome="succeeded",task="quickstart.send_welcome_email"'
-        assert f"aftertask_tasks_finished_total{{{labels}}} 1.0" in httpx2.get(f"{server.url}/metrics").text
+        # uvicorn's own, after both lines; a stack in a line has no line breaks.
+        text = wait_for(server, "Traceback (most recent call last):\n")
+        lines = [json.loads(line) for line in text.splitlines() if line.startswith('{"event": "task.')]
+        metrics = httpx2.get(f"{server.url}/metrics").text
+    assert [line | wanted for line, wanted in zip(lines, promised, strict=True)] == lines
+    for line in lines:
+        outcome = line["event"].removeprefix("task.")
+        labels = f'engine="local",outcome="{outcome}",task="{line["task"]}"'
+        assert f"aftertask_tasks_finished_total{{{labels}}} 1.0" in metrics
 
 
 def test_the_app_of_the_readme_is_the_quickstart() -> None:
@@ -72,14 +82,16 @@ def test_the_app_of_the_readme_is_the_quickstart() -> None:
         assert line in quickstart or line.endswith("..."), line
 
 
-def test_the_test_of_the_readme_passes_on_its_app() -> None:
+def test_the_test_of_the_readme_passes_on_its_app(monkeypatch: pytest.MonkeyPatch) -> None:
     """It passes as it is printed, and more than once."""
     readme = (ROOT / "README.md").read_text()
     app = re.search(r"```python\n(from aftertask import AftertaskMiddleware\n.*?)```", readme, re.DOTALL)
     test = re.search(r"```python\n(from aftertask.testing import .*?)```", readme, re.DOTALL)
     assert app is not None and test is not None
-    space: dict[str, object] = {"__name__": "readme", "TestClient": TestClient}
-    exec(app[1], space)
+    main = types.ModuleType("main")
+    monkeypatch.setitem(sys.modules, "main", main)
+    space: dict[str, object] = {}
+    exec(app[1], main.__dict__)
     exec(test[1], space)
     (written,) = (value for name, value in space.items() if name.startswith("test_"))
     for _ in range(2):
@@ -268,16 +280,67 @@ def test_the_example_of_batch_progress_counts_its_shards(tmp_path: Path) -> None
         wait_for(server, '"task.succeeded"')
 
 
+@pytest.mark.long
+def test_the_example_of_status_is_followed_and_kept(tmp_path: Path) -> None:
+    """By polling and by events, to the result, which a restart does not lose."""
+    env = {"JOURNAL": str(tmp_path / "status.db")}
+    with uvicorn("status:app", EXAMPLES, tmp_path / "log", **env) as server:
+        accepted = httpx2.post(f"{server.url}/reports", params={"pages": 12}, timeout=30)
+        assert accepted.status_code == 202
+        report = f"/reports/{accepted.headers['x-run-id']}"
+        polled = eventually(
+            lambda: (now := httpx2.get(server.url + report, timeout=30).json())["progress"] and now, what="progress"
+        )
+        assert polled["state"] == "running" and polled["result"] is None
+        assert re.fullmatch(r"\d+/12 pages", polled["progress"])
+        events = httpx2.get(f"{server.url}{report}/events", timeout=30)
+        assert events.headers["content-type"].startswith("text/event-stream")
+        seen = [json.loads(line.removeprefix("data: ")) for line in events.text.splitlines() if line]
+        assert len(seen) > 1 and {each["state"] for each in seen[:-1]} == {"running"}
+        end = {"state": "succeeded", "progress": "12/12 pages", "result": {"words": 3600}}
+        assert seen[-1] == end == httpx2.get(server.url + report, timeout=30).json()
+        for path in ("/reports/unknown", "/reports/unknown/events"):
+            assert httpx2.get(server.url + path, timeout=30).status_code == 404
+    with uvicorn("status:app", EXAMPLES, tmp_path / "log", **env) as server:
+        assert httpx2.get(server.url + report, timeout=30).json() == end
+
+
+@pytest.mark.long
+def test_the_example_of_an_audit_log_survives_kill_9(tmp_path: Path) -> None:
+    """Every entry whose request was answered is there, in order and once, though its process was killed."""
+    env = {"JOURNAL": str(tmp_path / "tasks.db"), "AUDIT": str(tmp_path / "audit.db")}
+
+    def audit(server: Server) -> list[str]:
+        found: list[str] = httpx2.get(f"{server.url}/audit", timeout=30).json()
+        return found
+
+    with uvicorn("audit_log:app", EXAMPLES, tmp_path / "log", **env) as server:
+        for amount in range(8):
+            assert httpx2.post(f"{server.url}/transfers", params={"amount": amount}, timeout=30).status_code == 200
+        assert eventually(lambda: audit(server), what="the first entry")
+        before = len(audit(server))
+        server.child.kill()
+        server.child.wait(20)
+    with uvicorn("audit_log:app", EXAMPLES, tmp_path / "log", **env) as server:
+        assert httpx2.post(f"{server.url}/transfers", params={"amount": 8}, timeout=30).status_code == 200
+        written = eventually(lambda: len(all := audit(server)) == 9 and all, seconds=40, what="all entries")
+        assert written == [f"transferred {amount}" for amount in range(9)]
+        assert before < 8 and '"task.recovered"' in server.log.read_text()
+
+
 def test_the_example_of_testing_passes() -> None:
-    """Its tests pass as its comment says."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(EXAMPLES / "testing.py")]
+    """Its tests pass as its comment says, also without the plugins that the tests of this repository need."""
+    plain = ("-p", "no:cacheprovider", "-p", "no:timeout", "-p", "no:randomly")
+    command = [sys.executable, "-m", "pytest", "-q", *plain, str(EXAMPLES / "testing.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=50)
     assert "4 passed" in done.stdout, done.stdout
 
 
 def test_each_example_runs_in_a_test() -> None:
-    """No example is forgotten here."""
-    here = Path(__file__).read_text()
+    """No example is forgotten here, nor on the page that lists them."""
+    here, listed = Path(__file__).read_text(), (EXAMPLES / "README.md").read_text()
+    for path in [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*/README.md")]:
+        assert f"]({path.relative_to(EXAMPLES)})" in listed, path
     for path in EXAMPLES.glob("*.py"):
         assert f'"{path.stem}:app"' in here or f'"{path.name}"' in here, path.name
 
@@ -364,7 +427,7 @@ def test_the_demo_ends_by_itself_and_shows_every_outcome() -> None:
     assert float(shown["orders.charge_card"]["p95 wait"].removesuffix(" ms")) >= 10
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("end", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_the_demo_ends_its_children_on_a_signal(end: signal.Signals) -> None:
     """After Ctrl-C and SIGTERM the exit code is 0 and the port is free."""
     port = free_port()

@@ -24,7 +24,7 @@ from starlette.background import BackgroundTask
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
-from aftertask import AftertaskMiddleware, Retry, Settings, current_run, task
+from aftertask import AftertaskMiddleware, Retry, Settings, current_run, progress, task
 from aftertask.events import (
     METHODS,
     Abandoned,
@@ -37,6 +37,8 @@ from aftertask.events import (
     HazardFound,
     LoopBlocked,
     Lost,
+    Offloaded,
+    OffloadFailed,
     Rejected,
     RequestInfo,
     Retrying,
@@ -727,7 +729,7 @@ def every_event() -> list[TaskEvent]:
         Cancelled(run, 0.0, 1, 0.1, "cancelled"),
         Skipped(run, 0.0, "sibling_failed", other),
         Dropped(run, 0.0, "handler_error", "ValueError"),
-        Rejected(run, 0.0, "queue_full"),
+        Rejected(run, 0.0, "queue_full", "wait"),
         Expired(run, 0.0, "deadline"),
         Lost(run, 0.0, "shutdown", 1.0),
         Slow(run, 0.0, 1.0, 1.0, "stack"),
@@ -735,6 +737,9 @@ def every_event() -> list[TaskEvent]:
         Abandoned(run, 0.0, 1.0, 1.0, "stack"),
         AbandonedEnded(run, 0.0, 1.0, 1.0),
         HazardFound(run, 0.0, "closed_upload", "file", "read it first"),
+        Offloaded(run, 0.0, "celery", "celery", 0.1),
+        OffloadFailed(run, 0.0, "celery", 0.1, failure, False),
+        OffloadFailed(run, 0.0, "celery", 0.1, failure, True),
     ]
 
 
@@ -776,3 +781,17 @@ def test_every_line_that_the_code_writes_is_in_the_docs() -> None:
                 found.add(event)
     ends = ("failed", "timed_out", "cancelled", "skipped", "dropped", "rejected", "expired", "lost")
     assert found | {f"task.{outcome}" for outcome in ends} == set(table)
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"), [((3, 10, "files"), "3/10 files"), (("half",), "half"), ((1, "many"), "1/many"), ((None,), "")]
+)
+def test_progress_of_any_type_is_shown(given: Any, shown: str, client_for: ClientFor, lines: list[Line]) -> None:
+    """A report fails neither its task nor the lines about it."""
+
+    async def reporting() -> None:
+        progress(*given)
+
+    client_for(reporting).get("/")
+    assert [line["progress"] for line in lines if line["event"] == "task.succeeded"] == [shown]
+    assert not [line for line in lines if line["event"] == "signal.failed"]

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
-from aftertask import Limit, Policy, Retry, Settings, task
+from aftertask import AftertaskMiddleware, Limit, Policy, Retry, Settings, task
 from aftertask.alerts import Route, Webhook
+from aftertask.testing import recorded
 
 MISTAKES: dict[str, tuple[Callable[..., Any], str]] = {
     "Policy(retries=3)": (lambda: Policy(retries=3), "unknown policy option 'retries'; write retry=Retry(attempts=…)"),
@@ -28,6 +30,7 @@ MISTAKES: dict[str, tuple[Callable[..., Any], str]] = {
     "Policy(expected=[…])": (lambda: Policy(expected=[OSError]), "write a tuple: (A, B)"),
     "Policy(retry=3)": (lambda: Policy(retry=3), "write Retry(attempts=3)"),
     "Policy(timeout='20')": (lambda: Policy(timeout="20"), "got '20'; write 20 without quotes"),
+    "Policy(retry=True)": (lambda: Policy(retry=True), "got True; write Retry(attempts=…)"),
     "Limit(5)": (lambda: Limit(5), "write Limit('smtp', 5); for one task alone limit=5 is enough"),
     "Limit('smtp')": (lambda: Limit("smtp"), "Limit takes a name and a size: write Limit('smtp', 5)"),
     "Limit(5, 'smtp')": (lambda: Limit(5, "smtp"), "Limit takes its name first, got 5: write Limit('smtp', 5)"),
@@ -41,7 +44,30 @@ MISTAKES: dict[str, tuple[Callable[..., Any], str]] = {
     "Settings(thread_limit='4')": (lambda: Settings(thread_limit="4"), "write 4 without quotes"),
     "Settings(exclude='/health')": (lambda: Settings(exclude="/health"), "write exclude=['/health']"),
     "Settings(policies=[…])": (lambda: Settings(policies=[Policy()]), "write policies={'mail.*': Policy(timeout=20)}"),
+    "Settings(policies={'mail.*': Policy(name='mail')})": (
+        lambda: Settings(policies={"mail.*": Policy(name="mail")}),
+        "Settings.policies['mail.*'] has name='mail', which all tasks that match would share; write @task(name=…) on "
+        "each, or the exact name of one task as the key",
+    ),
     "Settings(policies={'a': {…}})": (lambda: Settings(policies={"a": {"timeout": 3}}), "write Policy(timeout=3)"),
+    "Route(owner=5)": (
+        lambda: Route("https://example.org", owner=5),
+        "Route.owner must be one name or several, got 5; write owner=['…', '…']",
+    ),
+    "Route(task=print)": (lambda: Route("https://example.org", task=print), "Route.task must be one name or several"),
+    "recorded('main:app')": (
+        lambda: recorded("main:app").__enter__(),
+        "recorded() takes the Starlette or FastAPI app itself, got 'main:app'; import it and pass it",
+    ),
+    "signals=print": (
+        lambda: AftertaskMiddleware(FastAPI(), signals=print),
+        "signals must be a list of signals or None, got <built-in function print>; write signals=[*usual(settings), …]"
+        ", with usual from aftertask.signals",
+    ),
+    "Limit(max_waiting=-1)": (
+        lambda: Limit("smtp", 5, max_waiting=-1),
+        "max_waiting must be at least 0, got -1; None means Settings.max_waiting",
+    ),
     "Route(rate='3')": (lambda: Route("https://example.org", rate="3"), "write 3 without quotes"),
 }
 

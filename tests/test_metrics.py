@@ -315,9 +315,9 @@ def test_the_metrics_are_those_of_the_documentation() -> None:
     assert declared == documented()
 
 
-def test_a_scrape_has_the_documented_metrics(client_for: ClientFor) -> None:
+def test_a_scrape_has_the_documented_metrics(client_for: ClientFor, tmp_path: Path) -> None:
     """Each family is exposed with its type, its HELP text and its labels, and there is no other."""
-    client = client_for(broken)
+    client = client_for(broken, journal=tmp_path / "tasks.db")
     client.get("/")
     exposed = list(text_string_to_metric_families(client.get("/metrics", headers=OPENMETRICS).text))
     assert {family.name: (family.type, family.documentation) for family in exposed} == {
@@ -511,6 +511,7 @@ async def play(names: list[str], raises: bool, on_failure: Any, scrapes: Scrapes
     scrapes.abandoned = 0
 
 
+@pytest.mark.timeout(60)  # four seconds on a machine with nothing else to do
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(
@@ -717,6 +718,15 @@ def test_apps_with_registries_of_their_own_count_together_in_one_directory(tmp_p
     assert done.returncode == 0, done.stderr
     of = 'engine="local",outcome="succeeded",task="__main__.mail"'
     assert f"aftertask_tasks_finished_total{{{of}}} 5.0" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["counter", "histogram", "gauge_livesum", "gauge_max"])
+def test_a_file_that_a_worker_has_just_created_fails_no_scrape(tmp_path: Path, kind: str) -> None:
+    """It is empty for a moment; if the worker is killed then, for ever."""
+    (tmp_path / f"{kind}_1.db").touch()
+    done = script(TWO_REGISTRIES, directory=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "aftertask_tasks_finished_total{" in done.stdout
 
 
 def test_a_missing_directory_is_an_error_at_startup(tmp_path: Path) -> None:

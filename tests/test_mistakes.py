@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from starlette.background import BackgroundTask
 from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
-from aftertask import AftertaskMiddleware, Limit, Policy, Settings, task
+from aftertask import AftertaskMiddleware, Limit, Policy, Settings, options, task
 from aftertask.events import Failed, HazardFound
 from aftertask.testing import Recorder
 from kit import ClientFor, Env, answering, drive
@@ -170,7 +171,61 @@ def test_two_limits_of_one_name_and_different_sizes_are_reported(caplog: pytest.
     assert mistakes(caplog) == [("limit_name", "smtp")]
 
 
+def test_a_result_that_is_kept_nowhere_is_reported(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """There is no journal; not where a policy says otherwise, or where each request that adds the task fails anyway."""
+    for name, durable in (("kept", False), ("not.kept", False), ("refused", True)):
+        task(name=name, keep_result=True, durable=durable)(functools.wraps(base)(decorated(base)))
+    policies = {"not.*": Policy(keep_result=False)}
+    served(FastAPI(), policies=policies)
+    assert mistakes(caplog) == [("no_journal", "kept")]
+    assert "kept is to keep its result, which is lost: there is no journal: set Settings(journal=…)" in caplog.text
+    caplog.clear()
+    served(FastAPI(), policies=policies, journal=tmp_path / "tasks.db")
+    assert mistakes(caplog) == []
+
+
+def test_a_variable_that_explicit_settings_ignore_is_reported(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one that is in force, that repeats the default, or that the code overrides."""
+    monkeypatch.setenv("AFTERTASK_DRAIN_TIMEOUT", "30")
+    monkeypatch.setenv("AFTERTASK_ALERTS", "https://example.org/hook")
+    monkeypatch.setenv("AFTERTASK_TRACE", "link")
+    monkeypatch.setenv("AFTERTASK_RUN_AFTER", "response")
+    monkeypatch.setenv("AFTERTASK_THREAD_LIMIT", "many")
+    served(FastAPI(), trace="none")
+    ignored = ["AFTERTASK_THREAD_LIMIT", "AFTERTASK_DRAIN_TIMEOUT", "AFTERTASK_ALERTS"]
+    assert mistakes(caplog) == [("ignored_variable", name) for name in ignored]
+    advice = vars(caplog.records[1])["advice"]
+    assert "Settings.from_env(…)" in advice and "drain_timeout=…" in advice
+    caplog.clear()
+    monkeypatch.delenv("AFTERTASK_THREAD_LIMIT")
+    app = FastAPI()
+    settings = Settings.from_env(registry=CollectorRegistry(), alerts=[])
+    app.add_middleware(AftertaskMiddleware, settings=settings, signals=[])
+    with TestClient(app):
+        assert mistakes(caplog) == []
+
+
 # --- add_task
+
+
+def test_a_result_that_a_call_asks_for_in_vain_is_a_hazard(
+    client_for: ClientFor, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """Once, in the words that the start has for `@task`; with a journal it is kept."""
+
+    async def once() -> int:
+        return 1
+
+    client = client_for(options(once, keep_result=True), options(once, keep_result=True))
+    assert {client.get("/").status_code for _ in range(2)} == {200}
+    advice = "it is to keep its result, which is lost: there is no journal: set Settings(journal=…)"
+    assert caplog.text.count(advice) == 1 and "no_journal" in caplog.text
+    caplog.clear()
+    with client_for(options(once, keep_result=True), journal=tmp_path / "tasks.db") as client:
+        client.get("/")
+    assert advice not in caplog.text
 
 
 @pytest.mark.parametrize(("called", "what"), [(send, "a coroutine"), (base, "int, which is no function")])

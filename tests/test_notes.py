@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import subprocess
+import sys
 import uuid
 from typing import Any
 
@@ -118,6 +121,26 @@ def test_notes_are_redacted_and_bounded() -> None:
     assert (notes["id"], notes["long"], notes["bad"]) == (str(some_id), "x" * 200, "[it cannot be read: ValueError]")
     assert "gone" not in notes
     assert len(notes) == 10
+
+
+def test_keys_that_are_left_out_are_named_once() -> None:
+    """Per process, without their values."""
+    code = """
+from fastapi import BackgroundTasks, FastAPI
+from starlette.testclient import TestClient
+from aftertask import AftertaskMiddleware, note
+app = FastAPI()
+app.add_middleware(AftertaskMiddleware, signals=[])
+@app.get("/")
+async def endpoint() -> None:
+    note(**{f"key{number}": "value" for number in range(12)})
+for _ in range(2):
+    TestClient(app).get("/")
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    (line,) = map(json.loads, done.stderr.splitlines())
+    assert (line["event"], line["level"], line["left_out"]) == ("note.left_out", "warning", ["key10", "key11"])
+    assert "at most 10 keys" in line["advice"] and "value" not in done.stderr
 
 
 def test_the_apps_own_redaction_applies() -> None:

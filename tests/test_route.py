@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fastapi
 import pytest
 from fastapi import APIRouter, FastAPI, WebSocket
 from fastapi import BackgroundTasks as Injected
@@ -29,11 +28,11 @@ from starlette.testclient import TestClient, WebSocketDenialResponse
 
 from aftertask import AftertaskMiddleware, Settings
 from aftertask.testing import Recorder
+from kit import FASTAPI
 
 ID = "6F9619FF-8B86-D011-B42D-00CF4FC964FF"
 if not re.fullmatch(UUIDConvertor.regex, ID):  # Starlette 0.41 matches small letters only
     ID = ID.lower()
-FASTAPI = tuple(int(part) for part in fastapi.__version__.split(".")[:2])
 
 
 def task() -> None:

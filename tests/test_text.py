@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sysconfig
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +17,7 @@ from aftertask._text import (
     error_message,
     error_type,
     fingerprint,
+    is_library_file,
     stack,
 )
 
@@ -182,3 +184,15 @@ def test_a_fingerprint_is_of_the_class_and_the_function() -> None:
     # Where a library raises, the app's own function counts.
     assert fingerprint(raised(lambda: int("a"))) == fingerprint(raised(lambda: int("b")))
     assert fingerprint(ValueError("never raised")) == fingerprint(ValueError("never raised either"))
+
+
+@pytest.mark.parametrize("redact", [lambda text: None, lambda text: 1 / 0, lambda text: text.encode()])
+def test_what_a_redaction_does_not_return_as_text_is_withheld(redact: Callable[[str], str]) -> None:
+    """A function that forgot its `return` would make each message "None"."""
+    assert error_message(ValueError("x"), redact) == "[redaction failed: text withheld]"
+
+
+def test_the_script_of_a_server_is_not_the_app() -> None:
+    """Every stack under gunicorn begins in it."""
+    assert is_library_file(f"{sysconfig.get_path('scripts')}/gunicorn")
+    assert not is_library_file(__file__)

@@ -34,6 +34,10 @@ class MailServerDown(Exception):
     """An outage."""
 
 
+class CarrierDown(Exception):
+    """Another one."""
+
+
 @task(name="orders.charge_card", owner="payments", expected=CardDeclined)
 async def charge_card(order: int, fault: str | None) -> None:
     """Take 20 ms. A declined card is expected; a payment client that gives up cancels the whole call."""
@@ -71,6 +75,19 @@ async def build_report(seconds: float) -> None:
     await asyncio.sleep(seconds)
 
 
+#: Whether the parcel service answers; `POST /carrier` changes it.
+carrier = {"up": True}
+
+
+# Durable needs a journal: `make demo` sets AFTERTASK_JOURNAL.
+@task(name="parcels.book", owner="logistics", durable="AFTERTASK_JOURNAL" in os.environ)
+async def book_parcel(order: int, to: str) -> None:
+    """Fail while the carrier is down: the run is a dead letter then, and a replay succeeds once it is up again."""
+    await asyncio.sleep(0.01)
+    if not carrier["up"]:
+        raise CarrierDown("https://carrier.internal/parcels did not respond")
+
+
 async def audit(what: str) -> None:
     """A task that is not registered."""
 
@@ -106,6 +123,20 @@ async def place_order(order: int, tasks: BackgroundTasks, fault: str | None = No
     if fault == "bug":
         raise KeyError("price")
     return {"status": "ok"}
+
+
+@app.post("/parcels/{order}")
+async def send_parcel(order: int, tasks: BackgroundTasks) -> dict[str, str]:
+    """A task that no crash may lose."""
+    tasks.add_task(book_parcel, order, f"customer {order}")
+    return {"status": "ok"}
+
+
+@app.post("/carrier")
+async def change_carrier(up: bool) -> dict[str, bool]:
+    """The carrier goes down, or comes back."""
+    carrier["up"] = up
+    return carrier
 
 
 def audited(tasks: BackgroundTasks) -> None:

@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter, deque
@@ -37,7 +38,8 @@ LOOK = """\
 Open {url}/aftertask/ in a browser: what is happening, what failed, and why.
 
 The shop is at {url}, its metrics at {url}/metrics. All is well for a while; then, for a minute every eight
-minutes, its mail server is down. In another terminal:
+minutes, its mail server and its carrier are down; the parcels that failed then wait on the page of dead letters. In
+another terminal:
   curl -s {url}/metrics | grep ^aftertask_tasks_
   curl -s -H 'Accept: application/openmetrics-text' {url}/metrics | grep trace_id   # the traces behind the figures
   curl -i -X POST '{url}/orders/7?fault=mail'   # a 200, and a mail that never went: see task.failed below
@@ -223,9 +225,13 @@ def show(url: str, seconds: float, client: httpx2.Client) -> None:
     traffic += ["--incident", str(min(INCIDENT_AFTER, seconds / 3))]
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with (
+        tempfile.TemporaryDirectory() as folder,
         Receiver() as receiver,
         running(
-            *server, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**env, **alerting(receiver.url)}
+            *server,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env={"AFTERTASK_JOURNAL": f"{folder}/tasks.db", **env, **alerting(receiver.url)},
         ) as shop,
     ):
         lines = Lines(shop)

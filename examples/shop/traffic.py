@@ -1,7 +1,7 @@
 """
 Customers of the shop: a seeded mix of requests, bounded in time, number and rate.
 
-Most of the time all is well; for a minute every eight the mail server is down.
+Most of the time all is well; for a minute every eight the mail server and the carrier are down.
 
     python examples/shop/traffic.py --url http://127.0.0.1:8000 --seconds 10
     python examples/shop/traffic.py --count 100 --seed 7       # the same hundred requests each time
@@ -23,6 +23,8 @@ Request = tuple[int, str, str, dict[str, str | int | float]]
 CALM: list[Request] = [
     (400, "POST", "/orders/{n}", {}),
     (1, "POST", "/orders/{n}", {"fault": "declined"}),
+    (20, "POST", "/carrier", {"up": "true"}),
+    (60, "POST", "/parcels/{n}", {}),
     (30, "POST", "/orders/{n}", {"fault": "sold_out"}),
     (150, "GET", "/search", {"limit": 2}),
     (30, "GET", "/search", {"limit": "many"}),
@@ -33,8 +35,13 @@ CALM: list[Request] = [
     (50, "GET", "/invoices/{n}", {}),
     (20, "POST", "/admin/reindex", {}),
 ]
-#: The mail server is down: receipts fail, and what comes after them is skipped.
-INCIDENT: list[Request] = [(400, "POST", "/orders/{n}", {"fault": "mail"}), (50, "POST", "/orders/{n}", {}), *CALM[2:]]
+#: The mail server is down: receipts fail, and what comes after them is skipped. So is the carrier: dead letters.
+INCIDENT: list[Request] = [
+    (400, "POST", "/orders/{n}", {"fault": "mail"}),
+    (50, "POST", "/orders/{n}", {}),
+    (20, "POST", "/carrier", {"up": "false"}),
+    *CALM[3:],
+]
 #: Every outcome, all the time.
 ALL: list[Request] = [
     (30, "POST", "/orders/{n}", {}),
@@ -59,7 +66,7 @@ INCIDENT_EVERY, INCIDENT_LASTS = 480, 60
 
 
 def mix(faults: str, incident: float, elapsed: float) -> list[Request]:
-    """What customers do so many seconds after the start, with the first incident after `incident` seconds."""
+    """What customers do `elapsed` seconds after the start, with the first incident after `incident` seconds."""
     if faults == "all":
         return ALL
     down = elapsed >= incident and (elapsed - incident) % INCIDENT_EVERY < INCIDENT_LASTS

@@ -154,14 +154,15 @@ def test_kinds_have_their_own_severity_and_text(alerts_for: AlertsFor) -> None:
     inbox = Inbox()
     alerts = alerts_for(inbox)
     alerts.lost(Lost(run(), time.time(), "shutdown", 12.0))
-    alerts.rejected(Rejected(run(), time.time(), "queue_full"))
+    alerts.rejected(Rejected(run(), time.time(), "no_journal", "set Settings(journal=…)"))
     alerts.slow(Slow(run(severity="critical"), time.time(), 31.0, 30.0, "in mail"))
     alerts.close()
     assert {(alert.kind, alert.severity, alert.message, alert.stack) for alert in inbox.alerts} == {
         ("lost", "critical", "Scheduled 12 s ago; it will never run or finish", None),
-        ("rejected", "warning", "Not accepted: the queue of its concurrency limit was full", None),
+        ("rejected", "warning", "Not accepted: the journal could not keep it", None),
         ("slow", "warning", "Running for 31 s; the limit is 30 s", "in mail"),
     }
+    assert "set Settings(journal=…)" in {alert.hint for alert in inbox.alerts}
 
 
 def test_runs_that_one_request_dropped_share_an_alert(registry: CollectorRegistry, clock: VirtualClock) -> None:
@@ -212,7 +213,7 @@ def test_alert_after_counts_bad_runs_in_a_row(client_for: ClientFor) -> None:
 
 
 def test_routes_select_by_severity_owner_and_task(client_for: ClientFor) -> None:
-    """A channel that gets the alert about the cause finds the skipped run there, whoever owns it; another by itself."""
+    """A channel that gets the alert about the cause has the skipped run in it, of any owner; others by itself."""
     names = ("all", "pager", "growth", "payments", "mails", "others")
     inbox = {name: Inbox() for name in names}
     with client_for(

@@ -48,7 +48,7 @@ def test_what_is_not_a_channel_is_refused(alerts: Any, text: str) -> None:
         ({"severity": "page"}, "'info', 'warning', 'critical', got 'page'"),
         ({"name": "a b"}, "Route.name"),
         ({"timeout": 0}, "Route.timeout must be more than 0 seconds"),
-        ({"attempts": 0}, "Route.attempts must be a whole number, at least 1"),
+        ({"attempts": 0}, "Route.attempts must be at least 1, got 0"),
         ({"rate": 1.5}, "Route.rate"),
         ({"per": float("inf")}, "Route.per"),
         ({"owner": [""]}, "Route.owner must be one name or several"),
@@ -65,7 +65,7 @@ def test_a_bad_route_is_refused(values: dict[str, Any], text: str) -> None:
 @pytest.mark.parametrize(
     ("values", "text"),
     [
-        ({"burst": 1}, "Alerts.burst must be a whole number, at least 2, got 1"),
+        ({"burst": 1}, "Alerts.burst must be at least 2, got 1"),
         ({"repeat_after": 0}, "Alerts.repeat_after must be more than 0 seconds"),
         ({"trace_url": "https://tempo/trace"}, "Alerts.trace_url must contain {trace_id}"),
     ],

@@ -248,6 +248,7 @@ def test_shutdown_sends_a_full_queue_in_few_messages(registry: CollectorRegistry
     assert counted["sent"] + counted["deduplicated"] + counted["rate_limited"] == 100
 
 
+@pytest.mark.long
 def test_memory_is_bounded_while_a_channel_hangs(alerts_for: AlertsFor) -> None:
     """Two thousand further failures take no more memory than the first hundred."""
     release, called = threading.Event(), threading.Event()

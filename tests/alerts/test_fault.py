@@ -19,7 +19,7 @@ from aftertask.signals import Metrics
 from aftertask.testing import VirtualClock
 from kit_alerts import AlertsFor, Inbox, WebhookServer, advance_until, counts
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.long, pytest.mark.alone, pytest.mark.timeout(300)]
 
 #: One request in `FAILS` fails; requests per round and app; rounds.
 FAILS, REQUESTS, ROUNDS = 10, 2_000, 15

@@ -8,8 +8,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fastapi
-import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI
 from prometheus_client import CollectorRegistry
 from sqlalchemy import Connection, Engine, ForeignKey, create_engine, event, text
@@ -21,16 +19,10 @@ from starlette.testclient import TestClient
 from aftertask import AftertaskMiddleware, HazardFound, Settings
 from aftertask.signals import usual
 from aftertask.testing import Recorder
+from kit import FASTAPI
 
-FASTAPI = tuple(map(int, fastapi.__version__.split(".")[:2]))
-
-#: Since this version tasks run before the code after a dependency's `yield`, and since this one it has a scope.
-TASKS_COME_FIRST = FASTAPI >= (0, 118)
+#: Since this version a dependency has a scope.
 HAS_SCOPE = FASTAPI >= (0, 121)
-
-tasks_come_first = pytest.mark.skipif(
-    not TASKS_COME_FIRST, reason="before FastAPI 0.118 dependencies end before the response"
-)
 
 
 class Base(DeclarativeBase):

@@ -13,7 +13,8 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from aftertask.events import Dropped
-from database.stores import CommittingAsyncStore, CoreStore, FlushingStore, Shop, Store, SyncStore, tasks_come_first
+from database.stores import CommittingAsyncStore, CoreStore, FlushingStore, Shop, Store, SyncStore
+from kit import tasks_come_first
 from live.postgres import postgres
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(120), tasks_come_first]

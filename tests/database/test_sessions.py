@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from aftertask.events import Dropped, HazardFound
-from database.stores import HAS_SCOPE, SQLITE, TASKS_COME_FIRST, Shop, Store, tasks_come_first
+from database.stores import HAS_SCOPE, SQLITE, Shop, Store
+from kit import TASKS_COME_FIRST, tasks_come_first
 from kit_alerts import Inbox
 
 needs_scope = pytest.mark.skipif(not HAS_SCOPE, reason="dependencies have a scope since FastAPI 0.121")

@@ -25,12 +25,11 @@ from starlette.responses import JSONResponse, StreamingResponse
 from aftertask import AftertaskMiddleware, HazardFound, Settings
 from aftertask.events import Failed
 from aftertask.testing import Recorder
-
-VERSION = tuple(int(part) for part in fastapi.__version__.split(".")[:2])
+from kit import FASTAPI
 
 #: Since 0.118 uploads and dependencies are closed after the tasks; since 0.121 there is scope="function".
-ALIVE = VERSION >= (0, 118)
-FUNCTION_SCOPE = VERSION >= (0, 121)
+ALIVE = FASTAPI >= (0, 118)
+FUNCTION_SCOPE = FASTAPI >= (0, 121)
 
 engine = create_engine("sqlite://")
 

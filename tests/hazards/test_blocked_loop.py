@@ -26,8 +26,11 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from aftertask import AftertaskMiddleware, HazardFound, Settings, current_run, task
+from aftertask._core.emit import Emitter
+from aftertask._taskrun import RequestInfo, TaskInfo
 from aftertask._text import own_frames
 from aftertask.events import LoopBlocked, Signal, Succeeded, TaskEvent, TaskRun
+from aftertask.hazards._block import Block, LoopReports
 from aftertask.signals import usual
 from aftertask.testing import Recorder
 from kit import Traced, drive
@@ -160,10 +163,12 @@ async def test_the_run_is_named_with_its_line(caplog: pytest.LogCaptureFixture) 
     first, *_ = str(hazard.stack).splitlines()
     assert first.startswith(f'  File "{__file__}", line ') and first.endswith(" in blocks")
     assert report.stack == hazard.stack and report.over and report.blocked_s >= 0.25
-    assert app.blocked(name) == pytest.approx(report.blocked_s, abs=1e-6)
+    # On a busy machine the last look may find the loop behind the run, but not yet responding.
+    assert app.blocked(name) + app.blocked("__none__") == pytest.approx(report.blocked_s, abs=1e-6)
+    assert app.blocked(name) >= 0.25
     assert app.metric("hazards_total", task=name, kind="blocked_loop") == 1
     late = app.metric("event_loop_lag_seconds_count") - app.metric("event_loop_lag_seconds_bucket", le="0.25")
-    assert late >= 1
+    assert late == sum(lag > 0.25 for lag in app.reports.lags)  # 0 only if the watching thread itself woke late
     (span,) = app.traced.spans()
     assert float(str((span.attributes or {})["aftertask.loop_blocked"])) >= 0.2
     (event,) = span.events
@@ -173,6 +178,22 @@ async def test_the_run_is_named_with_its_line(caplog: pytest.LogCaptureFixture) 
     assert logged["levelname"] == "WARNING" and logged["task"] == name
     assert logged["blocked_s"] == pytest.approx(report.blocked_s, abs=1e-6)
     assert logged["stack"] == own_frames(report.stack)
+
+
+def test_a_run_is_named_although_the_look_behind_the_threshold_came_too_late() -> None:
+    """It was seen at two looks before: the end of the block blames it, once."""
+    reports, found = Reports(), list[TaskRun]()
+    emit, request = Emitter([reports], str), RequestInfo()
+    request.app = emit
+    run = TaskRun(TaskInfo("blocks", "shop.blocks"), request, None)
+    app = LoopReports(0.25, emit, lambda run, where, stack: found.append(run), lambda threads: None)
+    block = Block(app, 0.0)
+    for now in (0.09, 0.17):
+        block.look(run, [sys._getframe()], now, (app,))
+    assert (found, reports.blocks) == ([], [])
+    block.end(0.31)
+    (report,) = reports.blocks
+    assert (found, report.run, report.blocked_s, run.blocked_s) == ([run], run, 0.31, 0.31)
 
 
 @on_each_loop
@@ -332,6 +353,27 @@ async def _name_one_of_fifty(number: int) -> None:
             group.start_soon(drive, app.served)
     assert len(app.events.of(Succeeded)) == 50
     assert [hazard.run for hazard in app.reports.hazards] == culprits
+
+
+@on_each_loop
+async def test_an_app_whose_first_run_starts_on_a_blocked_loop_gets_its_report() -> None:
+    """The loop was late before this app was watched: its run is its own, and no other app's."""
+
+    def before() -> None:
+        first.reports.wait(first.reports.seconds)
+
+    async def blocks() -> None:
+        second.reports.wait(second.reports.hazards)
+
+    first, second = App(fine), App(blocks, before=before)
+    await drive(first.served)
+    await first.reports.responds()
+    await drive(second.served)
+    await second.reports.until(second.reports.blocks)
+    (found,) = second.reports.hazards
+    assert found.run.task.endswith("blocks") and first.reports.hazards == []
+    assert {run for run, _ in first.reports.seconds} == {None}
+    assert {run for run, _ in second.reports.seconds} == {found.run}
 
 
 @pytest.mark.parametrize("other", [None, 5.0])

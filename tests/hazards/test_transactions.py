@@ -24,7 +24,8 @@ from starlette.responses import JSONResponse
 from aftertask import AftertaskMiddleware, HazardFound, Settings, options
 from aftertask.signals import usual
 from aftertask.testing import Recorder
-from database.stores import Base, Order, tasks_come_first
+from database.stores import Base, Order
+from kit import tasks_come_first
 
 pytestmark = tasks_come_first
 

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
-import starlette
 from fastapi import BackgroundTasks, FastAPI, WebSocket
 from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry
@@ -16,8 +15,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, StreamingRespon
 
 from aftertask import AftertaskMiddleware, HazardFound, Settings
 from aftertask.testing import Recorder
-
-VERSION = tuple(int(part) for part in starlette.__version__.split(".")[:2])
+from kit import STARLETTE
 
 
 def found(events: Recorder) -> list[tuple[str, str]]:
@@ -197,7 +195,7 @@ def test_base_http_middleware_is_a_trap_only_where_starlette_makes_it_one(
     TestClient(noting).get("/")
     early = order == ["task", "complete"]
     assert found(events) == ([("started_early", "notes")] if early else [])
-    if count < 3 or VERSION >= (1, 7):
+    if count < 3 or STARLETTE >= (1, 7):
         assert not early
     elif not streaming:
         assert early

@@ -16,7 +16,6 @@ from pathlib import Path
 import anyio
 import anyio.lowlevel
 import pytest
-import starlette
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi import BackgroundTasks as FBT
 from starlette._utils import is_async_callable
@@ -467,8 +466,7 @@ async def test_an_app_behind_another_framework_is_observed(env: Env) -> None:
     inner = env.app(answering(BackgroundTask(af)))
 
     async def outer(scope, receive, send):  # like another framework's mount
-        v = tuple(int(x) for x in starlette.__version__.split(".")[:2])
-        child = dict(scope, root_path="/api", path="/api/" if v >= (0, 33) else "/", raw_path=b"/api/")
+        child = dict(scope, root_path="/api", path="/api/", raw_path=b"/api/")
         await inner(child, receive, send)
 
     await drive(outer, "/api/")

@@ -8,21 +8,19 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
-import fastapi
 import pytest
 from fastapi import BackgroundTasks as Injected
 from fastapi import Depends
 from starlette.background import BackgroundTask, BackgroundTasks
 
 from aftertask.events import Dropped, Failed, Skipped
-from kit import LOG, Env, af, answering, drive, sf
+from kit import LOG, Env, af, answering, drive, sf, tasks_come_first
 
 pytestmark = pytest.mark.anyio
 
 on_asyncio = pytest.mark.parametrize("anyio_backend", ["asyncio"])
 
 #: Since this version tasks run before the code after a dependency's `yield`.
-TASKS_COME_FIRST = tuple(map(int, fastapi.__version__.split(".")[:2])) >= (0, 118)
 
 
 # --- a task's own BaseException
@@ -114,7 +112,7 @@ async def test_a_task_that_is_added_after_its_request_has_ended_is_dropped(env: 
     assert LOG == []
 
 
-@pytest.mark.skipif(not TASKS_COME_FIRST, reason="before FastAPI 0.118 the code after `yield` comes before the tasks")
+@tasks_come_first
 @pytest.mark.parametrize("earlier", [[], [sf]])
 async def test_a_task_that_is_added_after_the_yield_of_a_dependency(env: Env, earlier: list[Any]) -> None:
     """The tasks of the request have run by then, or are still to run, after the request."""

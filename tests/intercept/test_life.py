@@ -14,7 +14,6 @@ from typing import Any
 
 import anyio
 import pytest
-import starlette
 from fastapi import BackgroundTasks as Injected
 from fastapi import Depends, FastAPI, HTTPException, WebSocket
 from prometheus_client import CollectorRegistry
@@ -26,11 +25,9 @@ from aftertask import HazardFound, TaskEvent, TaskRun, current_run, get_run, obs
 from aftertask.events import Dropped, Failed, Scheduled, Signal, Skipped, Started, Succeeded
 from aftertask.signals import Metrics
 from aftertask.testing import VirtualClock
-from kit import LOG, Env, Layer, Stop, af, answering, boom, drive, sf
+from kit import LOG, STARLETTE, Env, Layer, Stop, af, answering, boom, drive, sf
 
 pytestmark = pytest.mark.anyio
-
-STARLETTE = tuple(map(int, starlette.__version__.split(".")[:2]))
 
 
 # --- what comes out
@@ -422,6 +419,7 @@ async def test_a_response_made_at_import_is_scheduled_at_its_start() -> None:
         order.clear()
 
 
+@pytest.mark.timeout(60)  # two seconds on a machine with nothing else to do
 async def test_ten_thousand_tasks_in_a_response_all_run_in_order(env: Env) -> None:
     """Each is one run that has succeeded."""
     ran: list[int] = []

@@ -20,19 +20,21 @@ from typing import Any, Self, TypeVar
 import httpx2
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 T = TypeVar("T")
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A port on which nothing listens."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
 def eventually(look: Callable[[], T], *, seconds: float = 20, what: str = "it") -> T:
-    """What `look` returns as soon as that is true; fails with the last answer or error after so long."""
+    """What `look` returns as soon as that is true; fails with the last answer or error after these seconds."""
     end, last = time.monotonic() + seconds, None
     while time.monotonic() < end:
         try:
@@ -89,21 +91,45 @@ class Server:
 
 
 @contextlib.contextmanager
-def uvicorn(app: str, folder: Path, log: Path, *options: str, ready: str = "/metrics", **env: str) -> Iterator[Server]:
-    """A uvicorn in a process of its own, which serves `module:app` from a folder."""
+def uvicorn(
+    app: str, folder: Path, log: Path, *options: str, ready: str = "/metrics", seconds: float = 20, **env: str
+) -> Iterator[Server]:
+    """A uvicorn in a process of its own, which serves `module:app` from a folder, and answers within these seconds."""
     port = free_port()
     command = [sys.executable, "-m", "uvicorn", app, "--app-dir", str(folder), "--host", "127.0.0.1"]
     with process(*command, "--port", str(port), "--log-level", "warning", *options, log=log, env=env) as child:
         server = Server(f"http://127.0.0.1:{port}", child, log)
-        eventually(lambda: server.answers(ready), what="uvicorn answering")
+        eventually(lambda: server.answers(ready), seconds=seconds, what="uvicorn answering")
         yield server
+
+
+def scrape(server: Server) -> list[Metric]:
+    """The families of aftertask that a server shows; a response may come from a worker that has yet to start."""
+    text = httpx2.get(f"{server.url}/metrics", timeout=40).text
+    return [family for family in text_string_to_metric_families(text) if family.name.startswith("aftertask_")]
+
+
+def values(server: Server, name: str, **labels: str) -> list[float]:
+    """The values of all samples with these labels."""
+    return [
+        sample.value
+        for family in scrape(server)
+        for sample in family.samples
+        if sample.name == f"aftertask_{name}" and labels.items() <= sample.labels.items()
+    ]
+
+
+def value(server: Server, name: str, **labels: str) -> float:
+    """The sum of these values; fails if there is none."""
+    found = values(server, name, **labels)
+    assert found, f"no sample aftertask_{name} with {labels}"
+    return sum(found)
 
 
 def program(name: str, path: str | None = None) -> str:
     """A server's program, also on another path; its absence is a failure where servers are required, else a skip."""
     if (path := shutil.which(name, path=path)) is None:
-        packages = "chromium, prometheus, prometheus-alertmanager and postgresql"
-        word = f"no {name} here; Debian's packages are called {packages}"
+        word = f"no {name} here; .ci/run names Debian's packages"
         if os.environ.get("AFTERTASK_TEST_REQUIRE_SERVERS"):
             pytest.fail(word)
         pytest.skip(word)

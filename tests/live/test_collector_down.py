@@ -1,4 +1,4 @@
-"""Spans that nobody takes: a collector that is down, hangs or refuses; a sampler that drops; no provider at all."""
+"""Spans that cannot be delivered: a collector that is down, hangs or refuses; a sampler that drops; no provider."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def collector(kind: str) -> Iterator[tuple[str, list[str]]]:
             self.rfile.read(int(self.headers["content-length"]))
             if kind == "hangs":
                 let_go.wait(60)
-            with contextlib.suppress(OSError):  # nobody may be waiting any more
+            with contextlib.suppress(OSError):  # the client may have gone
                 self.send_response(503)
                 self.send_header("content-length", "0")
                 self.end_headers()
@@ -91,7 +91,7 @@ def value(server: Server, name: str, **labels: str) -> float:
 
 
 def all_succeeded(server: Server, count: int) -> None:
-    """Every task of so many orders ran, and is told."""
+    """Every task of these orders ran, and was counted."""
     eventually(
         lambda: value(server, "tasks_finished_total", outcome="succeeded") == count * TASKS, what="all tasks done"
     )
@@ -155,9 +155,9 @@ def test_a_sampler_that_drops_all(tmp_path: Path) -> None:
         assert not exemplars(server)
         stop(server)
         assert spans.spans == []
-        told = lines(server)
-        assert len(told) == ORDERS * TASKS
-        assert len({line["trace_id"] for line in told}) == ORDERS
+        logged = lines(server)
+        assert len(logged) == ORDERS * TASKS
+        assert len({line["trace_id"] for line in logged}) == ORDERS
 
 
 def test_a_sampler_that_drops_some(tmp_path: Path) -> None:
@@ -167,13 +167,13 @@ def test_a_sampler_that_drops_some(tmp_path: Path) -> None:
         order(server, 2 * ORDERS)
         all_succeeded(server, 2 * ORDERS)
         stop(server)
-        told = {(line["run_id"], line["trace_id"], line["span_id"]) for line in lines(server)}
+        logged = {(line["run_id"], line["trace_id"], line["span_id"]) for line in lines(server)}
         requests = {
             span.trace_id.hex() for span in spans.spans if span.name.startswith("POST") and not span.parent_span_id
         }
         # By chance all or none, once in 2 ** 39 times.
         assert 0 < len(requests) < 2 * ORDERS
-        assert of_tasks(spans) == {ids for ids in told if ids[1] in requests}
+        assert of_tasks(spans) == {ids for ids in logged if ids[1] in requests}
         assert len(of_tasks(spans)) == len(requests) * TASKS
 
 
@@ -182,9 +182,9 @@ def test_without_a_provider_there_are_no_ids(tmp_path: Path) -> None:
     with uvicorn("workers:app", HERE / "apps", tmp_path / "log") as server:
         assert httpx2.get(f"{server.url}/ok").status_code == 200
         assert httpx2.get(f"{server.url}/broken").status_code == 200
-        told = eventually(lambda: len(found := lines(server)) == 2 and found, what="the log lines")
-        assert [line["task"] for line in told] == ["workers.ok", "workers.broken"]
-        assert not [line for line in told if "trace_id" in line or "span_id" in line]
+        logged = eventually(lambda: len(found := lines(server)) == 2 and found, what="the log lines")
+        assert [line["task"] for line in logged] == ["workers.ok", "workers.broken"]
+        assert not [line for line in logged if "trace_id" in line or "span_id" in line]
         eventually(lambda: value(server, "tasks_finished_total") == 2)
         assert not exemplars(server)
 

@@ -131,6 +131,7 @@ def test_one_of_fifty_is_named_under_uvicorn(server: Server) -> None:
     _name_the_culprit(server, 3)
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(300)
 def test_one_of_fifty_is_named_in_fifty_of_fifty_trials_under_uvicorn(server: Server) -> None:
     """The same, fifty times."""
@@ -151,7 +152,8 @@ def _name_the_culprit(server: Server, trials: int) -> None:
             eventually(lambda count=trial + 1: len(lines(server, "found")) >= count)
     found = [(one["kind"], one["run_id"]) for one in lines(server, "found")]
     assert found == [("blocked_loop", run) for run in guilty]
-    assert {one["run_id"] for one in lines(server, "loop.blocked")} <= set(guilty)
+    # A busy machine may hold the loop up between runs, too: such a line names none of them.
+    assert {one.get("run_id") for one in lines(server, "loop.blocked")} - {None} <= set(guilty)
     assert metrics(server, "aftertask_hazards_total") == {("blocked_loop", "crowd"): trials}
 
 

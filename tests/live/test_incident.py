@@ -15,7 +15,7 @@ import httpx2
 import pytest
 
 from aftertask.cli._rules import BURNS, Limits, Options, duration, groups, to_yaml
-from live.grafana import BOARDS, ROOT, Grafana, colour, panels
+from live.grafana import BOARDS, ROOT, Grafana, colour, panels, properties
 from live.monitoring import People, alertmanager, instant, prometheus
 from live.servers import Server, eventually, uvicorn
 
@@ -40,13 +40,17 @@ class Screen:
         self.internals = Grafana(server, BOARDS["aftertask-engine"], shown=280)
 
     def first_row(self) -> dict[str, str]:
-        """The colour of each tile."""
+        """The colour of each tile, and of each value of one that has several."""
         tiles = [each for each in panels(BOARDS["aftertask-overview"]) if each["gridPos"]["y"] == 1]
         shown = {}
         for tile in tiles:
-            query = tile["targets"][0]["expr"].replace("[5m]", f"[{duration(300 * SCALE)}]")
-            (value,) = self.overview.values_of(query).values()
-            shown[tile["title"]] = colour(tile["fieldConfig"]["defaults"]["thresholds"]["steps"], value)
+            usual = tile["fieldConfig"]["defaults"]["thresholds"]
+            for target in tile["targets"]:
+                query = target["expr"].replace("[5m]", f"[{duration(300 * SCALE)}]")
+                (value,) = self.overview.values_of(query).values()
+                legend = target["legendFormat"]
+                name = tile["title"] if legend == "__auto" else f"{tile['title']}: {legend}"
+                shown[name] = colour(properties(tile, "thresholds").get(legend, usual)["steps"], value)
         return shown
 
     def table(self, title: str, board: str = "aftertask-overview") -> dict[str, dict[tuple[str, ...], float]]:
@@ -115,8 +119,8 @@ def test_the_dashboards_say_what_is_wrong_and_when_it_is_over(tmp_path: Path) ->
     """Green on a good day; red with the culprit on top under an incident; green again after it; red for a dead app."""
     with contextlib.ExitStack() as stack:
         shop = stack.enter_context(uvicorn("monitored:app", APPS, tmp_path / "shop.log"))
-        told = stack.enter_context(alertmanager(tmp_path, stack.enter_context(People())))
-        server = stack.enter_context(prometheus(tmp_path, shop, every="1s", rules=rules(tmp_path), alerts_to=told))
+        manager = stack.enter_context(alertmanager(tmp_path, stack.enter_context(People())))
+        server = stack.enter_context(prometheus(tmp_path, shop, every="1s", rules=rules(tmp_path), alerts_to=manager))
         stack.enter_context(customers(shop))
         eventually(lambda: instant(server, "count_over_time(aftertask_build_info[5m]) > 10"), what="scrapes")
         screen = Screen(server)
@@ -144,7 +148,8 @@ def test_the_dashboards_say_what_is_wrong_and_when_it_is_over(tmp_path: Path) ->
 
             def red() -> bool:
                 row = screen.first_row()
-                wanted = {"Instances up": "green", "Success rate": "red", "Bad runs/min": "red", "Alerts firing": "red"}
+                wanted = {"Instances up": "green", "Success rate": "red", "Bad runs/min": "red"}
+                wanted |= {"Alerts firing: critical": "red", "Alerts firing: warning": "orange"}
                 assert wanted.items() <= row.items() and row["Oldest waiting"] == "orange", row
                 return True
 
@@ -161,7 +166,7 @@ def test_the_dashboards_say_what_is_wrong_and_when_it_is_over(tmp_path: Path) ->
         def down() -> bool:
             row = screen.first_row()
             alerts = [dict(each["metric"]) for each in instant(server, 'ALERTS{alertstate="firing"}')]
-            assert row["Instances up"] == row["Alerts firing"] == "red", row
+            assert row["Instances up"] == row["Alerts firing: critical"] == "red", row
             assert "AftertaskTargetDown" in {alert["alertname"] for alert in alerts}, alerts
             return True
 
@@ -195,7 +200,8 @@ def read_bars(screen: Screen, quiet_until: float, began: float, cured: float) ->
     """A step when it began, nothing any more when it was over, and marks of moments that cover no graph."""
     bars = screen.bad_per_minute()
     worst = [(at, value) for at, value in bars["faults.fail"] if value > 60]
-    assert not [at for at, _ in bars["faults.fail"] if at < quiet_until]
+    assert not [at for at, value in bars["faults.fail"] if value and at < quiet_until]
+    assert bars["faults.fail"][-1][1] == 0, "the legend's last value is that of now"
     assert began <= worst[0][0] <= began + 15, (began, worst[:3])
     assert cured - 15 <= worst[-1][0] <= cured + 15, (cured, worst[-3:])
     marks = {mark["name"]: mark["expr"] for mark in BOARDS["aftertask-overview"]["annotations"]["list"]}

@@ -1,4 +1,4 @@
-"""Under uvicorn an exception of a task closes the connection, whoever else is served on it."""
+"""Under uvicorn an exception of a task closes the connection, also for other requests on it."""
 
 from __future__ import annotations
 

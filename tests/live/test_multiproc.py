@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,9 @@ import httpx2
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from prometheus_client import Metric
-from prometheus_client.parser import text_string_to_metric_families
 
 from aftertask.signals._metric_set import SAMPLE_EVERY
-from live.servers import Server, eventually, free_port, process, uvicorn
+from live.servers import Server, eventually, free_port, process, scrape, uvicorn, value, values
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(90)]
 
@@ -45,29 +45,6 @@ def workers(folder: Path, tmp_path: Path) -> Iterator[Server]:
     env = {"PROMETHEUS_MULTIPROC_DIR": str(folder)}
     with uvicorn("workers:app", APPS, tmp_path / "log", *THREE, **env) as server:
         yield server
-
-
-def scrape(server: Server) -> list[Metric]:
-    """The families of aftertask."""
-    text = httpx2.get(f"{server.url}/metrics", timeout=PATIENCE).text
-    return [family for family in text_string_to_metric_families(text) if family.name.startswith("aftertask_")]
-
-
-def values(server: Server, name: str, **labels: str) -> list[float]:
-    """The values of all samples with these labels."""
-    return [
-        sample.value
-        for family in scrape(server)
-        for sample in family.samples
-        if sample.name == f"aftertask_{name}" and labels.items() <= sample.labels.items()
-    ]
-
-
-def value(server: Server, name: str, **labels: str) -> float:
-    """The sum of these values; fails if there is none."""
-    found = values(server, name, **labels)
-    assert found, f"no sample aftertask_{name} with {labels}"
-    return sum(found)
 
 
 def start(server: Server, name: str) -> int:
@@ -285,21 +262,36 @@ def test_the_counts_of_a_stopped_server_are_scraped_from_the_next(folder: Path, 
         assert value(server, "tasks_bad_total", task="workers.endless") == 0
 
 
-#: Takes over the files of a process that was killed, as a process with the same pid would, and serves one request.
+#: Takes over the files of a process that was killed, as a process with the same pid would, and serves requests.
 SAME_PID = """
-import os, pathlib, sys
+import importlib, os, pathlib, sys
 
-dead, folder = sys.argv[1], pathlib.Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+dead, module, path, awaited = sys.argv[1:]
+folder = pathlib.Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
 for file in folder.glob(f"*_{dead}.*"):
     file.rename(file.with_name(file.name.replace(f"_{dead}.", f"_{os.getpid()}.")))
 
 from starlette.testclient import TestClient
-from workers import app
 
-client = TestClient(app)
-client.get("/ok")
-print(client.get("/metrics").text)
+with TestClient(importlib.import_module(module).app) as client:
+    client.get(path)
+    while awaited not in (text := client.get("/metrics").text):
+        pass
+print(text)
 """
+
+
+def with_the_pid_of(dead: int, module: str, path: str, awaited: str, **env: str) -> set[str]:
+    """What a process with the pid of a dead one exposes, after a request, as soon as this is part of it."""
+    done = subprocess.run(
+        [sys.executable, "-c", SAME_PID, str(dead), module, path, awaited],
+        env={**os.environ, **env, "PYTHONPATH": os.pathsep.join([str(APPS), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines())
 
 
 def test_a_process_with_the_pid_of_a_killed_one_continues_its_counts(folder: Path, tmp_path: Path) -> None:
@@ -313,20 +305,116 @@ def test_a_process_with_the_pid_of_a_killed_one_continues_its_counts(folder: Pat
         eventually(lambda: value(server, "tasks_finished_total", task="workers.ok", outcome="succeeded") == 1)
         server.child.kill()
         server.child.wait()
-    done = subprocess.run(
-        [sys.executable, "-c", SAME_PID, str(server.child.pid)],
-        env={**os.environ, **env, "PYTHONPATH": os.pathsep.join([str(APPS), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
-    assert done.returncode == 0, done.stderr
-    exposed = set(done.stdout.splitlines())
     of = 'engine="local",{}task="workers.{}"'
-    assert f"aftertask_tasks_scheduled_total{{{of.format('', 'ok')}}} 2.0" in exposed
+    ok = f"aftertask_tasks_scheduled_total{{{of.format('', 'ok')}}} 2.0"
+    exposed = with_the_pid_of(server.child.pid, "workers", "/ok", ok, **env)
+    assert ok in exposed
     assert "aftertask_tasks_finished_total{" + of.format('outcome="lost",', "endless") + "} 2.0" in exposed
     assert "aftertask_tasks_inflight{" + of.format('state="running",', "endless") + "} 0.0" in exposed
     assert f"aftertask_tasks_bad_total{{{of.format('', 'endless')}}} 2.0" in exposed
+
+
+# --- with a journal
+
+
+def journaled(path: Path) -> dict[str, str]:
+    """The environment of the app of durable tasks; makes the directory of metrics if it is not there."""
+    env = {name: str(path / name.lower()) for name in ("JOURNAL", "RELEASE", "PROMETHEUS_MULTIPROC_DIR")}
+    Path(env["PROMETHEUS_MULTIPROC_DIR"]).mkdir(exist_ok=True)
+    return env
+
+
+def surviving(path: Path, *more: str) -> AbstractContextManager[Server]:
+    """A server of that app."""
+    return uvicorn("surviving:app", APPS, path / "log", *more, **journaled(path))
+
+
+def leave_runs(path: Path) -> int:
+    """A server that is killed with a run of each task, and two of `again`; its pid."""
+    with surviving(path) as server:
+        for name in ("again", "once", "plain"):
+            start(server, name)
+        eventually(lambda: value(server, "tasks_inflight") == 4, what="all in flight")
+        server.child.kill()
+        server.child.wait()
+    (path / "release").touch()
+    return server.child.pid
+
+
+def finished(server: Server, name: str) -> dict[str, float]:
+    """How many runs of a task have ended, by outcome; those of which there are some."""
+    samples = [sample for family in scrape(server) for sample in family.samples]
+    ended = [sample for sample in samples if sample.name == "aftertask_tasks_finished_total"]
+    return {s.labels["outcome"]: s.value for s in ended if s.labels["task"] == f"surviving.{name}" and s.value}
+
+
+@pytest.mark.timeout(180)
+def test_durable_runs_of_a_killed_worker_go_back_to_the_journal_and_only_the_others_are_lost(tmp_path: Path) -> None:
+    """Also if the worker that runs them again is killed; an interrupted run is lost once, where it is settled."""
+    with surviving(tmp_path, "--workers", "2") as server:
+        watched = Watched(server)
+        pids = {name: set[int]() for name in ("again", "once", "plain")}
+
+        def two_workers_have_all() -> bool:
+            for name, found in pids.items():
+                found.add(start(server, name))
+            return all(len(found - {0}) == 2 for found in pids.values())
+
+        eventually(two_workers_have_all, what="two workers with a run of each task")
+        eventually(lambda: watched.scrape()["inflight"] == 8, what="all in flight")
+        first, second = pids["plain"] - {0}
+        os.kill(first, signal.SIGKILL)
+        eventually(lambda: value(server, "tasks_scheduled_total", task="surviving.once") == 3, what="the dead letter")
+        eventually(lambda: value(server, "tasks_scheduled_total", task="surviving.again") == 6, what="the runs again")
+        eventually(watched.is_accounted_for, what="scheduled = finished + in flight")
+        assert finished(server, "again") == {"offloaded": 2}
+        assert finished(server, "once") == {"offloaded": 1, "lost": 1}
+        assert finished(server, "plain") == {"lost": 1}
+        for name, bad in (("again", 0), ("once", 1), ("plain", 1)):
+            assert value(server, "tasks_bad_total", task=f"surviving.{name}") == bad
+            assert value(server, "tasks_not_run_total", task=f"surviving.{name}", reason="crash") == bad
+            assert value(server, "tasks_inflight", task=f"surviving.{name}") == {"again": 4}.get(name, 1)
+
+        os.kill(second, signal.SIGKILL)
+        eventually(lambda: finished(server, "plain") == {"lost": 2}, what="the sweep")
+        eventually(
+            lambda: value(server, "tasks_inflight", task="surviving.again") == 4, seconds=40, what="all of them again"
+        )
+        (tmp_path / "release").touch()
+        eventually(lambda: finished(server, "again").get("succeeded") == 4, seconds=40, what="their success")
+        eventually(lambda: finished(server, "once") == {"offloaded": 2, "lost": 2}, what="the second dead letter")
+        eventually(watched.is_accounted_for, what="scheduled = finished + in flight")
+        assert set(finished(server, "again")) == {"succeeded", "offloaded"}
+        assert finished(server, "plain") == {"lost": 2}
+        alerted = lambda: {(alert["kind"], alert["task"]) for alert in lines(server, "shown")}
+        eventually(lambda: alerted() == {("lost", "surviving.plain"), ("lost", "surviving.once")}, what="the alerts")
+
+
+def test_durable_runs_of_a_killed_server_go_on_without_the_directory_of_metrics(tmp_path: Path) -> None:
+    """It may be emptied at each start: the accounts begin anew with what the journal has."""
+    leave_runs(tmp_path)
+    shutil.rmtree(tmp_path / "prometheus_multiproc_dir")
+    with surviving(tmp_path) as server:
+        eventually(lambda: finished(server, "again") == {"succeeded": 2}, seconds=40, what="the runs")
+        eventually(lambda: finished(server, "once") == {"lost": 1}, what="the dead letter")
+        assert finished(server, "plain") == {}
+        assert Watched(server).is_accounted_for()
+
+
+def test_a_process_with_the_pid_of_a_killed_one_gets_its_durable_runs_from_the_journal(tmp_path: Path) -> None:
+    """As after the restart of a container that keeps the directory."""
+    dead = leave_runs(tmp_path)
+    of = 'aftertask_tasks_finished_total{{engine="local",outcome="{}",task="surviving.{}"}} {:.1f}'
+    done = of.format("succeeded", "again", 2)
+    exposed = with_the_pid_of(dead, "surviving", "/metrics", done, **journaled(tmp_path))
+    for outcome, name, number in (
+        *(("offloaded", "again", 2), ("lost", "again", 0), ("succeeded", "again", 2)),
+        *(("offloaded", "once", 1), ("lost", "once", 1), ("lost", "plain", 1), ("offloaded", "plain", 0)),
+    ):
+        assert of.format(outcome, name, number) in exposed
+    for name, scheduled in (("again", 4), ("once", 2), ("plain", 1)):
+        labels = f'engine="local",task="surviving.{name}"'
+        assert f"aftertask_tasks_scheduled_total{{{labels}}} {scheduled:.1f}" in exposed
 
 
 # --- the warning

@@ -40,28 +40,28 @@ def test_several_workers_are_one_scrape(tmp_path: Path) -> None:
         assert len(pids | failing) > 1, "one worker got everything: nothing to add up"
 
         def done() -> bool:
-            told = samples(server)
+            counts = samples(server)
             return (
-                told["tasks_finished_total", "local", "succeeded", "workers.ok"] == 60
-                and told["tasks_finished_total", "local", "failed", "workers.broken"] == 20
+                counts["tasks_finished_total", "local", "succeeded", "workers.ok"] == 60
+                and counts["tasks_finished_total", "local", "failed", "workers.broken"] == 20
             )
 
-        eventually(done, what="all runs of all workers told")
-        told = samples(server)
-        assert told["tasks_scheduled_total", "local", "workers.ok"] == 60
-        assert told["attempt_duration_seconds_count", "local", "ok", "workers.ok"] == 60
-        assert told["queue_wait_seconds_count", "local", "workers.broken"] == 20
-        assert told["attempt_errors_total", "local", "LookupError", "workers.broken"] == 20
-        assert told["tasks_finished_total", "local", "failed", "workers.ok"] == 0
+        eventually(done, what="the counts of all workers")
+        counts = samples(server)
+        assert counts["tasks_scheduled_total", "local", "workers.ok"] == 60
+        assert counts["attempt_duration_seconds_count", "local", "ok", "workers.ok"] == 60
+        assert counts["queue_wait_seconds_count", "local", "workers.broken"] == 20
+        assert counts["attempt_errors_total", "local", "LookupError", "workers.broken"] == 20
+        assert counts["tasks_finished_total", "local", "failed", "workers.ok"] == 0
         openmetrics = httpx2.get(f"{server.url}/metrics", headers={"accept": "application/openmetrics-text"}).text
         assert " # {" not in openmetrics
 
         holder = httpx2.get(f"{server.url}/endless").json()
 
         def inflight() -> float:
-            told = samples(server)
+            counts = samples(server)
             return sum(
-                value for key, value in told.items() if key[0] == "tasks_inflight" and key[-1] == "workers.endless"
+                value for key, value in counts.items() if key[0] == "tasks_inflight" and key[-1] == "workers.endless"
             )
 
         eventually(lambda: inflight() == 1, what="the endless run in flight")
@@ -105,7 +105,7 @@ def test_tasks_of_an_app_without_the_middleware_are_never_taken(tmp_path: Path) 
 
 
 def test_a_collector_that_is_down_harms_no_task(tmp_path: Path) -> None:
-    """Spans cannot be sent; tasks run, requests are answered, metrics are told."""
+    """Spans cannot be sent; tasks run, requests are answered, metrics are served."""
     nowhere = f"http://127.0.0.1:{free_port()}"
     shop = Path(__file__).parents[2] / "examples" / "shop"
     with uvicorn("app:app", shop, tmp_path / "log", OTEL_EXPORTER_OTLP_ENDPOINT=nowhere) as server:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 
-from database.stores import tasks_come_first
+from kit import tasks_come_first
 from live.servers import Server, eventually, free_port, process, uvicorn
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(90), tasks_come_first]

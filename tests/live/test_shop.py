@@ -185,9 +185,9 @@ def check_traces(metrics: Server, spans: Spans) -> None:
 def check_logs(shop: Server, spans: Spans, want: Counter[tuple[str, str]]) -> None:
     """One line for each end, with the ids of its span."""
     lines = log_lines(shop)
-    told = Counter((line["task"], line["event"]) for line in lines)
+    logged = Counter((line["task"], line["event"]) for line in lines)
     for (task, end), count in want.items():
-        assert told[task, f"task.{end.split()[0]}"] >= count
+        assert logged[task, f"task.{end.split()[0]}"] >= count
     assert len(lines) == want.total()
     of_spans = {span.span_id.hex() for span in spans.spans}
     assert {line["span_id"] for line in lines if line["event"] == "task.succeeded"} <= of_spans

@@ -7,7 +7,6 @@ import json
 from typing import Any
 
 import anyio
-import fastapi
 import pytest
 from fastapi import BackgroundTasks as Injected
 from fastapi import Depends
@@ -23,7 +22,7 @@ from aftertask._core.run import Run
 from aftertask.events import Expired, Failed, Skipped, Started, Succeeded
 from aftertask.signals import Logs
 from aftertask.testing import VirtualClock
-from kit import LOG, Env, Stop, answering, boom, drive, sf
+from kit import LOG, Env, Stop, answering, boom, drive, sf, tasks_come_first
 
 pytestmark = pytest.mark.anyio
 
@@ -159,10 +158,7 @@ async def test_a_base_exception_ends_the_batch(env: Env, clock: VirtualClock, on
     assert clock.waiting == 0
 
 
-@pytest.mark.skipif(
-    tuple(map(int, fastapi.__version__.split(".")[:2])) < (0, 118),
-    reason="before 0.118 dependencies with yield end before the tasks run",
-)
+@tasks_come_first
 async def test_an_exception_group_escapes_except_value_error_in_a_dependency(env: Env) -> None:
     """`except ValueError` catches a single failure and misses a group of two; after the request it gets neither."""
     env.settings["on_failure"] = "continue"

@@ -419,7 +419,7 @@ MAIN = """
     def order():
         raise OrderError("sold out")
 
-    if __name__ == "__main__":
+    def main():
         app, seen = FastAPI(), []
         settings = Settings(registry=CollectorRegistry(), on_failure="contain")
         app.add_middleware(AftertaskMiddleware, settings=settings, signals=[seen.append])
@@ -434,15 +434,24 @@ MAIN = """
         for event in seen:
             if type(event).__name__ == "Failed":
                 print(event.failure.type, event.bad, type(event.error).__name__)
+
+    if __name__ == "__main__":
+        main()
 """
 
 
-def test_the_classes_of_the_main_module_are_found(tmp_path: Path) -> None:
-    """A worker has the app's main module under another name; `expected` matches all the same."""
-    script = tmp_path / "app.py"
-    script.write_text(textwrap.dedent(MAIN))
-    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=50)
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        pytest.param(["app.py"], "__main__", id="a file"),
+        pytest.param(["-c", "import app; app.main()"], "app", id="no file"),  # a worker has no main module then
+    ],
+)
+def test_the_classes_of_the_app_are_found(tmp_path: Path, command: list[str], module: str) -> None:
+    """A worker has a main module under another name; `expected` matches all the same."""
+    (tmp_path / "app.py").write_text(textwrap.dedent(MAIN))
+    ended = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True, timeout=50)
     assert ended.stdout.splitlines() == [
-        "__main__.PaymentError False ProcessTaskError",
-        "__main__.OrderError False OrderError",
+        f"{module}.PaymentError False ProcessTaskError",
+        f"{module}.OrderError False OrderError",
     ], ended.stderr

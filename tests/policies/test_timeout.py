@@ -309,7 +309,7 @@ async def test_many_abandoned_threads_are_reported_with_their_stacks(env: Env) -
 
     @task(timeout=0.001)
     def blocks() -> None:
-        release.wait(0.01)
+        release.wait(0.1)
 
     app = env.app(answering(BackgroundTask(blocks)))
     for _ in range(300):

@@ -28,7 +28,7 @@ from aftertask import (
     task,
 )
 from aftertask.alerts import Alert, Alerts, Apprise, Channel, DeliveryFailed, Route, Tested, Webhook, send_test
-from aftertask.events import Failed
+from aftertask.events import Failed, StoredRun
 from aftertask.signals import Logs, Metrics, Tracing, usual
 from aftertask.testing import Recorder, VirtualClock
 
@@ -100,7 +100,7 @@ assert_type(current_run(), TaskRun | None)
 
 
 async def look_up() -> None:
-    assert_type(await get_run("x"), TaskRun | None)
+    assert_type(await get_run("x"), TaskRun | StoredRun | None)
 
 
 recorder = Recorder()

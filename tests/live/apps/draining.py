@@ -18,7 +18,7 @@ FOLDER = Path(os.environ["DRAINING_FOLDER"])
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Say when the app is told to end."""
+    """Log when the app is asked to end."""
     yield
     (FOLDER / "lifespan-ended").touch()
 
@@ -29,7 +29,7 @@ if os.environ.get("DRAINING_BARE") != "1":
 
 
 async def work() -> None:
-    """Until told to end; its cleanup awaits."""
+    """Until asked to end; its cleanup awaits."""
     progress(1, 2, "half way")
     (FOLDER / "begun").touch()
     try:

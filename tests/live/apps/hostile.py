@@ -1,4 +1,4 @@
-"""An app whose task has a hostile name, error and progress."""
+"""An app whose task has a hostile name, error, progress and argument."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from aftertask.board import Board
 TEXT = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'\u202e\x00" + "x" * 10_000
 
 
-@task(name=TEXT, owner=TEXT)
-async def hostile() -> None:
+@task(name=TEXT, owner=TEXT, durable=True)
+async def hostile(what: str) -> None:
     """Fail."""
     progress(1, 2, TEXT)
     raise ValueError(TEXT)
@@ -23,7 +23,7 @@ async def hostile() -> None:
 
 async def endpoint(request: Request) -> PlainTextResponse:
     """Add the task."""
-    return PlainTextResponse("ok", background=BackgroundTask(hostile))
+    return PlainTextResponse("ok", background=BackgroundTask(hostile, TEXT))
 
 
 app = Starlette(routes=[Route("/", endpoint), Mount("/aftertask", Board(insecure=True))])

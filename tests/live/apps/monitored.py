@@ -1,8 +1,9 @@
-"""The shop with faults that can be turned on and off, limits, time limits, and two channels of which one is broken."""
+"""The shop with faults that can be turned on and off, limits, channels, an engine, and a journal if asked."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import threading
 import time
@@ -16,7 +17,10 @@ from aftertask import AftertaskMiddleware, Retry, Settings, task
 from aftertask.alerts import Alert
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples" / "shop"))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from app import app, audit
+
+from kit_engines import Memory
 
 go, go_threads = asyncio.Event(), threading.Event()
 
@@ -27,11 +31,14 @@ async def hook(alert: Alert) -> None:
 
 async def broken_hook(alert: Alert) -> None:
     """A channel that does not."""
-    raise ConnectionError("nobody there")
+    raise ConnectionError("no answer")
 
 
 app.user_middleware.clear()
-app.add_middleware(AftertaskMiddleware, settings=Settings(alerts=[hook, broken_hook], thread_limit=2))
+settings = Settings(
+    alerts=[hook, broken_hook], thread_limit=2, journal=os.environ.get("JOURNAL"), engines={"memory": Memory()}
+)
+app.add_middleware(AftertaskMiddleware, settings=settings)
 
 
 @task(name="faults.fail")
@@ -43,7 +50,7 @@ async def fail() -> None:
 @task(name="faults.retry", retry=Retry(attempts=3, wait_initial=0.02, wait_max=0.05))
 async def retry() -> None:
     """Fails, and is tried again in vain."""
-    raise ConnectionError("nobody there")
+    raise ConnectionError("no answer")
 
 
 @task(name="faults.hold")
@@ -76,6 +83,23 @@ async def block() -> None:
     time.sleep(0.5)  # noqa: ASYNC251 - this is the fault
 
 
+@task(name="faults.letter", durable=True)
+async def letter() -> None:
+    """Becomes a dead letter."""
+    raise RuntimeError("broken")
+
+
+@task(name="faults.kept", durable=True)
+async def kept() -> None:
+    """Stays in the journal until it is let go."""
+    await asyncio.wait_for(go.wait(), 100)
+
+
+@task(name="faults.remote", executor="memory")
+async def remote() -> None:
+    """Is handed over."""
+
+
 @app.post("/faults/{name}")
 async def fault(name: str, tasks: BackgroundTasks) -> JSONResponse:
     """One run of a fault; `behind` has another one that waits behind it."""
@@ -84,7 +108,7 @@ async def fault(name: str, tasks: BackgroundTasks) -> JSONResponse:
         tasks.add_task(audit, "behind")
         return JSONResponse({}, background=tasks)
     every = {"fail": fail, "retry": retry, "hold": hold, "limited": limited, "hang": hang, "thread": thread}
-    every["block"] = block
+    every |= {"block": block, "letter": letter, "kept": kept, "remote": remote}
     return JSONResponse({}, background=BackgroundTask(every[name]))
 
 

@@ -1,4 +1,4 @@
-"""Two apps behind one server: `/ours` has the middleware, `/plain` has none; what was observed is told at `/seen`."""
+"""Two apps behind one server: `/ours` has the middleware, `/plain` has none; what was observed is at `/seen`."""
 
 from typing import Any
 
@@ -35,11 +35,11 @@ def build(function: Any) -> FastAPI:
     return built
 
 
-ours, plain, told = build(ours_task), build(plain_task), FastAPI()
+ours, plain, outcomes = build(ours_task), build(plain_task), FastAPI()
 ours.add_middleware(AftertaskMiddleware, settings=Settings(metrics_path=None), signals=[seen])
 
 
-@told.get("/")
+@outcomes.get("/")
 async def names() -> list[tuple[str, str]]:
     """Which tasks ended, and how."""
     return seen.outcomes()
@@ -51,5 +51,5 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
         await ours(scope, receive, send)
         return
     _, first, *_ = scope["path"].split("/")
-    chosen = {"ours": ours, "plain": plain, "seen": told}[first]
+    chosen = {"ours": ours, "plain": plain, "seen": outcomes}[first]
     await chosen({**scope, "path": "/", "raw_path": b"/"}, receive, send)
