@@ -160,14 +160,6 @@ class Logs(Signal):
         finally:
             self._forget(run)
 
-    def failed(self, event: Failed) -> None:
-        """`task.failed`."""
-        self._failure(event)
-
-    def timed_out(self, event: TimedOut) -> None:
-        """`task.timed_out`."""
-        self._failure(event)
-
     def cancelled(self, event: Cancelled) -> None:
         """`task.cancelled`."""
         self._ended("warning", event, event.reason)
@@ -186,7 +178,8 @@ class Logs(Signal):
         else:
             self._line("error", "offload.failed", event, _error_text(event.failure), **keys)
 
-    def _failure(self, event: Failed | TimedOut) -> None:
+    def _failed(self, event: Failed | TimedOut) -> None:
+        """`task.failed` or `task.timed_out`."""
         failure, run = event.failure, event.run
         try:
             if enabled("error"):
@@ -210,6 +203,8 @@ class Logs(Signal):
                 )
         finally:
             self._forget(run)
+
+    failed = timed_out = _failed
 
     def departed(self, run: TaskRun) -> None:
         """Forget a run that goes on elsewhere."""

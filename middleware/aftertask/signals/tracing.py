@@ -128,27 +128,8 @@ class Tracing(Signal):
             self._first.setdefault(event.run, span.get_span_context())
             self._end_failed(span, event.failure)
 
-    def succeeded(self, event: Succeeded) -> None:
-        """End the attempt's span."""
-        self._end(event)
-
-    def failed(self, event: Failed) -> None:
-        """End the attempt's span with its error."""
-        self._end(event)
-
-    def timed_out(self, event: TimedOut) -> None:
-        """End the attempt's span with its error."""
-        self._end(event)
-
-    def cancelled(self, event: Cancelled) -> None:
-        """End the attempt's span, if one runs."""
-        self._end(event)
-
-    def offloaded(self, event: Offloaded) -> None:
-        """End the span of the attempt that handed the run over."""
-        self._end(event)
-
-    def _end(self, event: Succeeded | Failed | TimedOut | Cancelled | Offloaded) -> None:
+    def _ended(self, event: Succeeded | Failed | TimedOut | Cancelled | Offloaded) -> None:
+        """End the attempt's span, with its error if it has one."""
         span = self._leave(event.run)
         self._first.pop(event.run, None)
         if span is None:
@@ -158,6 +139,8 @@ class Tracing(Signal):
             self._end_failed(span, event.failure)
         else:
             span.end()
+
+    succeeded = failed = timed_out = cancelled = offloaded = _ended
 
     def _end_failed(self, span: Span, failure: Failure) -> None:
         try:
@@ -187,25 +170,11 @@ class Tracing(Signal):
 
     # --- runs that never started: they have no span, but their log lines have the request's trace
 
-    def skipped(self, event: Skipped) -> None:
+    def _not_run(self, event: Skipped | Dropped | Rejected | Expired | Lost) -> None:
         """Note the request's span."""
         _parent(event.run)
 
-    def dropped(self, event: Dropped) -> None:
-        """Note the request's span."""
-        _parent(event.run)
-
-    def rejected(self, event: Rejected) -> None:
-        """Note the request's span."""
-        _parent(event.run)
-
-    def expired(self, event: Expired) -> None:
-        """Note the request's span."""
-        _parent(event.run)
-
-    def lost(self, event: Lost) -> None:
-        """Note the request's span."""
-        _parent(event.run)
+    skipped = dropped = rejected = expired = lost = _not_run
 
     # --- hazards
 
