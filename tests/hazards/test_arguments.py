@@ -498,3 +498,28 @@ def test_a_session_of_ones_own_is_no_hazard(make: Make, harness: Harness) -> Non
 
     harness.client.get("/")
     assert harness.found() == []
+
+
+def test_an_option_given_to_add_task_is_named(harness: Harness) -> None:
+    """It reaches the function, which does not take it. A wrong call inside the function has no such hint."""
+
+    def send(to: str) -> None:
+        if to == "inside":
+            dict.fromkeys([], timeout=3)  # type: ignore[call-overload]
+
+    @harness.app.get("/")
+    def endpoint(tasks: BackgroundTasks) -> None:
+        tasks.add_task(send, "x", timeout=3)
+
+    @harness.app.get("/inside")
+    def inside(tasks: BackgroundTasks) -> None:
+        tasks.add_task(send, "inside")
+
+    harness.client.get("/")
+    harness.client.get("/inside")
+
+    misplaced, other = (event.failure.hint for event in harness.events.of(Failed))
+    assert misplaced == (
+        "add_task passes timeout to the function; an option of the task is set with options(func, timeout=…)"
+    )
+    assert other is None

@@ -118,13 +118,11 @@ class Hazards(Signal):
         if event.run.request.dependencies:
             self._transactions.started(event.run)
 
-    def failed(self, event: Failed) -> None:
+    def _failed(self, event: Failed | TimedOut) -> None:
         """Look for a transaction of the request that the failure ends."""
         self._transactions.failed(event.run)
 
-    def timed_out(self, event: TimedOut) -> None:
-        """Look for a transaction of the request that the failure ends."""
-        self._transactions.failed(event.run)
+    failed = timed_out = _failed
 
     def succeeded(self, event: Succeeded) -> None:
         """Look at what a task returned."""
@@ -136,7 +134,10 @@ class Hazards(Signal):
                 self._found(event.run, hazard, None, advice)
 
     def hint(self, run: TaskRun, error: BaseException) -> str | None:
-        """The likely cause of a failure, if it is an argument that was dead; emitted as a hazard, too."""
+        """The likely cause of a failure, if it is an argument; one that was dead is emitted as a hazard, too."""
+        misplaced = _failures.misplaced_option(error, getattr(run.target, "kwargs", None))
+        if misplaced is not None:
+            return misplaced
         kinds = _failures.closed_kinds(error)
         found = self._arguments.suspect(run, kinds) if kinds else None
         if found is None and _failures.is_detached(error):
@@ -166,14 +167,8 @@ class Hints(Signal):
     def __init__(self, hazards: Hazards) -> None:
         self._hazards = hazards
 
-    def failed(self, event: Failed) -> None:
-        """The last attempt raised."""
-        event.failure.hint = self._hazards.hint(event.run, event.error)
-
-    def timed_out(self, event: TimedOut) -> None:
-        """The timeout ended the last attempt."""
+    def _failed(self, event: Failed | TimedOut | Retrying) -> None:
+        """An attempt raised, or passed its timeout."""
         event.failure.hint = self._hazards.hint(event.run, event.failure.error)
 
-    def retrying(self, event: Retrying) -> None:
-        """An attempt raised."""
-        event.failure.hint = self._hazards.hint(event.run, event.error)
+    failed = timed_out = retrying = _failed

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from .._text import error_type
+from ..policies import PolicyOptions
 
 #: How libraries report that something is closed: the name of the exception's class, its message, and the kinds of
 #: arguments (`kind_of`) that it can come from.
@@ -26,6 +27,9 @@ _CLOSED: tuple[tuple[str, str, frozenset[str]], ...] = (
     (r"RuntimeError", r"response already completed|No response returned", frozenset({"response", "request"})),
 )
 _KNOWN = tuple((re.compile(name), re.compile(text, re.IGNORECASE), kinds) for name, text, kinds in _CLOSED)
+
+#: What Python says of a call with a keyword that the function does not take.
+_UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 _DETACHED = "sqlalchemy.orm.exc.DetachedInstanceError"
 DETACHED = (
@@ -49,6 +53,16 @@ def closed_kinds(error: BaseException) -> frozenset[str]:
 def is_detached(error: BaseException) -> bool:
     """Whether a row was used without its session."""
     return any(error_type(one) == _DETACHED for one in _chain(error))
+
+
+def misplaced_option(error: BaseException, given: object) -> str | None:
+    """The advice about an option of the task that `add_task` was given, and passed to the function; else None."""
+    found = _UNEXPECTED.search(_message(error)) if type(error) is TypeError else None
+    if found is None or not isinstance(given, Mapping) or found[1] not in given:
+        return None
+    if found[1] not in PolicyOptions.__annotations__:
+        return None
+    return f"add_task passes {found[1]} to the function; an option of the task is set with options(func, {found[1]}=…)"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
