@@ -129,6 +129,7 @@ def test_a_reload_is_no_clash() -> None:
         ({"expires": -1}, ValueError, "Policy.expires"),
         ({"run_on_error": 1}, TypeError, "Policy.run_on_error must be True, False or None, got 1"),
         ({"on_error": "log"}, TypeError, "Policy.on_error must be a function"),
+        ({"on_error": lambda: None}, TypeError, "Policy.on_error is called with the run and the exception, but"),
         ({"severity": "bad"}, ValueError, "Policy.severity"),
         ({"alert_after": 0}, ValueError, "Policy.alert_after must be at least 1"),
         ({"stuck_after": 0}, ValueError, "Policy.stuck_after"),

@@ -74,6 +74,7 @@ ORDER = (
     "errors",
     "_log",
     "_clock",
+    "_signatures",
     "_versions",
     "_version",
 )

@@ -41,6 +41,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
         ({"success_log_rate": float("nan")}, ValueError, "success_log_rate"),
         ({"success_log_rate": True}, ValueError, "success_log_rate"),
         ({"max_waiting": -1}, ValueError, "max_waiting must be at least 0, got -1; None means no maximum"),
+        ({"redact": lambda: ""}, TypeError, "Settings.redact is called with one argument, but"),
         ({"max_waiting": "many"}, TypeError, "must be a whole number, got 'many'; None means no maximum"),
         ({"run_ids_header": "a b"}, ValueError, "run_ids_header"),
         ({"exclude": "/health"}, TypeError, "Settings.exclude must be a list"),
@@ -174,6 +175,8 @@ def test_the_environment_is_read_by_from_env_alone(monkeypatch: pytest.MonkeyPat
         ("AFTERTASK_TRACE", "both", "AFTERTASK_TRACE"),
         ("AFTERTASK_SUCCESS_LOG_RATE", "many", "AFTERTASK_SUCCESS_LOG_RATE='many'"),
         ("AFTERTASK_METRICS_PATH", "metrics", "AFTERTASK_METRICS_PATH"),
+        ("AFTERTASK_DRAIN_TIMEOUT", "30s", "AFTERTASK_DRAIN_TIMEOUT='30s': must be a number of seconds, or none"),
+        ("AFTERTASK_MAX_WAITING", "1.5", "AFTERTASK_MAX_WAITING='1.5': must be a whole number, or none"),
         ("AFTERTASK_THREAD_LIMIT", "none", "AFTERTASK_THREAD_LIMIT='none': must be a whole number"),
         (
             "AFTERTASK_JOURNAL",

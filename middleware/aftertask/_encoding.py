@@ -13,9 +13,10 @@ from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, Vali
 from pydantic_core import to_json
 from typing_extensions import TypedDict  # pydantic accepts the standard library's only from Python 3.12 on
 
+from ._signatures import signature_of
 from ._text import type_name
 from .errors import NotSerializable
-from .tasks import code_name, signature_of
+from .tasks import code_name
 
 Func: TypeAlias = Callable[..., object]
 Fields: TypeAlias = dict[str, Any]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict, get_args
 
+from ._signatures import takes
 from ._taskrun import TaskRun
 from ._text import name_hint, number_hint, type_name
 from .errors import ProcessTaskError
@@ -370,6 +371,8 @@ def _check_limit(field: str, value: object) -> None:
 def _check_callback(field: str, value: object) -> None:
     if not callable(value):
         raise TypeError(f"{field} must be a function that takes the run and the exception, got {value!r}")
+    if not takes(value, 2):
+        raise TypeError(f"{field} is called with the run and the exception, but {value!r} does not take two arguments")
 
 
 _CHECKS: dict[str, Callable[[str, object], object]] = {

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from opentelemetry.trace import TracerProvider
 from prometheus_client import REGISTRY, CollectorRegistry
 
+from ._signatures import takes
 from ._taskrun import JOURNAL, LOCAL
 from ._text import default_redact, name_hint, number_hint
 from .alerts import Channel, Route
@@ -143,6 +144,8 @@ class Settings:
         for name in ("redact", "request_id"):
             if not callable(func := getattr(self, name)) or is_async(func):
                 raise TypeError(f"Settings.{name} must be a function that is not async, got {func!r}")
+            if not takes(func, 1):
+                raise TypeError(f"Settings.{name} is called with one argument, but {func!r} does not take one")
         _number("success_log_rate", self.success_log_rate, "at least 0 lines per second", lambda rate: rate >= 0)
         header = self.run_ids_header
         if header is not None and not (isinstance(header, str) and _HEADER_NAME.fullmatch(header)):
@@ -247,12 +250,8 @@ def _converted(text: str, kind: type[N], what: str) -> N:
         raise ValueError(f"must be {what}") from None
 
 
-def _optional_number(text: str) -> float | None:
-    return None if _optional_text(text) is None else _converted(text, float, "a number, or none")
-
-
-def _optional_count(text: str) -> int | None:
-    return None if _optional_text(text) is None else _converted(text, int, "a whole number, or none")
+def _optional(text: str, kind: type[N], what: str) -> N | None:
+    return None if _optional_text(text) is None else _converted(text, kind, f"{what}, or none")
 
 
 def _optional_name(text: str, what: str) -> str | None:
@@ -268,18 +267,20 @@ def _paths(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+_seconds = partial(_optional, kind=float, what="a number of seconds")
+
 _FROM_TEXT: dict[str, Callable[[str], Any]] = {
     "metrics_path": _optional_text,
     "trace": str.strip,
     "on_failure": str.strip,
     "run_after": str.strip,
-    "max_waiting": _optional_count,
+    "max_waiting": partial(_optional, kind=int, what="a whole number"),
     "thread_limit": partial(_converted, kind=int, what="a whole number"),
-    "drain_timeout": _optional_number,
+    "drain_timeout": _seconds,
     "shutdown_report": _flag,
-    "block_threshold": _optional_number,
+    "block_threshold": _seconds,
     "context": str.strip,
-    "success_log_rate": _optional_number,
+    "success_log_rate": partial(_optional, kind=float, what="a number of lines per second"),
     "journal": partial(_optional_name, what="the path of a file, such as tasks.db"),
     "run_ids_header": partial(_optional_name, what="the name of a header, such as X-Run-Ids"),
     "exclude": _paths,

@@ -30,14 +30,6 @@ _TRACERS = {"ddtrace": "task"}
 
 _EMPTY = Policy()
 
-#: How to ask for annotations that need not be evaluated, and for those of which some cannot be.
-AS_TEXT: dict[str, Any] = {}
-PARTLY: dict[str, Any] = {}
-if sys.version_info >= (3, 14):
-    from annotationlib import Format
-
-    AS_TEXT["annotation_format"], PARTLY["format"] = Format.STRING, Format.FORWARDREF
-
 
 @dataclass(frozen=True, slots=True)
 class Registered:
@@ -240,19 +232,6 @@ def registration(func: object) -> Registered | None:
             return None
         func = wrapped
     return None
-
-
-def signature_of(func: Callable[..., object]) -> inspect.Signature:
-    """
-    What a callable takes. Its annotations are not evaluated, and since Python 3.14 they are text.
-
-    Raises:
-        ValueError: It has no signature, or an annotation that raises even so: on Python 3.14, `"Order" | None`.
-    """
-    try:
-        return inspect.signature(func, **AS_TEXT)
-    except Exception as error:  # an annotation is any code
-        raise ValueError(str(error)) from None
 
 
 def code_name(func: object) -> str:

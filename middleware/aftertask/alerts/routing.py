@@ -8,8 +8,9 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
+from .._signatures import takes
 from ..policies import SEVERITIES, Severity, check_seconds, check_whole
-from ..tasks import attribute, code_name, signature_of
+from ..tasks import attribute, code_name
 from .alert import Channel
 from .apprise import Apprise
 from .webhook import Webhook
@@ -141,12 +142,8 @@ def _channel(channel: object) -> Channel:
         )
     if not isinstance(channel, Channel):
         raise TypeError(f"a channel must be a URL, Webhook(…), Apprise(…) or a function, got {type(channel).__name__}")
-    try:
-        signature_of(channel).bind(None)
-    except TypeError:
-        raise TypeError(f"a channel takes one argument, the alert; {code_name(channel)} does not") from None
-    except ValueError:  # a builtin without a signature
-        pass
+    if not takes(channel, 1):
+        raise TypeError(f"a channel takes one argument, the alert; {code_name(channel)} does not")
     return channel
 
 

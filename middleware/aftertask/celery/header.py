@@ -7,8 +7,8 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 
+from .._signatures import signature_of
 from ..errors import UnknownMessage
-from ..tasks import signature_of
 
 #: The header's name.
 NAME = "aftertask"

@@ -15,11 +15,12 @@ from starlette.routing import WebSocketRoute
 from .._core.dependencies import yields
 from .._core.resolver import HIDDEN, UNHIDE, is_opaque
 from .._mistakes import mistakes
+from .._signatures import signature_of
 from .._text import is_library_file
 from .._versions import is_at_least, version_of
 from ..hazards._transactions import TASKS_COME_FIRST, remedy
 from ..settings import disabled
-from ..tasks import code_name, hidden_task, is_async, signature_of, unwrap
+from ..tasks import code_name, hidden_task, is_async, unwrap
 from ._source import Added, annotations_of, argument_kinds, inner_function, place_of
 from ._subject import Subject
 from ._transactions import commits_by_hand, ending, late_dependencies

@@ -15,9 +15,10 @@ from typing import Any
 
 from starlette.background import BackgroundTasks
 
+from .._signatures import PARTLY
 from .._text import is_library_file
 from ..hazards._arguments import kind_of_class
-from ..tasks import PARTLY, is_async, unwrap
+from ..tasks import is_async, unwrap
 from ._blocking import FUNCTIONS, METHODS
 
 #: Functions that a task calls are read as well, up to this many calls deep.

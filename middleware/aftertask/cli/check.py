@@ -20,12 +20,13 @@ import typer
 from starlette.applications import Starlette
 
 from .._mistakes import collected
+from .._signatures import takes
 from .._text import default_redact
 from ..alerts import send_test
 from ..middleware import AftertaskMiddleware
 from ..policies import Limit, Retry
 from ..settings import Settings
-from ..tasks import code_name, signature_of
+from ..tasks import code_name
 from ._findings import Finding, findings
 from ._output import refusal
 from ._subject import Subject
@@ -94,14 +95,14 @@ def _load(target: str, folder: Path, factory: bool) -> Any:
             hint = f"; did you mean {name}:{apps[0]}?" if apps else ""
             raise refusal(f"the module {name!r} has no {path!r}{hint}")
     if factory:
-        if not callable(found) or not _takes(found, 0):
+        if not callable(found) or not takes(found, 0, unknown=False):
             raise refusal(f"{target} cannot be called without arguments, as --factory does")
         try:
             found = found()
         except Exception as error:
             raise refusal(f"the factory {target} failed: {_short_error(error, folder)}") from None
-    elif inspect.isfunction(found) and not _takes(found, 3):
-        if _takes(found, 0):
+    elif inspect.isfunction(found) and not takes(found, 3, unknown=False):
+        if takes(found, 0, unknown=False):
             raise refusal(f"{target} is a function without arguments: if it makes the app, add --factory")
         raise refusal(f"{target} is a function, but takes no scope, receive and send, so it is no ASGI app")
     if not callable(found):
@@ -109,15 +110,6 @@ def _load(target: str, folder: Path, factory: bool) -> Any:
             f"{target} is no ASGI app but a {type(found).__name__}; a function that makes one needs --factory"
         )
     return found
-
-
-def _takes(func: Any, count: int) -> bool:
-    """Whether a function can be called with this many arguments."""
-    try:
-        signature_of(func).bind(*[None] * count)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def _short_error(error: Exception, folder: Path) -> str:

@@ -24,9 +24,10 @@ from typing import Any
 from starlette.background import BackgroundTask
 from starlette.requests import Request
 
+from .._signatures import signature_of
 from .._versions import version_of
 from ..events import Scheduled, TaskRun
-from ..tasks import attribute, signature_of, without_options
+from ..tasks import attribute, without_options
 
 #: Called with the run, the kind, the argument's name if there is one, and the advice.
 Found = Callable[[TaskRun, str, str | None, str], object]
