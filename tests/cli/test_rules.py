@@ -21,7 +21,7 @@ from aftertask.cli.rules import FILES
 from aftertask.signals import families
 
 #: promtool counts through days of samples.
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 
 ROOT = Path(__file__).parents[2]
 RUNBOOKS = ROOT / "dashboards" / "runbooks"

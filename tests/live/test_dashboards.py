@@ -132,7 +132,7 @@ def test_every_panel_shows_what_happens(load: tuple[Server, Spans]) -> None:
             assert not check(one, panel, spans), panel["title"]
     overview = BOARDS["aftertask-overview"]
     started = next(mark["expr"] for mark in overview["annotations"]["list"] if mark["name"] == "Process starts")
-    grafana = Grafana(server, overview)
+    grafana = Grafana(server, overview, shown=900)  # the panels above were waited for
     marked = [value for values in grafana.ask({"expr": started, "instant": False}) for value in values]
     assert 1 <= len(marked) <= 2, f"the start is marked once, not as a region: {marked}"
 

@@ -126,6 +126,7 @@ def test_a_blocked_loop_is_logged_with_its_line(server: Server) -> None:
     eventually(lambda: metrics(server, "aftertask_event_loop_lag_seconds_count")[()] > 10)
 
 
+@pytest.mark.timeout(90)
 def test_one_of_fifty_is_named_under_uvicorn(server: Server) -> None:
     """Fifty runs at once, one of which blocks for 0.4 s: the line has that one's id, each time."""
     _name_the_culprit(server, 3)
