@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import anyio
@@ -15,7 +17,7 @@ import pytest
 from fastapi import BackgroundTasks
 from starlette.background import BackgroundTask
 from starlette.responses import JSONResponse, StreamingResponse
-from starlette.types import Message
+from starlette.types import Message, Receive, Scope, Send
 
 from aftertask import (
     DuplicateKey,
@@ -24,14 +26,17 @@ from aftertask import (
     Policy,
     Retry,
     Settings,
+    TaskRun,
     cancel_run,
     current_run,
     get_run,
+    note,
     options,
     progress,
     task,
 )
-from aftertask.events import Cancelled, Dropped, Rejected, StoredRun, Succeeded
+from aftertask.events import Cancelled, Dropped, Failed, Failure, Rejected, RequestInfo, StoredRun, Succeeded, TaskInfo
+from aftertask.journal.record import Record
 from kit import TASKS_COME_FIRST, ClientFor, drive, until
 from live.servers import eventually
 
@@ -60,8 +65,6 @@ def fails(number: int) -> None:
 
 async def reads_its_row(path: str) -> None:
     """A task that looks at the journal."""
-    import sqlite3
-
     with sqlite3.connect(path) as db:
         run = current_run()
         assert run is not None
@@ -71,6 +74,7 @@ async def reads_its_row(path: str) -> None:
 
 def reports() -> None:
     """A task that says how far it has come."""
+    note(done=DID[0])
     progress(DID[0])
 
 
@@ -276,6 +280,40 @@ def test_a_sibling_that_is_skipped_was_accepted_too(shop: Journaled) -> None:
     assert [(row["state"], row["dead"]) for row in shop.rows()] == [("failed", "failed"), ("skipped", "skipped")]
 
 
+def test_a_run_that_ends_before_an_earlier_change_is_written_is_a_dead_letter_too(shop: Journaled) -> None:
+    """That its request has ended well is written before its end, and does not take the end's place."""
+    other = sqlite3.connect(":memory:")
+
+    class Locks(JSONResponse):
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            nonlocal other
+            await super().__call__(scope, receive, send)
+            other = sqlite3.connect(shop.path, isolation_level=None, check_same_thread=False)
+            other.execute("BEGIN IMMEDIATE")  # nothing is written from here on
+
+    def add(tasks: BackgroundTasks) -> JSONResponse:
+        tasks.add_task(fails, 1)
+        tasks.add_task(options(mail, durable=True), "a@b")
+        return Locks({})
+
+    with shop.client(add) as client:
+        client.post("/")
+        other.execute("ROLLBACK")
+        other.close()
+        eventually(lambda: len([row for row in shop.rows() if row["settled_at"]]) == 2)
+    assert [(row["state"], row["dead"]) for row in shop.rows()] == [("failed", None), ("skipped", "skipped")]
+
+
+def test_history_does_not_write_the_end_of_a_run_that_is_kept() -> None:
+    """The end is a change of its own, which says whether it is a dead letter; history may be written at any moment."""
+    run = TaskRun(TaskInfo("mail", "mail", durable=True), RequestInfo(), None)
+    record = Record(run, is_kept=True, first=run.id)
+    record.finish(Failed(run, 1.0, 1, 0.1, LookupError(), Failure(LookupError(), str), False))
+    for history in (record.changing(), record.row(1)):
+        assert "settled_at" not in history and history.get("state") != "failed"
+    assert record.ended()["state"] == "failed"
+
+
 def test_a_retry_does_not_touch_the_intent_of_a_sibling(shop: Journaled) -> None:
     """Each run has its own row, whatever happens to the others."""
 
@@ -469,7 +507,9 @@ def test_a_result_is_kept_as_it_was_returned(shop: Journaled) -> None:
     assert DID == []
 
 
-@pytest.mark.parametrize("done", [Decimal(3), "three", object()])
+@pytest.mark.parametrize(
+    "done", [Decimal(3), "three", object(), Fraction(10**400), 10**5000], ids=lambda done: type(done).__name__
+)
 def test_a_durable_run_ends_whatever_it_reports(shop: Journaled, done: Any) -> None:
     """Progress of any type cannot keep its end off the disk."""
     DID.append(done)

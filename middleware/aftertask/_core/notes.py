@@ -61,7 +61,7 @@ def _noted(key: str, value: object, redact: Redact) -> Note:
     try:
         text = str(value)[:LONGEST_NOTE]
     except Exception as error:
-        text = f"[it cannot be read: {type(error).__name__}]"
+        text, value = f"[it cannot be read: {type(error).__name__}]", None
     # With its key: `token=…` is recognised by it.
     shown = redacted(f"{key}={text}", redact).removeprefix(f"{key}=")
     return value if shown == text and isinstance(value, (int, float)) else shown

@@ -196,17 +196,18 @@ class Journal(Journaling):
             self._mark(record)
             return
         reason = dead(event) if is_durable else None
-        self._submit(record, {"dead": reason})
+        self._submit(record, {"dead": reason}, at_end=True)
         if reason is not None:
             bury(self.meter, run.task, run.id, reason, event.timestamp - run.timestamp)
 
     succeeded = failed = timed_out = cancelled = skipped = dropped = rejected = expired = lost = offloaded = ended
 
-    def _submit(self, record: Record, row: dict[str, Value]) -> None:
+    def _submit(self, record: Record, row: dict[str, Value], *, at_end: bool = False) -> None:
         number, id = self.store.number, record.run.id
 
         def apply(db: sqlite3.Connection) -> None:
-            ended = {} if record.end is None else record.changing()
+            # A change before the end does not write it, even if the run has ended when its turn comes.
+            ended = record.ended() if at_end else {}
             if not rows.update(db, id, number, {**ended, **row}):
                 log("warning", "journal.taken", task=record.run.task, run_id=id)
 

@@ -86,24 +86,30 @@ class Record:
             "span_id": None if span is None else f"{span.span_id:016x}",
             "first": self.first,
             "state": "started" if run.attempt else "scheduled",
-            **self.changing(),
+            # The end of a run that is kept is a change of its own, which is never dropped.
+            **(self.changing() if self.is_kept else self.ended()),
         }
 
     def changing(self) -> dict[str, Value]:
-        """What changes while a run is in flight, and at its end."""
-        run, end = self.run, self.end
+        """What changes while a run is in flight."""
+        run = self.run
         self.progress = reported = run.progress
-        failure = getattr(end, "failure", None) or self.failure
         row: dict[str, Value] = {
             "attempts": run.attempt,
             "started_at": self.started_at,
             "queue_wait_s": run.queue_wait_s,
             "progress": None if reported is None else _progress(reported),
-            "more": self._more(failure),
+            "more": self._more(),
         }
+        failure = self.failure
         if failure is not None:
             row |= {"error_type": failure.type, "error_message": failure.message}
             row |= {"stack": failure.stack, "fingerprint": failure.fingerprint}
+        return row
+
+    def ended(self) -> dict[str, Value]:
+        """The same, with the run's end if it has one."""
+        row, end = self.changing(), self.end
         if end is not None:
             row |= {"state": end.outcome, "settled_at": end.timestamp, "duration_s": getattr(end, "duration_s", None)}
             row |= {"reason": getattr(end, "reason", None), "result": self.result, "bad": end.bad}
@@ -113,16 +119,16 @@ class Record:
 
     def finish(self, end: Ended) -> None:
         """The run has ended; a result is encoded now, because the app may change it at any moment."""
-        self.end = end
+        self.end, self.failure = end, getattr(end, "failure", None) or self.failure
         if isinstance(end, Succeeded) and self.run.info.keep_result:
             try:
                 self.result = encode_result(end.result)
             except NotSerializable as error:
                 log("warning", "journal.result_dropped", task=end.run.task, run_id=end.run.id, error_message=str(error))
 
-    def _more(self, failure: Failure | None) -> str | None:
+    def _more(self) -> str | None:
         """What few runs have and only people read, as a JSON object; None if there is none of it."""
-        run, end = self.run, self.end
+        run, end, failure = self.run, self.end, self.failure
         cause = end.caused_by if isinstance(end, Skipped) else None
         is_queued = not run.attempt and run.queued_s is not None
         found = {
@@ -144,7 +150,7 @@ def _progress(reported: Progress) -> str | None:
     try:  # numbers of any type, such as numpy's
         numbers = [n if n is None or isinstance(n, int) else float(n) for n in (reported.done, reported.total)]
         return json.dumps([*numbers, reported.note, reported.timestamp])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
