@@ -303,6 +303,14 @@ class TaskRun:
         return waited if waited >= _NOTABLE_THREAD_WAIT else None
 
     @property
+    def trace_ids(self) -> dict[str, str | None]:
+        """`trace_id` and `span_id` of the current attempt, else of the request, in hex; None without a span."""
+        span = self.span_context or self.request.span_context
+        if span is None:
+            return {"trace_id": None, "span_id": None}
+        return {"trace_id": f"{span.trace_id:032x}", "span_id": f"{span.span_id:016x}"}
+
+    @property
     def is_current(self) -> bool:
         """Whether this code runs in the run's own context (False when a coroutine is closed from another one)."""
         return running.get() is self

@@ -95,8 +95,7 @@ def describe(
 ) -> Alert:
     """The alert about `count` runs with this problem; the first ended at `since`, in seconds since the Unix epoch."""
     run, key = problem.run, group_key(problem)
-    span = run.span_context or run.request.span_context
-    trace_id = None if span is None else f"{span.trace_id:032x}"
+    trace_id = run.trace_ids["trace_id"]
     alert = Alert(
         kind=key.kind,
         severity=severity(problem),

@@ -163,7 +163,6 @@ def entry_of(run: TaskRun, origin: Origin, trail: Trail | None) -> Entry:
     attempts = [] if trail is None else list(trail.attempts)
     if run.started_s is not None and (not attempts or attempts[-1].number < run.attempt):
         attempts.append(Attempt(run.attempt, _unix(run, run.started_s)))
-    span = run.span_context or run.request.span_context
     return Entry(
         id=run.id,
         task=short(run.task),
@@ -176,7 +175,7 @@ def entry_of(run: TaskRun, origin: Origin, trail: Trail | None) -> Entry:
         thread_wait_s=run.thread_wait_s,
         blocked_s=run.blocked_s,
         progress=run.progress,
-        trace_id=None if span is None else f"{span.trace_id:032x}",
+        trace_id=run.trace_ids["trace_id"],
         whose=run.notes,
         state=run.state,
         attempts=attempts,

@@ -69,7 +69,6 @@ class Record:
     def row(self, owner: int | None) -> dict[str, Value]:
         """The row of any run."""
         run, request = self.run, self.run.request
-        span = run.span_context or request.span_context
         return {
             "id": run.id,
             "task": run.task,
@@ -82,8 +81,7 @@ class Record:
             "http_method": request.http_method,
             "http_route": request.http_route,
             "request_id": request.request_id,
-            "trace_id": None if span is None else f"{span.trace_id:032x}",
-            "span_id": None if span is None else f"{span.span_id:016x}",
+            **run.trace_ids,
             "first": self.first,
             "state": "started" if run.attempt else "scheduled",
             # The end of a run that is kept is a change of its own, which is never dropped.

@@ -72,7 +72,6 @@ def run_keys(run: TaskRun) -> dict[str, Any]:
 def all_keys(run: TaskRun) -> dict[str, Any]:
     """The same with None for unknown ones."""
     request = run.request
-    span = run.span_context or request.span_context
     return {
         "task": run.task,
         "run_id": run.id,
@@ -81,8 +80,7 @@ def all_keys(run: TaskRun) -> dict[str, Any]:
         "http_route": request.http_route,
         "http_method": request.http_method,
         "request_id": request.request_id,
-        "trace_id": None if span is None else f"{span.trace_id:032x}",
-        "span_id": None if span is None else f"{span.span_id:016x}",
+        **run.trace_ids,
         "notes": run.notes or None,
     }
 
