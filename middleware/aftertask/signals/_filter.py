@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from ..events import current_run
-from .logs import KEYS, all_keys
+from .logs import KEYS, run_keys
 
 
 class RunFilter(logging.Filter):
@@ -19,7 +19,7 @@ class RunFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Add the keys that the record does not have; always True."""
         run = current_run()
-        keys = dict.fromkeys(KEYS) if run is None else all_keys(run)
+        keys = dict.fromkeys(KEYS) if run is None else run_keys(run)
         for key, value in keys.items():
             if not hasattr(record, key):
                 setattr(record, key, value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from contextvars import Token
-from typing import Any
+from typing import Any, TypeAlias
 
 from structlog.contextvars import bind_contextvars, get_contextvars, reset_contextvars
 
@@ -16,7 +16,6 @@ from ..events import (
     AbandonedEnded,
     Cancelled,
     Dropped,
-    Ended,
     Expired,
     Failed,
     Failure,
@@ -40,6 +39,9 @@ from ..events import (
 )
 from ._repetitions import Repetitions, sentence
 from .families import NO_TASK
+
+#: Ends with a reason.
+Unfinished: TypeAlias = Cancelled | Skipped | Dropped | Rejected | Expired | Lost
 
 #: The keys of every line about a run, which the task's own lines get, too.
 KEYS = (
@@ -65,18 +67,13 @@ _MOST_HAZARDS = 1000
 
 
 def run_keys(run: TaskRun) -> dict[str, Any]:
-    """The keys that identify a run in a log line; unknown ones are left out."""
-    return {key: value for key, value in all_keys(run).items() if value is not None}
-
-
-def all_keys(run: TaskRun) -> dict[str, Any]:
-    """The same with None for unknown ones."""
+    """The keys that identify a run in a log line, by `KEYS`; None for what is unknown."""
     request = run.request
     return {
         "task": run.task,
         "run_id": run.id,
         "attempt": run.attempt,
-        "engine": run.engine,
+        "engine": run.info.engine,
         "http_route": request.http_route,
         "http_method": request.http_method,
         "request_id": request.request_id,
@@ -123,7 +120,7 @@ class Logs(Signal):
     def started(self, event: Started) -> None:
         """`task.started`; the run's keys are bound until the attempt ends."""
         run = event.run
-        keys = run_keys(run)
+        keys = {key: value for key, value in run_keys(run).items() if value is not None}
         self._bound[run] = keys, bind_contextvars(**{**self._from_endpoint.get(run, {}), **keys})
         if enabled("debug"):
             self._line("debug", "task.started", event, "", queue_wait_s=event.queue_wait_s)
@@ -158,10 +155,6 @@ class Logs(Signal):
         finally:
             self._forget(run)
 
-    def cancelled(self, event: Cancelled) -> None:
-        """`task.cancelled`."""
-        self._ended("warning", event, event.reason)
-
     def offloaded(self, event: Offloaded) -> None:
         """`offload.sent`."""
         if enabled("debug"):
@@ -188,7 +181,7 @@ class Logs(Signal):
                     f"task.{event.outcome}",
                     event,
                     _error_text(failure),
-                    error=failure.error,
+                    exc_info=failure.error,
                     repeated=bool(repeated),
                     explain=explain,
                     contained=run.info.on_failure == "contain" and run.parent is None,
@@ -204,40 +197,38 @@ class Logs(Signal):
 
     failed = timed_out = _failed
 
-    def departed(self, run: TaskRun) -> None:
-        """Forget a run that goes on elsewhere."""
-        self._forget(run)
+    # --- runs that did not finish, most of which never started
 
-    # --- runs that never started
+    def _stopped(self, event: Cancelled | Expired) -> None:
+        """`task.cancelled` or `task.expired`."""
+        self._ended("warning", event)
+
+    cancelled = expired = _stopped
 
     def skipped(self, event: Skipped) -> None:
         """`task.skipped`, with the run that failed and its task."""
         cause = event.caused_by
         keys = {} if cause is None else {"caused_by": cause.id, "caused_by_task": cause.task}
-        self._ended("warning", event, event.reason, "" if cause is None else f" of {cause.task}", **keys)
+        self._ended("warning", event, "" if cause is None else f" of {cause.task}", **keys)
 
     def dropped(self, event: Dropped) -> None:
         """`task.dropped`; at info if a client caused it."""
-        level: Level = "warning" if event.bad else "info"
-        self._ended(level, event, event.reason, error_type=event.error_type)
+        self._ended("warning" if event.bad else "info", event, error_type=event.error_type)
 
     def rejected(self, event: Rejected) -> None:
         """`task.rejected`, with what to do."""
-        self._ended("warning", event, event.reason, f": {event.hint}" if event.hint else "", hint=event.hint)
-
-    def expired(self, event: Expired) -> None:
-        """`task.expired`."""
-        self._ended("warning", event, event.reason)
+        self._ended("warning", event, f": {event.hint}" if event.hint else "", hint=event.hint)
 
     def lost(self, event: Lost) -> None:
         """`task.lost`; the line of a dead letter is the journal's, `task.dead_lettered`."""
         if event.dead is None:
-            self._ended("error", event, event.reason, age_s=event.age_s)
+            self._ended("error", event, age_s=event.age_s)
 
-    def _ended(self, level: Level, event: Ended, reason: str, because: str = "", **keys: Any) -> None:
+    def _ended(self, level: Level, event: Unfinished, because: str = "", **keys: Any) -> None:
         try:
             if enabled(level):
-                self._line(level, f"task.{event.outcome}", event, reason + because, reason=reason, **keys)
+                what = event.reason + because
+                self._line(level, f"task.{event.outcome}", event, what, reason=event.reason, **keys)
         finally:
             self._forget(event.run)
 
@@ -301,20 +292,14 @@ class Logs(Signal):
 
     # --- one line, and what was bound
 
-    def _line(
-        self,
-        level: Level,
-        name: str,
-        event: TaskEvent,
-        what: str,
-        *,
-        error: BaseException | None = None,
-        contained: bool = False,
-        repeated: bool = False,
-        explain: bool = False,
-        **keys: Any,
-    ) -> None:
-        """Log one line about a run; raise what the app's logging raised, so that it is counted as a failed signal."""
+    def _line(self, level: Level, name: str, event: TaskEvent, what: str, **keys: Any) -> None:
+        """
+        Log one line about a run; raise what the app's logging raised, so that it is counted as a failed signal.
+
+        Args:
+            what: What the sentence for people says after the name and the task.
+            keys: What `log` takes.
+        """
         run = event.run
         bound, _ = self._bound.get(run, (None, None))
         failed = log(
@@ -322,11 +307,7 @@ class Logs(Signal):
             name,
             message=lambda: sentence(name, run, what),
             timestamp=event.timestamp,
-            exc_info=error,
-            contained=contained,
-            repeated=repeated,
-            explain=explain,
-            **(bound or run_keys(run)) | ({"notes": run.notes} if run.own_notes or run.request.notes else {}),
+            **(bound or run_keys(run)) | {"notes": run.notes or None},
             **keys,
             progress=None if run.progress is None else run.progress.text,
         )
@@ -340,8 +321,11 @@ class Logs(Signal):
             reset_contextvars(**tokens)
 
     def _forget(self, run: TaskRun) -> None:
+        """The run has ended, or goes on elsewhere."""
         self._unbind(run)
         self._from_endpoint.pop(run, None)
+
+    departed = _forget
 
 
 def _failure_keys(failure: Failure) -> dict[str, Any]:
