@@ -156,9 +156,7 @@ class Alerts(Signal):
         for sender in self._senders:
             sender.finish_close(max(0.0, deadline - _clock.monotonic()))
 
-    def at_exit(self) -> None:
-        """Close: the server may not have run the app's lifespan."""
-        self.close()
+    at_exit = close  # the server may not have run the app's lifespan
 
     def after_fork(self) -> None:
         """Start over in a child process: what is pending belongs to the parent."""

@@ -87,19 +87,17 @@ class Hazards(Signal):
         self._stuck = StuckWatch(emit)
         self._reports = LoopReports(self._threshold, emit, self._loop_blocked_by, self._look_at_threads)
 
-    def open(self) -> None:
-        """The app starts: watch its event loop and its runs."""
-        self.batch_started()
-
     def close(self) -> None:
         """The app has stopped."""
         self._stuck.stop()
         WATCHER.unwatch(self._reports)
 
     def batch_started(self) -> None:
-        """A batch starts, maybe on an event loop that is not watched yet."""
+        """The app or a batch starts, maybe on an event loop that is not watched yet: watch it, and the runs."""
         WATCHER.watch(self._reports)
         self._stuck.start()
+
+    open = batch_started
 
     def watch_runs(self) -> None:
         """Watch runs where no event loop of an app runs: in the worker of an engine."""
