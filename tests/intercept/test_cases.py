@@ -39,7 +39,7 @@ from starlette.responses import (
 )
 from starlette.routing import Mount, Route, Router, WebSocketRoute
 
-from aftertask import observe_functions
+from aftertask import Policy, observe_functions
 from aftertask.events import Started
 from aftertask.testing import Recorder
 from kit import LOG, Env, Layer, Traced, af, answering, boom, drive, sf
@@ -199,6 +199,20 @@ async def test_a_partial_and_a_lambda_as_background_are_observed(env: Env) -> No
     await drive(app)
     await drive(app, "/1")
     assert LOG == ["p", "l"] and len(env.names()) == 2, env.names()
+
+
+async def test_a_background_that_is_not_observed_runs_as_ever(env: Env) -> None:
+    """With `observe=False` each kind of background runs once, also a class and a callable of the app's own."""
+    env.settings = {"policies": {"*": Policy(observe=False)}}
+    container = type("Container", (Timed,), {})()
+    container.add_task(af, "container")
+    backgrounds = [BackgroundTask(af), RetryTask(sf), container, af, AsyncCallable()]
+    app = env.app(*map(answering, backgrounds))
+    for place in range(len(backgrounds)):
+        r = await drive(app, f"/{place}" if place else "/")
+        assert r.exc is None, r.exc
+    assert LOG == ["af", "sf", "t0", "container", "t1", "af", "ac"]
+    assert env.seen.events == []
 
 
 # --- response classes

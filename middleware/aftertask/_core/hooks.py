@@ -117,7 +117,7 @@ def _hook_task(owner: type, original: TaskCall) -> TaskCall:
         if serving is None or not serving.request.guarded("task", serving.carries, self):
             await original(self)
             return
-        await serving.run(self, functools.partial(_run_container, original, self, serving.request))
+        await serving.run(self, functools.partial(_call_unobserved, original, self, serving.request))
 
     return __call__
 
@@ -142,19 +142,19 @@ def _child_work(task: BackgroundTask) -> Work:
     return work_of(task) if func is None else work_of(task).named_by(func)
 
 
-async def _run_container(original: TaskCall, container: BackgroundTask, request: Request) -> None:
+async def _call_unobserved(original: TaskCall, task: BackgroundTask, request: Request) -> None:
     """
-    Run a framework's container by its own loop.
+    Call a task that is not observed, or a framework's container, which runs by its own loop.
 
     FastAPI's loop makes a span for each task. Where that span would go where ours goes, Starlette's loop, which makes
     none, takes its place.
     """
     tracer = getattr((request.scope or {}).get("fastapi.telemetry"), "tracer", None)
-    if is_container(container) and tracer is not None and request.same_provider(tracer):
-        for task in container.tasks:  # it may grow
-            await task()
+    if tracer is not None and is_container(task) and request.same_provider(tracer):
+        for each in task.tasks:  # it may grow
+            await each()
     else:
-        await original(container)
+        await original(task)
 
 
 async def _call_through(original: TaskCall, task: BackgroundTask, run: TaskRun) -> None:

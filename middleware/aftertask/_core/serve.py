@@ -7,13 +7,13 @@ from contextvars import ContextVar, copy_context
 
 from .. import _clock
 from .._taskrun import running
-from .background import BareCallable, background_of, is_container, sort_by_priority, work_of
+from .background import BareCallable, background_of, is_container, sort_by_priority
 from .batch import Batch
 from .lifecycle import apply_variables
 from .request import Request
 from .run import Run
 
-Loop = Callable[[], Awaitable[None]]
+Call = Callable[[], Awaitable[None]]
 
 
 class Serving:
@@ -54,55 +54,55 @@ class Serving:
             return True
         return self.request.has_scheduled(task)
 
-    async def run(self, task: object, loop: Loop) -> None:
+    async def run(self, task: object, call: Call) -> None:
         """
         The framework, or user code in its place, calls a task or a container of the request.
 
         Args:
             task: What is called.
-            loop: Runs a container, whose tasks come back here one by one.
+            call: Calls it as if we were absent; the tasks of a container come back here one by one.
         """
         if self.batch is not None:
-            await (loop() if is_container(task) else self._run_one(task, self.batch))
+            await (call() if is_container(task) else self._run_one(task, call, self.batch))
             return
         if self.response is not None and self.request.must_wait(task):
-            self.request.held += ((task, self._later(task, loop)),)
+            self.request.held += ((task, self._later(task, call)),)
         else:
-            await self._start(task, loop)
+            await self._start(task, call)
 
-    def _later(self, task: object, loop: Loop) -> Loop:
+    def _later(self, task: object, call: Call) -> Call:
         """Start a batch later, with the context variables of now: below BaseHTTPMiddleware they are other ones."""
         variables = copy_context()
 
         async def start() -> None:
             restore = apply_variables(variables)
             try:
-                await self._start(task, loop)
+                await self._start(task, call)
             finally:
                 restore()
 
         return start
 
-    async def _start(self, task: object, loop: Loop) -> None:
+    async def _start(self, task: object, call: Call) -> None:
         """Run a batch, in the lifespan's task group if it may outlive the request."""
         self.request.begin_batch()
         shutdown = self.request.parts.shutdown
         if shutdown.supervises:
-            await shutdown.supervise(lambda: self._run_supervised(task, loop))
+            await shutdown.supervise(lambda: self._run_supervised(task, call))
         else:
-            await self._run_batch(task, loop)
+            await self._run_batch(task, call)
 
-    async def _run_supervised(self, background: object, loop: Loop) -> None:
+    async def _run_supervised(self, background: object, call: Call) -> None:
         """Run a batch in a task that may outlive the request."""
         owed = None
         try:
-            await self._run_batch(background, loop)
+            await self._run_batch(background, call)
         finally:
             owed = self.request.responded(None)
         if owed is not None:
             await self.request.compensate(owed)
 
-    async def _run_batch(self, background: object, loop: Loop) -> None:
+    async def _run_batch(self, background: object, call: Call) -> None:
         """Run a background: a framework's container by its own loop, anything else as one run."""
         here = Serving(self.request, self.response, computed=self.computed)
         batch = here.batch = Batch(self.request.parts.lifecycle)
@@ -112,7 +112,7 @@ class Serving:
         error: BaseException | None = None
         self.request.guarded("start of the batch", self._begin, background)
         try:
-            await (loop() if is_container(background) else here._run_one(background, batch))
+            await (call() if is_container(background) else here._run_one(background, call, batch))
         except BaseException as raised:
             error = raised
         try:
@@ -136,11 +136,11 @@ class Serving:
         if is_container(background) and any(run.info.priority for run in waiting):
             sort_by_priority(background, self.request.priority_of)
 
-    async def _run_one(self, task: object, batch: Batch) -> None:
+    async def _run_one(self, task: object, call: Call, batch: Batch) -> None:
         run = self.request.waiting.take(task) or self.request.guarded("late task", self._schedule_late, task)
         if run is None:
             if id(task) not in self.request.refused:  # not observed
-                await work_of(task).call()
+                await call()
             return
         try:
             await batch.run(run)
