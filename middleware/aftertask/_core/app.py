@@ -20,8 +20,9 @@ from .keeper import Keeper, StoredCall
 from .lifecycle import Lifecycle
 from .limits import SharedThreads
 from .loops import cancelled_from_outside
+from .owed import OWED
 from .parts import Parts
-from .request import OWED, Request
+from .request import Request
 from .resolver import Resolver
 from .run import Run
 from .schedule import Scheduler

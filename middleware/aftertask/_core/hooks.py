@@ -38,10 +38,10 @@ from .background import (
     work_of,
 )
 from .dependencies import references
-from .request import OWED, Request
+from .owed import OWED, Owed
+from .request import Request
 from .schedule import REFUSALS
 from .serve import OutsideOfAnyRequest, Serving, serving_here
-from .waiting import Owed
 
 #: `BackgroundTask.__call__`, or what another library has put around it.
 TaskCall = Callable[[Any], Awaitable[None]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import Context, copy_context
 from typing import Any, TypeVar
@@ -17,22 +18,19 @@ from .._text import error_type
 from ..events import HazardFound
 from . import advice
 from .admission import admit
-from .background import Work, leaves, work_of
+from .background import Work, leaves, sort_by_priority, work_of
 from .batch import Batch
+from .owed import OWED, Owed
 from .parts import Parts, Scope
 from .phase import BODIES, STARTS, Phase
 from .reasons import HANDLER_FAILED, reason_of
 from .route import http_route
 from .run import Run
-from .waiting import Owed, Waiting
 
 T = TypeVar("T")
 
 #: The component that errors of the interception are counted under.
 COMPONENT = "aftertask.interception"
-
-#: Where the scope holds compensating runs until the error response has been sent.
-OWED = "aftertask.owed"
 
 
 class Request(RequestInfo):
@@ -46,7 +44,7 @@ class Request(RequestInfo):
 
     Attributes:
         phase: How far the request has come.
-        waiting: The runs whose turn has not come.
+        waiting: The runs whose turn has not come, in the order of scheduling.
         refused: The tasks that were not accepted, by identity.
         held: The batches that wait until the call of the app has returned.
     """
@@ -69,7 +67,7 @@ class Request(RequestInfo):
         self.parts, self.scope, self.context = parts, scope, context
         self.app, self.redact = parts.emit, parts.emit.redact
         self.thread = threading.get_ident()
-        self.waiting = Waiting()
+        self.waiting: list[Run] = []
         # By identity: a user's class may define equality.
         self._containers: dict[int, BackgroundTasks] = {}
         self._finished: dict[int, object] = {}  # backgrounds whose batch is over
@@ -108,37 +106,39 @@ class Request(RequestInfo):
 
     async def _admit(self, message: Message) -> Message:
         """Await the admissions of the runs that the response carries, and name the runs in its header."""
-        runs = self.waiting.all()
+        runs = list(self.waiting)
         try:
             return await admit(self.parts, message, runs, self._refusal)
         except Exception as error:
             self._refusal = None
             # An error page may still be sent: by then they have ended, and are not admitted again.
-            self._end_unstarted([run for run in runs if run.is_kept and self._take(run)], "handler_error", error)
+            self._end_unstarted([run for run in runs if run.is_kept and self._take_back(run)], "handler_error", error)
             raise
 
     def withdraw(self, run: TaskRun) -> bool:
         """Drop a run that waits for its turn; False if it does not wait here."""
-        if not isinstance(run, Run) or run.target not in self.waiting or not self._take(run):
+        if not isinstance(run, Run) or not self._take_back(run):
             return False
         self.parts.emit(run.drop("cancel_run"))
         run.forget()
         return True
 
-    def _take(self, run: Run) -> bool:
+    def _take_back(self, run: Run) -> bool:
         """Take a run that waits, so that its task is not called; False if it does not wait."""
-        self.refused = self.refused | {id(run.target)}
-        return self.waiting.remove(run)
+        if run not in self.waiting:
+            return False
+        self.waiting.remove(run)
+        self.refused |= {id(run.target)}
+        return True
 
     def _complete(self) -> None:
         self._is_complete = True
         if self._early is not None:
             self._hazard(self._early, "started_early", advice.EARLY)
             self._early = None
-        if self.waiting:
-            now = _clock.monotonic()
-            for run in self.waiting.all():
-                run.queued_s = now
+        now = _clock.monotonic()
+        for run in self.waiting:
+            run.queued_s = now
 
     def _reach(self, phase: Phase) -> None:
         if self.phase is not Phase.CLOSED:
@@ -168,7 +168,7 @@ class Request(RequestInfo):
             run.variables = copy_context()
         if self.phase is Phase.SERVING:
             run.queued_s = run.scheduled_s
-        self.waiting.add(run)
+        self.waiting.append(run)
         if self.scope is not None and self.scope["type"] == "websocket":
             self._hazard(run, "websocket", advice.WEBSOCKET)
         culprit = current_run()
@@ -196,7 +196,7 @@ class Request(RequestInfo):
 
     def has_scheduled(self, task: object) -> bool:
         """Whether this task waits to be run, or is a container that FastAPI injected."""
-        return task in self.waiting or id(task) in self._containers
+        return id(task) in self._containers or any(run.target is task for run in self.waiting)
 
     def same_provider(self, tracer: object) -> bool:
         """Whether our own spans go where those of this OpenTelemetry tracer go."""
@@ -216,9 +216,16 @@ class Request(RequestInfo):
 
     # --- running
 
+    def take(self, task: object) -> Run | None:
+        """The next run of this task, whose turn has come; None if none waits."""
+        run = next((run for run in self.waiting if run.target is task), None)
+        if run is not None:
+            self.waiting.remove(run)
+        return run
+
     async def child(self, work: Work, parent: TaskRun, call: Callable[[], Awaitable[Any]]) -> Any:
         """User code awaits a task inside a run."""
-        waiting = self.waiting.take(work.target)
+        waiting = self.take(work.target)
         if waiting is not None:  # an injected one, which is thereby run
             waiting.observe_only()
             await self.parts.lifecycle.live(waiting)
@@ -243,14 +250,15 @@ class Request(RequestInfo):
 
     def _schedule_leaves(self, background: object) -> None:
         """Schedule the runs of a background that are not scheduled yet; a task listed twice is two runs."""
-        listed: dict[int, int] = {}
+        scheduled = Counter(id(run.target) for run in self.waiting)
         for task in leaves(background):
-            number = listed[id(task)] = listed.get(id(task), 0) + 1
-            if number > self.waiting.count(task):
-                run = self.schedule_or_refuse(task, background)
-                if run is not None:
-                    run.queued_s = run.scheduled_s if self.phase is Phase.SERVING else None
-                    self.waiting.add(run)
+            if scheduled[id(task)]:
+                scheduled[id(task)] -= 1
+                continue
+            run = self.schedule_or_refuse(task, background)
+            if run is not None:
+                run.queued_s = run.scheduled_s if self.phase is Phase.SERVING else None
+                self.waiting.append(run)
 
     def schedule_or_refuse(self, task: object, background: object) -> Run | None:
         """Schedule a task whose caller cannot be given an error; None if it is refused or not observed."""
@@ -259,15 +267,17 @@ class Request(RequestInfo):
         run = self.parts.scheduler.schedule_or_refuse(self, work, background)
         if not isinstance(run, Exception):
             return run
-        self.refused = self.refused | {id(task)}
+        self.refused |= {id(task)}
         if self.admits and self.parts.scheduler.is_kept(work):
             self._refusal = run  # the response would promise what will not happen
         return None
 
-    def priority_of(self, task: object) -> int:
-        """The priority of a task."""
-        waiting = self.waiting.first(task)
-        return self.parts.scheduler.priority_of(work_of(task)) if waiting is None else waiting.info.priority
+    def sort(self, container: BackgroundTasks) -> None:
+        """Put the tasks of a container, which may still grow, into the order of their priorities."""
+        known = {id(run.target): run.info.priority for run in self.waiting}
+        if any(known.values()):
+            resolve = self.parts.scheduler.priority_of
+            sort_by_priority(container, lambda task: known[id(task)] if id(task) in known else resolve(work_of(task)))
 
     def _describe(self) -> None:
         """Read from the scope what all runs of the request share, once."""
@@ -285,40 +295,41 @@ class Request(RequestInfo):
         """Whether a batch starts only when the call of the app has returned."""
         if self.phase is Phase.CLOSED or self.parts.runs_after_request:
             return self.phase is not Phase.CLOSED
-        return self.parts.keeper is not None and any(run.info.durable for run in self.waiting.of(background))
+        return self.parts.keeper is not None and any(run.info.durable for run in self.waiting_for(background))
+
+    def waiting_for(self, background: object) -> list[Run]:
+        """The runs of one background that wait."""
+        return [run for run in self.waiting if run.background is background]
 
     async def run_held(self) -> None:
         """The call of the app has returned, and nothing has failed: run the batches that were kept."""
         self.dependencies, self.solved = {}, None  # they have ended
         if self.parts.keeper is not None:
-            kept = [run for background, _ in self.held for run in self.waiting.of(background) if run.info.durable]
+            kept = [run for background, _ in self.held for run in self.waiting_for(background) if run.info.durable]
             self.parts.keeper.confirm(kept)
         while self.held:
             (_, start), self.held = self.held[0], self.held[1:]
             await start()
 
-    def begin_batch(self) -> None:
+    def begin_batch(self, *, of_response: bool) -> None:
         """A batch is about to run, maybe in a task that outlives the request."""
         self._batches += 1
-
-    def mark_early(self) -> None:
-        """A batch starts before the response is complete: if it ever is, the client has waited for the batch."""
-        if self.phase in (Phase.SCHEDULED, Phase.RESPONDING):
-            self._early = next(iter(self.waiting.all()), None)
+        if of_response and self.phase in (Phase.SCHEDULED, Phase.RESPONDING):
+            self._early = next(iter(self.waiting), None)  # if the response is ever complete, the client has waited
 
     def end_batch(self, batch: Batch, background: object, error: BaseException | None) -> None:
         """Those of the batch that never started: an earlier one failed, or the request was cancelled."""
         self._batches -= 1
         if not self.is_closed:  # then nothing is added any more
             self._finished[id(background)] = background
-        unstarted = self.waiting.take_all(background) if self.waiting else []
+        unstarted = self.waiting_for(background)
+        for run in unstarted:
+            self.waiting.remove(run)
+            if batch.stopped_by is not None:
+                self.parts.emit(run.skip(batch.stopped_by))
+                run.forget()
         if unstarted and batch.stopped_by is None:
             self._end_unstarted(unstarted, self._reason(error), error)
-            return
-        for run in unstarted:
-            assert batch.stopped_by is not None
-            self.parts.emit(run.skip(batch.stopped_by))
-            run.forget()
 
     def close(self, error: BaseException | None) -> Owed | None:
         """
@@ -344,7 +355,7 @@ class Request(RequestInfo):
 
     def _settle(self, error: BaseException | None) -> Owed | None:
         """End the runs that never started; returns those that compensate for a handler that failed."""
-        unstarted, reason = self.waiting.take_all(), self._reason(error)
+        (unstarted, self.waiting), reason = (self.waiting, []), self._reason(error)
         compensating = [run for run in unstarted if run.resolved.run_on_error and reason in HANDLER_FAILED]
         self._end_unstarted([run for run in unstarted if run not in compensating], reason, error)
         if not compensating:
@@ -359,21 +370,10 @@ class Request(RequestInfo):
         await self.parts.shutdown.run(lambda: self._compensate(owed))
 
     async def _compensate(self, owed: Owed) -> None:
-        now = _clock.monotonic()
-        for run in owed.runs:
-            run.origin, run.queued_s = "run_on_error", now
         try:
-            for run in list(owed.runs):
-                try:
-                    await self.parts.lifecycle.live(run)
-                except Exception:  # emitted already; the server has the handler's error
-                    pass
-                finally:
-                    if run.outcome is not None:
-                        owed.runs.remove(run)
+            await owed.run(self.parts.lifecycle)
         finally:
             self.context = None
-            owed.give_up()  # nothing is left unless this was cancelled
 
     def _end_unstarted(self, runs: Sequence[Run], reason: str, error: BaseException | None) -> None:
         if runs:

@@ -7,7 +7,7 @@ from contextvars import ContextVar, copy_context
 
 from .. import _clock
 from .._taskrun import running
-from .background import BareCallable, background_of, is_container, sort_by_priority
+from .background import BareCallable, background_of, is_container
 from .batch import Batch
 from .lifecycle import apply_variables
 from .request import Request
@@ -85,7 +85,7 @@ class Serving:
 
     async def _start(self, task: object, call: Call) -> None:
         """Run a batch, in the lifespan's task group if it may outlive the request."""
-        self.request.begin_batch()
+        self.request.begin_batch(of_response=self.response is not None)
         shutdown = self.request.parts.shutdown
         if shutdown.supervises:
             await shutdown.supervise(lambda: self._run_supervised(task, call))
@@ -126,18 +126,16 @@ class Serving:
     def _begin(self, background: object) -> None:
         """A batch starts."""
         self.request.parts.batch_started()
-        waiting = self.request.waiting.all()
         if self.response is None:  # user code is the caller: no policy applies
-            for run in waiting:
+            for run in self.request.waiting:
                 if run.background is background or run.target is background:
                     run.observe_only()
             return
-        self.request.mark_early()
-        if is_container(background) and any(run.info.priority for run in waiting):
-            sort_by_priority(background, self.request.priority_of)
+        if is_container(background):
+            self.request.sort(background)
 
     async def _run_one(self, task: object, call: Call, batch: Batch) -> None:
-        run = self.request.waiting.take(task) or self.request.guarded("late task", self._schedule_late, task)
+        run = self.request.take(task) or self.request.guarded("late task", self._schedule_late, task)
         if run is None:
             if id(task) not in self.request.refused:  # not observed
                 await call()
@@ -146,7 +144,7 @@ class Serving:
             await batch.run(run)
         finally:
             if run.outcome is None and not run.attempt:  # cancelled before its turn: the end of the batch decides why
-                self.request.waiting.put_back(run)
+                self.request.waiting.insert(0, run)
 
     def _schedule_late(self, task: object) -> Run | None:
         """Schedule a task that was added, or served again, without being seen before its turn."""
