@@ -15,12 +15,14 @@ class Batch:
 
     Args:
         lifecycle: Takes a run through its life.
+        background: The background that carries the runs.
 
     Attributes:
         stopped_by: The run whose failure ended the batch; None if none has.
     """
 
-    def __init__(self, lifecycle: Lifecycle) -> None:
+    def __init__(self, lifecycle: Lifecycle, background: object) -> None:
+        self.background = background
         self.stopped_by: Run | None = None
         self._lifecycle = lifecycle
         self._started = 0

@@ -26,7 +26,7 @@ from starlette.background import BackgroundTask, BackgroundTasks
 from starlette.responses import Response
 
 from .._log import log
-from .._taskrun import TaskRun, running
+from .._taskrun import TaskRun, current_run
 from .background import (
     BareCallable,
     Work,
@@ -69,17 +69,14 @@ def _hook_response(owner: type, original: Callable[..., Awaitable[None]]) -> Cal
             with OutsideOfAnyRequest():
                 await original(self, *args, **kwargs)
             return
-        serving = request.guarded("response", _respond, request, self, scope)
-        outer = serving_here.get()
+        serving, outer = Serving(request, self), serving_here.get()
         serving_here.set(serving)
+        request.guarded("response", _respond, serving, scope)
         try:
             await original(self, *args, **kwargs)
         finally:
             serving_here.set(outer)
-            if serving is not None:
-                request.guarded("end of the response", serving.leave)
-            if request.is_closed:
-                request.guarded("end of the response", request.responded, sys.exception())
+            request.guarded("end of the response", serving.leave, sys.exception())
         owed = scope.get(OWED)
         if isinstance(owed, Owed) and request.is_closed:  # this was the error response
             await request.compensate(owed)
@@ -87,15 +84,15 @@ def _hook_response(owner: type, original: Callable[..., Awaitable[None]]) -> Cal
     return __call__
 
 
-def _respond(request: Request, response: Response, scope: MutableMapping[str, Any]) -> Serving:
+def _respond(serving: Serving, scope: MutableMapping[str, Any]) -> None:
+    request, response = serving.request, serving.response
     if request.solved:  # the endpoint has returned: FastAPI has let go of what its dependencies gave
         request.dependencies, request.solved = references(request.solved), None
-    background, computed = background_of(response)
-    bare = BareCallable.stand_in(response, background)
+    background, serving.computed = background_of(response)
+    serving.bare = BareCallable.stand_in(response, background)
     if background is not None or request.waiting or request.is_closed:
         _keep_outermost()
-        request.guarded("response", request.respond, bare or background, scope)
-    return Serving(request, response, bare, computed=computed)
+        request.respond(serving.bare or background, scope)
 
 
 def _scope_among(kwargs: Mapping[str, object]) -> object:
@@ -109,15 +106,13 @@ def _scope_among(kwargs: Mapping[str, object]) -> object:
 def _hook_task(owner: type, original: TaskCall) -> TaskCall:
     @functools.wraps(original)
     async def __call__(self: BackgroundTask) -> None:
-        run = running.get()
-        if run is not None and run.outcome is None:
+        run, serving = current_run(), serving_here.get()
+        if run is not None:
             await _call_in_run(owner, original, self, run)
-            return
-        serving = serving_here.get()
-        if serving is None or not serving.request.guarded("task", serving.carries, self):
+        elif serving is not None and (serving.batch or serving.request.guarded("task", serving.carries, self)):
+            await serving.run(self, functools.partial(_call_unobserved, original, self, serving.request))
+        else:
             await original(self)
-            return
-        await serving.run(self, functools.partial(_call_unobserved, original, self, serving.request))
 
     return __call__
 

@@ -18,7 +18,7 @@ from .._text import error_type
 from ..events import HazardFound
 from . import advice
 from .admission import admit
-from .background import Work, leaves, sort_by_priority, work_of
+from .background import Work, leaves, work_of
 from .batch import Batch
 from .owed import OWED, Owed
 from .parts import Parts, Scope
@@ -272,13 +272,6 @@ class Request(RequestInfo):
             self._refusal = run  # the response would promise what will not happen
         return None
 
-    def sort(self, container: BackgroundTasks) -> None:
-        """Put the tasks of a container, which may still grow, into the order of their priorities."""
-        known = {id(run.target): run.info.priority for run in self.waiting}
-        if any(known.values()):
-            resolve = self.parts.scheduler.priority_of
-            sort_by_priority(container, lambda task: known[id(task)] if id(task) in known else resolve(work_of(task)))
-
     def _describe(self) -> None:
         """Read from the scope what all runs of the request share, once."""
         if self._is_described or self.scope is None:
@@ -317,12 +310,17 @@ class Request(RequestInfo):
         if of_response and self.phase in (Phase.SCHEDULED, Phase.RESPONDING):
             self._early = next(iter(self.waiting), None)  # if the response is ever complete, the client has waited
 
-    def end_batch(self, batch: Batch, background: object, error: BaseException | None) -> None:
-        """Those of the batch that never started: an earlier one failed, or the request was cancelled."""
+    def end_batch(self, batch: Batch, error: BaseException | None) -> Owed | None:
+        """
+        End those of the batch that never started: an earlier one failed, or the request was cancelled.
+
+        Returns:
+            Compensating runs that are due now, if the batch outlived its request.
+        """
         self._batches -= 1
         if not self.is_closed:  # then nothing is added any more
-            self._finished[id(background)] = background
-        unstarted = self.waiting_for(background)
+            self._finished[id(batch.background)] = batch.background
+        unstarted = self.waiting_for(batch.background)
         for run in unstarted:
             self.waiting.remove(run)
             if batch.stopped_by is not None:
@@ -330,6 +328,7 @@ class Request(RequestInfo):
                 run.forget()
         if unstarted and batch.stopped_by is None:
             self._end_unstarted(unstarted, self._reason(error), error)
+        return self.responded(None)
 
     def close(self, error: BaseException | None) -> Owed | None:
         """

@@ -7,7 +7,7 @@ from contextvars import ContextVar, copy_context
 
 from .. import _clock
 from .._taskrun import running
-from .background import BareCallable, background_of, is_container
+from .background import BareCallable, background_of, is_container, sort_by_priority, work_of
 from .batch import Batch
 from .lifecycle import apply_variables
 from .request import Request
@@ -26,33 +26,25 @@ class Serving:
         computed: Whether the response's class computes its background, so that any task called here is its own.
         bare: What stands in for the response's background; None if nothing does.
         batch: The batch that runs here; None outside of one.
-        background: The background whose runs the batch holds.
     """
 
-    __slots__ = ("background", "bare", "batch", "computed", "request", "response")
+    __slots__ = ("bare", "batch", "computed", "request", "response")
 
-    def __init__(
-        self, request: Request, response: object = None, bare: BareCallable | None = None, *, computed: bool = False
-    ) -> None:
-        self.request, self.response = request, response
-        self.bare = bare
-        self.computed = computed
-        self.batch: Batch | None = None
-        self.background: object = None
-
-    def leave(self) -> None:
-        """The response has been sent; the context variable may still refer to this."""
+    def __init__(self, request: Request, response: object = None, batch: Batch | None = None) -> None:
+        self.request, self.response, self.batch = request, response, batch
+        self.bare: BareCallable | None = None
         self.computed = False
+
+    def leave(self, error: BaseException | None) -> None:
+        """The response has been sent, or failed with this error; the context variable may still refer to this."""
+        self.computed = False
+        self.request.responded(error)
         if self.bare is not None:
             self.bare.leave(self.response)
 
     def carries(self, task: object) -> bool:
-        """Whether a task that is called here belongs to the request."""
-        if self.batch is not None or self.computed:
-            return True
-        if self.response is not None and background_of(self.response)[0] is task:
-            return True
-        return self.request.has_scheduled(task)
+        """Whether a task that is called here, outside of a batch, belongs to the request."""
+        return self.computed or background_of(self.response)[0] is task or self.request.has_scheduled(task)
 
     async def run(self, task: object, call: Call) -> None:
         """
@@ -63,9 +55,8 @@ class Serving:
             call: Calls it as if we were absent; the tasks of a container come back here one by one.
         """
         if self.batch is not None:
-            await (call() if is_container(task) else self._run_one(task, call, self.batch))
-            return
-        if self.response is not None and self.request.must_wait(task):
+            await self._run_next(task, call, self.batch)
+        elif self.response is not None and self.request.must_wait(task):
             self.request.held += ((task, self._later(task, call)),)
         else:
             await self._start(task, call)
@@ -84,35 +75,18 @@ class Serving:
         return start
 
     async def _start(self, task: object, call: Call) -> None:
-        """Run a batch, in the lifespan's task group if it may outlive the request."""
+        """Run a batch, maybe in a task that outlives the request."""
         self.request.begin_batch(of_response=self.response is not None)
-        shutdown = self.request.parts.shutdown
-        if shutdown.supervises:
-            await shutdown.supervise(lambda: self._run_supervised(task, call))
-        else:
-            await self._run_batch(task, call)
-
-    async def _run_supervised(self, background: object, call: Call) -> None:
-        """Run a batch in a task that may outlive the request."""
-        owed = None
-        try:
-            await self._run_batch(background, call)
-        finally:
-            owed = self.request.responded(None)
-        if owed is not None:
-            await self.request.compensate(owed)
+        await self.request.parts.shutdown.run(lambda: self._run_batch(task, call))
 
     async def _run_batch(self, background: object, call: Call) -> None:
-        """Run a background: a framework's container by its own loop, anything else as one run."""
-        here = Serving(self.request, self.response, computed=self.computed)
-        batch = here.batch = Batch(self.request.parts.lifecycle)
-        here.background = background
-        outer = serving_here.get()
+        batch = Batch(self.request.parts.lifecycle, background)
+        here, outer = Serving(self.request, self.response, batch), serving_here.get()
         serving_here.set(here)
         error: BaseException | None = None
         self.request.guarded("start of the batch", self._begin, background)
         try:
-            await (call() if is_container(background) else here._run_one(background, call, batch))
+            await here._run_next(background, call, batch)
         except BaseException as raised:
             error = raised
         try:
@@ -120,8 +94,10 @@ class Serving:
         finally:
             here.batch = None  # the context may outlive the batch
             serving_here.set(outer)
-            self.request.guarded("end of the batch", self.request.end_batch, batch, background, error)
+            owed = self.request.guarded("end of the batch", self.request.end_batch, batch, error)
             del error  # its traceback holds this frame
+        if owed is not None:
+            await self.request.compensate(owed)
 
     def _begin(self, background: object) -> None:
         """A batch starts."""
@@ -131,11 +107,17 @@ class Serving:
                 if run.background is background or run.target is background:
                     run.observe_only()
             return
-        if is_container(background):
-            self.request.sort(background)
+        known = {id(run.target): run.info.priority for run in self.request.waiting}
+        if any(known.values()) and is_container(background):
+            resolve = self.request.parts.scheduler.priority_of
+            sort_by_priority(background, lambda task: known[id(task)] if id(task) in known else resolve(work_of(task)))
 
-    async def _run_one(self, task: object, call: Call, batch: Batch) -> None:
-        run = self.request.take(task) or self.request.guarded("late task", self._schedule_late, task)
+    async def _run_next(self, task: object, call: Call, batch: Batch) -> None:
+        """A framework's container runs by its own loop, anything else is one run."""
+        if is_container(task):
+            await call()
+            return
+        run = self.request.take(task) or self.request.guarded("late task", self._schedule_late, task, batch)
         if run is None:
             if id(task) not in self.request.refused:  # not observed
                 await call()
@@ -146,11 +128,11 @@ class Serving:
             if run.outcome is None and not run.attempt:  # cancelled before its turn: the end of the batch decides why
                 self.request.waiting.insert(0, run)
 
-    def _schedule_late(self, task: object) -> Run | None:
+    def _schedule_late(self, task: object, batch: Batch) -> Run | None:
         """Schedule a task that was added, or served again, without being seen before its turn."""
         if id(task) in self.request.refused:
             return None
-        run = self.request.schedule_or_refuse(task, self.background)
+        run = self.request.schedule_or_refuse(task, batch.background)
         if run is not None:
             run.queued_s = _clock.monotonic()
             if self.response is None:

@@ -154,22 +154,21 @@ class Shutdown:
 
     # --- batches that outlive their request
 
-    @property
-    def supervises(self) -> bool:
-        """Whether batches of this event loop run in the lifespan's task group."""
-        return self._drain_timeout is not None and self._is_here()
-
-    def _is_here(self) -> bool:
-        return self._group is not None and threading.get_ident() == self._thread
+    def _group_here(self) -> TaskGroup | None:
+        """The lifespan's task group; None if there is none, or if it belongs to another event loop."""
+        return self._group if threading.get_ident() == self._thread else None
 
     async def run(self, batch: Callable[[], Awaitable[None]]) -> None:
-        """Run a batch: in the lifespan's task group if it may outlive the request, else here."""
-        await (self.supervise(batch) if self.supervises else batch())
+        """
+        Run a batch, and wait for it.
 
-    async def supervise(self, batch: Callable[[], Awaitable[None]]) -> None:
-        """Run a batch in the lifespan's task group and wait for it; a cancelled wait leaves it running."""
-        assert self._group is not None  # as `supervises` found
-        done, raised = self._supervise(self._group, batch)
+        With a drain timeout it runs in the lifespan's task group, where a cancelled wait leaves it running.
+        """
+        group = None if self._drain_timeout is None else self._group_here()
+        if group is None:
+            await batch()
+            return
+        done, raised = self._supervise(group, batch)
         await done.wait()
         if raised:
             raise raised.pop()
@@ -217,9 +216,10 @@ class Shutdown:
             if run.confirmed:
                 self._end(run, reason, error_type)
         runs = [run for run in runs if run.outcome is None]
-        if reason == "request_cancelled" and not self.stopping and self._group is not None and self._is_here():
+        group = self._group_here()
+        if reason == "request_cancelled" and not self.stopping and group is not None:
             self._undecided += [(run, reason, error_type) for run in runs]
-            self._group.start_soon(self._decide)
+            group.start_soon(self._decide)
             return
         for run in runs:
             self._end(run, reason, error_type)
