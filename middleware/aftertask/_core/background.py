@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from threading import get_ident
 from types import FunctionType, MemberDescriptorType
 from typing import Any, TypeGuard
@@ -93,7 +94,7 @@ def work_of(target: object) -> Work:
     if owner_of_call(type(target)) is not BackgroundTask:
         return Work(target, type(target), (), {}, True, target)
     # A policy may need the function itself, in a thread or a process of ours; else the call goes through the tracer.
-    return Work(target, untraced(target.func), target.args, target.kwargs, False, lambda: call_task(target))
+    return Work(target, untraced(target.func), target.args, target.kwargs, False, partial(call_task, target))
 
 
 def is_container(value: object) -> TypeGuard[BackgroundTasks]:
@@ -106,11 +107,7 @@ def is_container(value: object) -> TypeGuard[BackgroundTasks]:
 
 def leaves(background: object) -> list[object]:
     """The tasks inside a background: a framework's container is its leaves, anything else is one."""
-    if not is_container(background):
-        return [background]
-    if all(type(task) is BackgroundTask for task in background.tasks):
-        return list(background.tasks)
-    return [leaf for task in background.tasks for leaf in leaves(task)]
+    return [leaf for task in background.tasks for leaf in leaves(task)] if is_container(background) else [background]
 
 
 def sort_by_priority(container: BackgroundTasks, priority_of: Callable[[object], int]) -> int:

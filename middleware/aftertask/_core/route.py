@@ -99,8 +99,10 @@ class _Table:
         return found
 
     def _find(self, endpoint: object, path: str) -> str | None:
-        templates = self._templates.get(id(endpoint), ())
-        return next((template.text for template in templates if template.matches(path)), None)
+        for template in self._templates.get(id(endpoint), ()):
+            if template.matches(path):
+                return template.text
+        return None
 
     def _read(self, router: Router) -> None:
         templates: dict[int, list[_Template]] = {}
