@@ -39,7 +39,6 @@ ORDER = (
     "_core.notes",
     "_core.serve",
     "_core.request",
-    "_core.admission",
     "_core.parts",
     "_core.owed",
     "_core.route",

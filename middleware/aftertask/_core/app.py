@@ -26,7 +26,7 @@ from .request import Request
 from .resolver import Resolver
 from .run import Run
 from .schedule import Scheduler
-from .serve import Serving, serving_here
+from .serve import Serving, run_child, run_child_sync, serving_here
 from .shutdown import Shutdown
 
 C = TypeVar("C", bound=type)
@@ -82,7 +82,6 @@ class App:
             run_ids_header=run_ids_header,
             keeper=keeper,
             runs_after_request=run_after == "request",
-            wants_start=bool(emit.admissions) or run_ids_header is not None,
             batch_started=self._batch_started,
         )
         self._threads: SharedThreads | None = None
@@ -227,7 +226,7 @@ def _observed(func: Callable[..., Any]) -> Callable[..., Any]:
             run, call = current_run(), functools.partial(func, *args, **kwargs)
             if run is None or not isinstance(run.request, Request):
                 return await call()
-            return await run.request.child(work(call), run, call)
+            return await run_child(run.request, work(call), run, call)
 
         return _named(observed_async, func)
 
@@ -235,7 +234,7 @@ def _observed(func: Callable[..., Any]) -> Callable[..., Any]:
         run, call = current_run(), functools.partial(func, *args, **kwargs)
         if run is None or not isinstance(run.request, Request):
             return call()
-        return run.request.child_sync(work(call), run, call)
+        return run_child_sync(run.request, work(call), run, call)
 
     return _named(observed, func)
 

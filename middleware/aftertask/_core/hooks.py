@@ -41,7 +41,7 @@ from .dependencies import references
 from .owed import OWED, Owed
 from .request import Request
 from .schedule import REFUSALS
-from .serve import OutsideOfAnyRequest, Serving, serving_here
+from .serve import OutsideOfAnyRequest, Serving, run_child, serving_here
 
 #: `BackgroundTask.__call__`, or what another library has put around it.
 TaskCall = Callable[[Any], Awaitable[None]]
@@ -126,7 +126,7 @@ async def _call_in_run(owner: type, original: TaskCall, task: BackgroundTask, ru
         await original(task)  # whose tasks come back here one by one
     elif isinstance(run.request, Request):
         # Also for a task class of the user's that calls `super().__call__()`: its function is the child.
-        await run.request.child(_child_work(task), run, functools.partial(_call_through, original, task, run))
+        await run_child(run.request, _child_work(task), run, functools.partial(_call_through, original, task, run))
     else:
         await original(task)
 

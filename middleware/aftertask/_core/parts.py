@@ -26,7 +26,6 @@ class Parts:
         run_ids_header: `Settings.run_ids_header`.
         keeper: Keeps durable runs; None if nothing does.
         runs_after_request: Whether batches wait until the call of the app has returned (`Settings.run_after`).
-        wants_start: Whether the start of a response is of interest: there are admissions, or that header.
         batch_started: Called on the event loop before a batch starts.
     """
 
@@ -39,5 +38,4 @@ class Parts:
     run_ids_header: str | None
     keeper: Keeper | None
     runs_after_request: bool
-    wants_start: bool
     batch_started: Callable[[], None]

@@ -17,7 +17,6 @@ from .._taskrun import RequestInfo, TaskRun, current_run
 from .._text import error_type
 from ..events import HazardFound
 from . import advice
-from .admission import admit
 from .background import Work, leaves, work_of
 from .batch import Batch
 from .owed import OWED, Owed
@@ -91,7 +90,7 @@ class Request(RequestInfo):
             is_last = kind in BODIES and not message.get("more_body", False)
             if kind in STARTS and self.admits:
                 self.admits = False
-                if self._refusal is not None or (self.parts.wants_start and self.waiting):
+                if self._refusal is not None or self.waiting:
                     message = await self._admit(message)
             elif is_last:
                 # Before it is sent: a middleware around us may go on with it before our `send` returns.
@@ -105,15 +104,26 @@ class Request(RequestInfo):
         return watched
 
     async def _admit(self, message: Message) -> Message:
-        """Await the admissions of the runs that the response carries, and name the runs in its header."""
+        """
+        Await the admissions of the runs that the response carries, and name the runs in its header.
+
+        Raises:
+            Exception: The response must not start: a run that had to be kept was refused, or an admission raised.
+        """
         runs = list(self.waiting)
         try:
-            return await admit(self.parts, message, runs, self._refusal)
+            if self._refusal is not None:
+                raise self._refusal
+            await self.parts.emit.admit(runs)
         except Exception as error:
             self._refusal = None
             # An error page may still be sent: by then they have ended, and are not admitted again.
             self._end_unstarted([run for run in runs if run.is_kept and self._take_back(run)], "handler_error", error)
             raise
+        if self.parts.run_ids_header is None:
+            return message
+        name, ids = self.parts.run_ids_header.lower(), ", ".join(run.id for run in runs)
+        return {**message, "headers": [*message.get("headers", ()), (name.encode("latin-1"), ids.encode("latin-1"))]}
 
     def withdraw(self, run: TaskRun) -> bool:
         """Drop a run that waits for its turn; False if it does not wait here."""
@@ -222,31 +232,6 @@ class Request(RequestInfo):
         if run is not None:
             self.waiting.remove(run)
         return run
-
-    async def child(self, work: Work, parent: TaskRun, call: Callable[[], Awaitable[Any]]) -> Any:
-        """User code awaits a task inside a run."""
-        waiting = self.take(work.target)
-        if waiting is not None:  # an injected one, which is thereby run
-            waiting.observe_only()
-            await self.parts.lifecycle.live(waiting)
-            return None
-        results: list[Any] = []
-
-        async def call_and_keep() -> object:
-            results.append(await call())
-            return results[0]
-
-        seen = Work(work.target, work.func, (), {}, work.whole, call_and_keep)
-        run = self.parts.scheduler.schedule(self, seen, None, parent=parent)
-        if run is None:
-            return await call()
-        await self.parts.lifecycle.live(run)
-        return results[0]
-
-    def child_sync(self, work: Work, parent: TaskRun, call: Callable[[], T]) -> T:
-        """User code calls a sync function inside a run, maybe in a thread."""
-        run = self.parts.scheduler.schedule(self, work, None, parent=parent)
-        return call() if run is None else self.parts.lifecycle.observe_sync(run, call)
 
     def _schedule_leaves(self, background: object) -> None:
         """Schedule the runs of a background that are not scheduled yet; a task listed twice is two runs."""

@@ -1,19 +1,21 @@
-"""Where the code is in serving a request, and the running of its backgrounds."""
+"""Where the code is in serving a request, and the running of its backgrounds and of what its runs call."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar, copy_context
+from typing import Any, TypeVar
 
 from .. import _clock
-from .._taskrun import running
-from .background import BareCallable, background_of, is_container, sort_by_priority, work_of
+from .._taskrun import TaskRun, running
+from .background import BareCallable, Work, background_of, is_container, sort_by_priority, work_of
 from .batch import Batch
 from .lifecycle import apply_variables
 from .request import Request
 from .run import Run
 
 Call = Callable[[], Awaitable[None]]
+T = TypeVar("T")
 
 
 class Serving:
@@ -138,6 +140,33 @@ class Serving:
             if self.response is None:
                 run.observe_only()
         return run
+
+
+async def run_child(request: Request, work: Work, parent: TaskRun, call: Callable[[], Awaitable[Any]]) -> Any:
+    """User code awaits a task inside a run."""
+    waiting = request.take(work.target)
+    if waiting is not None:  # an injected one, which is thereby run
+        waiting.observe_only()
+        await request.parts.lifecycle.live(waiting)
+        return None
+    results: list[Any] = []
+
+    async def call_and_keep() -> object:
+        results.append(await call())
+        return results[0]
+
+    seen = Work(work.target, work.func, (), {}, work.whole, call_and_keep)
+    run = request.parts.scheduler.schedule(request, seen, None, parent=parent)
+    if run is None:
+        return await call()
+    await request.parts.lifecycle.live(run)
+    return results[0]
+
+
+def run_child_sync(request: Request, work: Work, parent: TaskRun, call: Callable[[], T]) -> T:
+    """User code calls a sync function inside a run, maybe in a thread."""
+    run = request.parts.scheduler.schedule(request, work, None, parent=parent)
+    return call() if run is None else request.parts.lifecycle.observe_sync(run, call)
 
 
 #: Context variables leak (CPython #140947), so this alone decides nothing: `Serving.carries` goes by identity.
