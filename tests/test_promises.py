@@ -57,7 +57,6 @@ ORDER = (
     "_core.stacks",
     "_core.emit",
     "_core.advice",
-    "_core.phase",
     "_core.process",
     "_core.loops",
     "_core",

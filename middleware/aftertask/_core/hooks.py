@@ -209,7 +209,7 @@ def _request_injected_into() -> Request | None:
 
 def _inject(request: Request, container: BackgroundTasks) -> None:
     _keep_outermost()
-    request.inject(container)
+    request.containers[id(container)] = container
     _injected[container] = request
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import sys
 import threading
 from collections import Counter
@@ -13,6 +14,7 @@ from starlette.background import BackgroundTasks
 from starlette.types import Message, Send
 
 from .. import _clock
+from .._log import log
 from .._taskrun import RequestInfo, TaskRun, current_run
 from .._text import error_type
 from ..events import HazardFound
@@ -21,15 +23,28 @@ from .background import Work, leaves, work_of
 from .batch import Batch
 from .owed import OWED, Owed
 from .parts import Parts, Scope
-from .phase import BODIES, STARTS, Phase
 from .reasons import HANDLER_FAILED, reason_of
 from .route import http_route
 from .run import Run
+from .schedule import REFUSALS
 
 T = TypeVar("T")
 
+#: The messages of the server that start a response, and those that can end it.
+_STARTS = frozenset({"http.response.start", "websocket.http.response.start"})
+_BODIES = frozenset({"http.response.body", "websocket.http.response.body", "http.response.pathsend"})
+
 #: The component that errors of the interception are counted under.
 COMPONENT = "aftertask.interception"
+
+
+class Phase(enum.Enum):
+    """How far a request has come."""
+
+    SCHEDULED = "nothing has been sent"
+    RESPONDING = "the response has started"
+    SERVING = "the last byte has been handed over; the tasks run"
+    CLOSED = "the call of the app has returned"
 
 
 class Request(RequestInfo):
@@ -46,6 +61,7 @@ class Request(RequestInfo):
         waiting: The runs whose turn has not come, in the order of scheduling.
         refused: The tasks that were not accepted, by identity.
         held: The batches that wait until the call of the app has returned.
+        containers: The containers that FastAPI injected, by identity.
     """
 
     # What most requests never need is a default of the class.
@@ -68,7 +84,7 @@ class Request(RequestInfo):
         self.thread = threading.get_ident()
         self.waiting: list[Run] = []
         # By identity: a user's class may define equality.
-        self._containers: dict[int, BackgroundTasks] = {}
+        self.containers: dict[int, BackgroundTasks] = {}
         self._finished: dict[int, object] = {}  # backgrounds whose batch is over
 
     def __deepcopy__(self, memo: object) -> Request:
@@ -87,8 +103,8 @@ class Request(RequestInfo):
 
         async def watched(message: Message) -> None:
             kind = message["type"]
-            is_last = kind in BODIES and not message.get("more_body", False)
-            if kind in STARTS and self.admits:
+            is_last = kind in _BODIES and not message.get("more_body", False)
+            if kind in _STARTS and self.admits:
                 self.admits = False
                 if self._refusal is not None or self.waiting:
                     message = await self._admit(message)
@@ -96,7 +112,7 @@ class Request(RequestInfo):
                 # Before it is sent: a middleware around us may go on with it before our `send` returns.
                 self._reach(Phase.SERVING)
             await send(message)
-            if kind in STARTS:
+            if kind in _STARTS:
                 self._reach(Phase.RESPONDING)
             elif is_last:
                 self.guarded("end of the response", self._complete)
@@ -156,10 +172,6 @@ class Request(RequestInfo):
 
     # --- what the hooks report
 
-    def inject(self, container: BackgroundTasks) -> None:
-        """FastAPI created this container for the request."""
-        self._containers[id(container)] = container
-
     def add(self, container: BackgroundTasks, work: Work) -> None:
         """
         A task was added to an injected container.
@@ -191,7 +203,7 @@ class Request(RequestInfo):
             self.scope, self._verdict = scope, None
         elif not self._is_described:
             self.scope = scope  # a middleware inside may have copied it before the route was found
-        if self.waiting and self._verdict is None and id(background) not in self._containers:
+        if self.waiting and self._verdict is None and id(background) not in self.containers:
             self._judge(background)
         if background is not None:
             self._schedule_leaves(background)
@@ -206,7 +218,7 @@ class Request(RequestInfo):
 
     def has_scheduled(self, task: object) -> bool:
         """Whether this task waits to be run, or is a container that FastAPI injected."""
-        return id(task) in self._containers or any(run.target is task for run in self.waiting)
+        return id(task) in self.containers or any(run.target is task for run in self.waiting)
 
     def same_provider(self, tracer: object) -> bool:
         """Whether our own spans go where those of this OpenTelemetry tracer go."""
@@ -246,16 +258,17 @@ class Request(RequestInfo):
                 self.waiting.append(run)
 
     def schedule_or_refuse(self, task: object, background: object) -> Run | None:
-        """Schedule a task whose caller cannot be given an error; None if it is refused or not observed."""
+        """Schedule a task whose caller cannot get an error, which is logged; None if it is refused or not observed."""
         self._describe()
         work = work_of(task)
-        run = self.parts.scheduler.schedule_or_refuse(self, work, background)
-        if not isinstance(run, Exception):
-            return run
-        self.refused |= {id(task)}
-        if self.admits and self.parts.scheduler.is_kept(work):
-            self._refusal = run  # the response would promise what will not happen
-        return None
+        try:
+            return self.parts.scheduler.schedule(self, work, background)
+        except REFUSALS as error:
+            log("error", "task.refused", error_type=error_type(error), error_message=str(error))
+            self.refused |= {id(task)}
+            if self.admits and self.parts.scheduler.is_kept(work):
+                self._refusal = error  # the response would promise what will not happen
+            return None
 
     def _describe(self) -> None:
         """Read from the scope what all runs of the request share, once."""
@@ -333,7 +346,7 @@ class Request(RequestInfo):
         self.phase = Phase.CLOSED
         if owed is None:
             self.context = None
-        self._containers, self._finished, self.held = {}, {}, ()
+        self.containers, self._finished, self.held = {}, {}, ()
         self.dependencies, self.solved = {}, None  # they may refer to this request
         return owed if responded else None
 
@@ -368,7 +381,7 @@ class Request(RequestInfo):
         error = sys.exception()  # a response to an exception does not run the injected tasks
         if error is not None:
             self._verdict, self._answered = self._reason(error), error_type(error)
-        elif background is not None and self._containers:
+        elif background is not None and self.containers:
             self._verdict = "own_background"
 
     def _reason(self, error: BaseException | None) -> str:

@@ -8,7 +8,6 @@ from types import FunctionType
 from starlette.background import BackgroundTask
 
 from .. import _clock
-from .._log import log
 from .._taskrun import RequestInfo, TaskRun
 from .._text import error_type
 from ..errors import DuplicateKey, JournalError, NotSerializable, QueueFull
@@ -82,14 +81,6 @@ class Scheduler:
         if parent is None:
             self._accept(run, work)
         return run
-
-    def schedule_or_refuse(self, request: RequestInfo, work: Work, background: object) -> Run | Exception | None:
-        """Schedule a task whose caller cannot be given an error: it is logged, and returned."""
-        try:
-            return self.schedule(request, work, background)
-        except REFUSALS as error:
-            log("error", "task.refused", error_type=error_type(error), error_message=str(error))
-            return error
 
     def is_kept(self, work: Work) -> bool:
         """Whether a run of this has to be kept, so that its request fails if it is not."""
