@@ -113,6 +113,8 @@ class Serving:
         if any(known.values()) and is_container(background):
             resolve = self.request.parts.scheduler.priority_of
             sort_by_priority(background, lambda task: known[id(task)] if id(task) in known else resolve(work_of(task)))
+            # So that each is found at the front when its turn comes.
+            self.request.waiting = sorted(self.request.waiting, key=lambda run: run.info.priority)
 
     async def _run_next(self, task: object, call: Call, batch: Batch) -> None:
         """A framework's container runs by its own loop, anything else is one run."""
