@@ -309,15 +309,12 @@ _installed: _Installed | None = None
 def install() -> None:
     """Set the hooks, once per process, and check what they see."""
     global _installed
-    if _installed is not None:
-        _installed.patch_tree(Response, _hook_response)
-        _installed.patch_tree(BackgroundTask, _hook_task)
+    is_first, _installed = _installed is None, _installed or _Installed()
+    for root, hook in ((Response, _hook_response), (BackgroundTask, _hook_task)):
+        _installed.patch_tree(root, hook)
+        _installed.patch_future(root, hook)
+    if not is_first:
         return
-    _installed = _Installed()
-    _installed.patch_tree(Response, _hook_response)
-    _installed.patch_tree(BackgroundTask, _hook_task)
-    _installed.patch_future(Response, _hook_response)
-    _installed.patch_future(BackgroundTask, _hook_task)
     _installed.patch(BackgroundTasks, "__init__", _hook_init)
     for owner in _tree(BackgroundTasks):
         _installed.patch(owner, "add_task", _hook_add_task)
