@@ -352,7 +352,8 @@ class Request(RequestInfo):
 
     def _settle(self, error: BaseException | None) -> Owed | None:
         """End the runs that never started; returns those that compensate for a handler that failed."""
-        (unstarted, self.waiting), reason = (self.waiting, []), self._reason(error)
+        unstarted, reason = self.waiting, self._reason(error)
+        self.waiting = []
         compensating = [run for run in unstarted if run.resolved.run_on_error and reason in HANDLER_FAILED]
         self._end_unstarted([run for run in unstarted if run not in compensating], reason, error)
         if not compensating:
