@@ -253,6 +253,10 @@ def compare(package: str, version: str, middleware: str) -> bool:
     bare, _ = outcomes_of(package, python, root, SUITES[package].baseline)
     with_it, seen = outcomes_of(package, python, root, middleware)
     expected = AFTER_REQUEST.get(package, {}) if middleware == "request" else {}
+    if any(with_it.get(name) == "passed" and outcome == "failed" for name, outcome in bare.items()):
+        # A busy machine: a test that passes bare the second time does not differ.
+        again, _ = outcomes_of(package, python, root, SUITES[package].baseline)
+        bare |= {name: "passed" for name, outcome in again.items() if outcome == "passed"}
     differences = differing(bare, with_it)
     unexpected = [line for line in differences if not line.startswith(tuple(expected))]
     gone = [name for name in expected if not any(line.startswith(name) for line in differences)]
