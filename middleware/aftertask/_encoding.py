@@ -6,10 +6,11 @@ import dataclasses
 import functools
 import inspect
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NotRequired, TypeAlias, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, PydanticUserError, RootModel, TypeAdapter, ValidationError
 from pydantic_core import to_json
 from typing_extensions import TypedDict  # pydantic accepts the standard library's only from Python 3.12 on
 
@@ -47,7 +48,7 @@ def encode(func: Func, args: Sequence[object], kwargs: Mapping[str, object], *, 
     A call's arguments as a JSON object by the names of the parameters.
 
     They are decoded and compared, by type and value: what would come back as something else is refused. A datetime
-    keeps its UTC offset, not the name of its zone.
+    keeps its UTC offset, not the name of its zone; a model keeps which of its fields were set.
 
     Raises:
         NotSerializable: An argument would not come back as it is; the message names it. Or the text has more than
@@ -59,21 +60,15 @@ def encode(func: Func, args: Sequence[object], kwargs: Mapping[str, object], *, 
         given = signature.bind(*args, **kwargs).arguments
     except TypeError as error:
         raise NotSerializable(f"{code_name(func)}: {error}") from None
-    size = 0
-    try:
-        text = form.dump_json(given, warnings="error")
-        if same(given, form.validate_json(text)):
-            size = len(text)
-            if size <= largest:
-                return text.decode()
-    except Exception:  # of validators, serializers and comparisons of the app's, too
-        pass
-    if size:
+    text = _round_trip(form, given)
+    if text is None:
+        raise _refusal(func, signature, given)
+    if len(text) > largest:
         raise NotSerializable(
-            f"{code_name(func)}: its arguments are {size} bytes of JSON, and at most {largest} can be stored; put the "
-            f"data in a database or a file, and pass its key"
+            f"{code_name(func)}: its arguments are {len(text)} bytes of JSON, and at most {largest} can be stored; put "
+            f"the data in a database or a file, and pass its key"
         )
-    raise _refusal(func, signature, given) from None
+    return text.decode()
 
 
 def decode(func: Func, text: str) -> tuple[tuple[object, ...], Mapping[str, object]]:
@@ -131,13 +126,74 @@ def same(one: object, other: object) -> bool:
         case ((set() | frozenset()), (set() | frozenset())):
             return {(type(each), each) for each in one} == {(type(each), each) for each in other}
         case BaseModel(), BaseModel():
-            return same(vars(one), vars(other)) and one == other
+            return same(vars(one), vars(other)) and one == other and _same_fields_set(one, other)
     if dataclasses.is_dataclass(one):
         names = [field.name for field in dataclasses.fields(one)]
         return all(same(getattr(one, name), getattr(other, name)) for name in names)
     if getattr(one, "tzinfo", None) is not None and callable(offset := getattr(one, "utcoffset", None)):
         return bool(one == other) and offset() == getattr(other, "utcoffset")()  # noqa: B009  # of the same class
     return bool(one == other) or (one != one and other != other and str(one) == str(other))  # Decimal("NaN")
+
+
+def _same_fields_set(one: BaseModel, other: BaseModel) -> bool:
+    """Whether `exclude_unset` leaves out the same fields; one with another value than its default counts as set."""
+    if one.model_fields_set == other.model_fields_set:
+        return True
+    return _fields_at_default(one) == _fields_at_default(other)
+
+
+def _fields_at_default(model: BaseModel) -> set[str]:
+    """The fields that were not set, and still have their default."""
+    fields = type(model).model_fields
+    return {
+        name
+        for name in fields.keys() - model.model_fields_set
+        if same(
+            getattr(model, name),
+            fields[name].get_default(call_default_factory=True, validated_data=vars(model)),
+        )
+    }
+
+
+def _round_trip(form: Form, given: Fields) -> bytes | None:
+    """Arguments as JSON from which they come back the same; None if there is none."""
+    for leave_out in (_what_was_not_set, _what_is_at_default):
+        try:
+            text = form.dump_json(given, warnings="error", **leave_out(given))
+            if same(given, form.validate_json(text)):
+                return text
+        except Exception:  # of validators, serializers and comparisons of the app's, too
+            continue
+    return None
+
+
+def _what_was_not_set(_: Fields) -> Fields:
+    """How most models come back as they are; a PATCH depends on it."""
+    return {"exclude_unset": True}
+
+
+def _what_is_at_default(given: Fields) -> Fields:
+    """For models with a default that was changed in place, or is made anew for each, as by `uuid4`."""
+    return {"exclude": _at_default(given)}
+
+
+def _at_default(value: object) -> Fields:
+    """What pydantic's `exclude` takes to leave out the fields at their default, at any depth."""
+    parts: Mapping[Any, object] = {}
+    left_out: set[str] = set()
+    match value:
+        case RootModel():
+            return _at_default(value.root)
+        case BaseModel():
+            parts, left_out = {**vars(value), **(value.model_extra or {})}, _fields_at_default(value)
+        case dict():
+            parts = value
+        case list() | tuple() | deque():
+            parts = dict(enumerate(value))
+        case _ if dataclasses.is_dataclass(value):
+            parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    found = {key: True if key in left_out else _at_default(part) for key, part in parts.items()}
+    return {key: each for key, each in found.items() if each}
 
 
 def _flattened(func: Func, args: Sequence[object], kwargs: Mapping[str, object]) -> Call:
@@ -197,17 +253,19 @@ def _refusal(func: Func, signature: inspect.Signature, given: Mapping[str, objec
     for name, value in given.items():
         part = _form({name: hints[name]})
         try:
+            if _round_trip(part, {name: value}) is not None:
+                continue
             back = part.validate_json(part.dump_json({name: value}, warnings="error"))[name]
-            why = None if same(value, back) else f"it would come back as {type(back).__qualname__}"
+            why = f"it would come back as {type(back).__qualname__}"
+            same(value, back)
         except RecursionError:
             why = "it is nested too deeply, or contains itself"
         except Exception:
             why = "its annotation does not describe it"
-        if why is not None:
-            hint = hints[name]
-            kind = "has no annotation" if hint is Any else f"is annotated as {getattr(hint, '__name__', hint)}"
-            return NotSerializable(
-                f"{code_name(func)}: the argument {name!r} of type {type(value).__qualname__} {kind}, and cannot be "
-                f"stored: {why}; annotate it with its exact type, or pass plain JSON values"
-            )
+        hint = hints[name]
+        kind = "has no annotation" if hint is Any else f"is annotated as {getattr(hint, '__name__', hint)}"
+        return NotSerializable(
+            f"{code_name(func)}: the argument {name!r} of type {type(value).__qualname__} {kind}, and cannot be "
+            f"stored: {why}; annotate it with its exact type, or pass plain JSON values"
+        )
     return NotSerializable(f"{code_name(func)}: its arguments cannot be stored")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import datetime as dt
@@ -16,7 +17,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel, Field, RootModel, field_validator
 
 from aftertask import NotSerializable
 from aftertask._encoding import LARGEST_RESULT, DoesNotFit, decode, encode, encode_result, same
@@ -51,6 +52,12 @@ def takes(annotation: Any) -> Any:
 
     function.__annotations__ = {"value": annotation} if annotation is not None else {}
     return function
+
+
+def there_and_back(annotation: Any, value: object) -> Any:
+    """What is decoded of an argument."""
+    args, _ = decode(takes(annotation), encode(takes(annotation), (value,), {}))
+    return args[0]
 
 
 #: Annotations, and values that may or may not fit them.
@@ -123,8 +130,7 @@ def test_a_value_comes_back_as_it_is_or_is_refused(data: st.DataObject) -> None:
 )
 def test_what_an_annotation_describes_is_accepted(annotation: Any, value: Any) -> None:
     """Such a value is not refused."""
-    args, _ = decode(takes(annotation), encode(takes(annotation), (value,), {}))
-    assert same(args[0], value)
+    assert same(there_and_back(annotation, value), value)
 
 
 @pytest.mark.parametrize(
@@ -188,6 +194,76 @@ def test_a_validator_that_breaks_is_no_surprise() -> None:
         encode(takes(Strict), (Strict.model_construct(id=1),), {})
     with pytest.raises(DoesNotFit, match="KeyError"):
         decode(takes(Strict), text)
+
+
+class Patch(BaseModel):
+    """A change of a contact: what was not set stays as it is."""
+
+    name: str | None = None
+    phone: str | None = None
+    tags: list[str] = []
+
+
+class Event(BaseModel):
+    """A model with a default made anew for each."""
+
+    id: uuid.UUID = Field(default_factory=uuid.uuid4)
+    patch: Patch = Patch()
+    note: str | None = None
+    copies: list[str] = Field(default_factory=list)
+
+
+class Patches(RootModel[list[Patch]]):
+    """A model that is a list."""
+
+
+@dataclasses.dataclass
+class Box:
+    """A dataclass with a model."""
+
+    patch: Patch
+
+
+def changed_in_place() -> Patch:
+    """A model whose default was changed, and not set."""
+    patch = Patch(name="Ann")
+    patch.tags.append("new")
+    return patch
+
+
+@pytest.mark.parametrize(
+    "value", [Patch(), Patch(name="Ann"), Patch(name=None), Patch(name="Ann", phone=None, tags=[])]
+)
+def test_a_model_keeps_which_fields_were_set(value: Patch) -> None:
+    """So that a PATCH that runs again does not wipe what was not in it."""
+    assert there_and_back(Patch, value).model_dump(exclude_unset=True) == value.model_dump(exclude_unset=True)
+    for annotation, holder in (
+        (list[Patch], [value]),
+        (dict[str, Patch | Order], {"a": value}),
+        (Box, Box(value)),
+        (Patches, Patches([value])),
+    ):
+        assert same(there_and_back(annotation, holder), holder)
+
+
+@pytest.mark.parametrize("event", [Event(), Event(patch=changed_in_place()), Event(note="x")])
+def test_a_default_that_is_not_the_same_again_counts_as_set(event: Event) -> None:
+    """A default changed in place or made anew comes back as it is; what else was not set is still not set."""
+    for annotation, value in (
+        (Event, event),
+        (list[Event], [event]),
+        (tuple[Event, ...], (event,)),
+        (collections.deque[Event], collections.deque([event])),
+        (dict[int, Event], {1: event}),
+    ):
+        assert same(there_and_back(annotation, value), value)
+    assert there_and_back(Event, event).model_fields_set == event.model_fields_set | {"id"}
+    assert there_and_back(Patch, changed_in_place()).model_fields_set == {"name", "tags"}
+
+
+def test_fields_set_are_part_of_a_value() -> None:
+    """A model that comes back with fields set that were not is another one, whatever pydantic's own comparison says."""
+    assert Patch() == Patch(name=None) and not same(Patch(), Patch(name=None))
 
 
 def test_a_call_that_cannot_be_made_is_refused() -> None:
