@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import functools
 import inspect
 import math
@@ -127,12 +128,22 @@ def same(one: object, other: object) -> bool:
             return {(type(each), each) for each in one} == {(type(each), each) for each in other}
         case BaseModel(), BaseModel():
             return same(vars(one), vars(other)) and one == other and _same_fields_set(one, other)
+        case ((dt.datetime() | dt.time()), (dt.datetime() | dt.time())):
+            return _same_time(one, other)
     if dataclasses.is_dataclass(one):
         names = [field.name for field in dataclasses.fields(one)]
         return all(same(getattr(one, name), getattr(other, name)) for name in names)
-    if getattr(one, "tzinfo", None) is not None and callable(offset := getattr(one, "utcoffset", None)):
-        return bool(one == other) and offset() == getattr(other, "utcoffset")()  # noqa: B009  # of the same class
     return bool(one == other) or (one != one and other != other and str(one) == str(other))  # Decimal("NaN")
+
+
+def _same_time(one: dt.datetime | dt.time, other: dt.datetime | dt.time) -> bool:
+    """Whether two times show the same and have the same UTC offset, if any; without one, also whether they repeat."""
+    # Not ==: by PEP 495 a datetime in a repeated hour equals none of another zone.
+    if one.replace(tzinfo=None, fold=0) != other.replace(tzinfo=None, fold=0):
+        return False
+    if one.tzinfo is None or other.tzinfo is None:
+        return one.tzinfo is other.tzinfo and one.fold == other.fold
+    return one.utcoffset() == other.utcoffset()
 
 
 def _same_fields_set(one: BaseModel, other: BaseModel) -> bool:
@@ -256,7 +267,8 @@ def _refusal(func: Func, signature: inspect.Signature, given: Mapping[str, objec
             if _round_trip(part, {name: value}) is not None:
                 continue
             back = part.validate_json(part.dump_json({name: value}, warnings="error"))[name]
-            why = f"it would come back as {type(back).__qualname__}"
+            is_of_type = type(value) is type(back)
+            why = "it would come back " + ("with another value" if is_of_type else f"as {type(back).__qualname__}")
             same(value, back)
         except RecursionError:
             why = "it is nested too deeply, or contains itself"

@@ -133,6 +133,40 @@ def test_what_an_annotation_describes_is_accepted(annotation: Any, value: Any) -
     assert same(there_and_back(annotation, value), value)
 
 
+BERLIN = ZoneInfo("Europe/Berlin")
+IN_THE_REPEATED_HOUR = dt.datetime(2026, 10, 25, 2, 30, tzinfo=BERLIN)  # in the hour that comes twice
+
+
+@pytest.mark.parametrize("fold", [0, 1])
+def test_a_datetime_in_the_repeated_hour_keeps_its_offset(fold: int) -> None:
+    """By PEP 495 such a datetime equals none of another zone, not even its own instant."""
+    value = IN_THE_REPEATED_HOUR.replace(fold=fold)
+    back = there_and_back(dt.datetime, value)
+    assert back.utcoffset() == value.utcoffset() == dt.timedelta(hours=2 - fold)
+    assert back.replace(tzinfo=None) == value.replace(tzinfo=None, fold=0)
+    assert there_and_back(list[dt.datetime], [value]) == [back]
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value"),
+    [
+        (dt.datetime, dt.datetime(2026, 10, 25, 2, 30, fold=1)),
+        (dt.time, dt.time(2, 30, fold=1)),
+        (dt.time, dt.time(2, 30, tzinfo=BERLIN)),
+    ],
+)
+def test_a_time_that_would_change_is_refused(annotation: Any, value: Any) -> None:
+    """JSON has no second hour without an offset, and a time of day has none in a zone that changes its clocks."""
+    with pytest.raises(NotSerializable, match="it would come back with another value"):
+        encode(takes(annotation), (value,), {})
+
+
+@pytest.mark.parametrize("value", [dt.time(1, 2, 3, 4), dt.time(1, 2, tzinfo=dt.UTC)])
+def test_a_time_comes_back(value: dt.time) -> None:
+    """With the offset it has."""
+    assert same(there_and_back(dt.time, value), value)
+
+
 @pytest.mark.parametrize(
     ("annotation", "value", "why"),
     [
