@@ -8,7 +8,8 @@ import functools
 import inspect
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any, NotRequired, TypeAlias, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, PydanticUserError, RootModel, TypeAdapter, ValidationError
@@ -117,23 +118,44 @@ def same(one: object, other: object) -> bool:
     match one, other:
         case float(), float():
             return (math.isnan(one) and math.isnan(other)) or (one == other and str(one) == str(other))
-        case ((list() | tuple()), (list() | tuple())):
-            return len(one) == len(other) and all(map(same, one, other))
-        case dict(), dict():
-            return len(one) == len(other) and all(
-                same(key, other_key) and same(one[key], other[other_key])
-                for key, other_key in zip(one, other, strict=True)
-            )
-        case ((set() | frozenset()), (set() | frozenset())):
-            return {(type(each), each) for each in one} == {(type(each), each) for each in other}
-        case BaseModel(), BaseModel():
-            return same(vars(one), vars(other)) and one == other and _same_fields_set(one, other)
+        case Decimal(), Decimal():  # 1.0 equals 1.00, and nan not itself
+            return str(one) == str(other)
         case ((dt.datetime() | dt.time()), (dt.datetime() | dt.time())):
             return _same_time(one, other)
+        case ((list() | tuple() | deque()), (list() | tuple() | deque())):
+            return _alike("maxlen", one, other) and len(one) == len(other) and all(map(same, one, other))
+        case dict(), dict():
+            return _alike("default_factory", one, other) and same(list(one.items()), list(other.items()))
+        case ((set() | frozenset()), (set() | frozenset())):
+            twins = {each: each for each in other}
+            return len(one) == len(other) and all(each in twins and same(each, twins[each]) for each in one)
+        case BaseModel(), BaseModel():
+            return _same_models(one, other)
     if dataclasses.is_dataclass(one):
-        names = [field.name for field in dataclasses.fields(one)]
-        return all(same(getattr(one, name), getattr(other, name)) for name in names)
-    return bool(one == other) or (one != one and other != other and str(one) == str(other))  # Decimal("NaN")
+        return same(_attributes(one), _attributes(other))
+    return bool(one == other)
+
+
+def _alike(name: str, one: object, other: object) -> bool:
+    """Whether both have the same attribute of this name, or none."""
+    return bool(getattr(one, name, None) == getattr(other, name, None))
+
+
+def _same_models(one: BaseModel, other: BaseModel) -> bool:
+    """Whether all of two models is the same. Pydantic's == knows no types, and not which fields were set."""
+    return (
+        same(_attributes(one), _attributes(other))
+        and same(one.__pydantic_private__, other.__pydantic_private__)
+        and _same_fields_set(one, other)
+    )
+
+
+def _attributes(value: object) -> Fields:
+    """What a model or a dataclass holds, also in attributes that are no fields."""
+    if isinstance(value, BaseModel):
+        return {**vars(value), **(value.model_extra or {})}
+    fields: Sequence[dataclasses.Field[object]] = dataclasses.fields(value)  # type: ignore[arg-type]  # is_dataclass
+    return {field.name: getattr(value, field.name) for field in fields} | getattr(value, "__dict__", {})
 
 
 def _same_time(one: dt.datetime | dt.time, other: dt.datetime | dt.time) -> bool:
@@ -188,22 +210,22 @@ def _what_is_at_default(given: Fields) -> Fields:
     return {"exclude": _at_default(given)}
 
 
-def _at_default(value: object) -> Fields:
+def _at_default(value: object) -> dict[object, object]:
     """What pydantic's `exclude` takes to leave out the fields at their default, at any depth."""
-    parts: Mapping[Any, object] = {}
+    parts: Iterable[tuple[object, object]] = ()
     left_out: set[str] = set()
     match value:
         case RootModel():
             return _at_default(value.root)
         case BaseModel():
-            parts, left_out = {**vars(value), **(value.model_extra or {})}, _fields_at_default(value)
+            parts, left_out = _attributes(value).items(), _fields_at_default(value)
         case dict():
-            parts = value
+            parts = value.items()
         case list() | tuple() | deque():
-            parts = dict(enumerate(value))
+            parts = enumerate(value)
         case _ if dataclasses.is_dataclass(value):
-            parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    found = {key: True if key in left_out else _at_default(part) for key, part in parts.items()}
+            parts = _attributes(value).items()
+    found = {key: True if key in left_out else _at_default(part) for key, part in parts}
     return {key: each for key, each in found.items() if each}
 
 

@@ -11,13 +11,13 @@ import enum
 import functools
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, Field, RootModel, field_validator
+from pydantic import BaseModel, Field, PlainSerializer, PrivateAttr, RootModel, field_validator
 
 from aftertask import NotSerializable
 from aftertask._encoding import LARGEST_RESULT, DoesNotFit, decode, encode, encode_result, same
@@ -27,6 +27,22 @@ class Colour(enum.Enum):
     """An enumeration."""
 
     RED = "r"
+
+
+class Number(enum.IntEnum):
+    """An enumeration of integers."""
+
+    ONE = 1
+
+
+class Open(BaseModel, extra="allow"):
+    """A model that takes anything."""
+
+
+class Counter(BaseModel):
+    """A model with a private attribute."""
+
+    _count: int = PrivateAttr(default=0)
 
 
 class Order(BaseModel):
@@ -43,6 +59,10 @@ class Point:
 
     x: float
     y: float
+
+
+#: Decimals that are written as numbers of JSON.
+Inexact = Annotated[decimal.Decimal, PlainSerializer(float)]
 
 
 def takes(annotation: Any) -> Any:
@@ -165,6 +185,48 @@ def test_a_time_that_would_change_is_refused(annotation: Any, value: Any) -> Non
 def test_a_time_comes_back(value: dt.time) -> None:
     """With the offset it has."""
     assert same(there_and_back(dt.time, value), value)
+
+
+def with_attribute(value: Any, name: str, part: object) -> Any:
+    """The value, with an attribute set."""
+    setattr(value, name, part)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value"),
+    [
+        (set[tuple[float, ...]], {(1, 2)}),
+        (set[tuple[int, ...]], {(True,)}),
+        (set[frozenset[float]], {frozenset({1})}),
+        (collections.deque[float], collections.deque([1])),
+        (collections.deque[int], collections.deque([1], maxlen=2)),
+        (collections.defaultdict[str, int], collections.defaultdict(lambda: 1, {"a": 1})),
+        (Open, Open.model_validate({"y": Number.ONE})),
+        (Counter, with_attribute(Counter(), "_count", False)),
+        (Point, with_attribute(Point(1.0, 2.0), "label", "x")),
+        (list[Inexact], [decimal.Decimal("1.00")]),
+    ],
+)
+def test_a_change_inside_is_refused(annotation: Any, value: Any) -> None:
+    """Such as a type deep within, or what no comparison by == shows."""
+    with pytest.raises(NotSerializable, match="it would come back with another value"):
+        encode(takes(annotation), (value,), {})
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value"),
+    [
+        (set[tuple[float, ...]], {(1.0, 2.0), (-0.0,)}),
+        (collections.deque[float], collections.deque([1.0, float("nan")])),
+        (collections.defaultdict[str, int], collections.defaultdict(int, {"a": 1})),
+        (Open, Open.model_validate({"y": [1, {"z": None}]})),
+        (Counter, Counter()),
+    ],
+)
+def test_containers_and_models_come_back(annotation: Any, value: Any) -> None:
+    """With all that they hold."""
+    assert same(there_and_back(annotation, value), value)
 
 
 @pytest.mark.parametrize(
