@@ -6,6 +6,7 @@ import dataclasses
 import datetime as dt
 import functools
 import inspect
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, PydanticUserError, RootModel, TypeAd
 from pydantic_core import to_json
 from typing_extensions import TypedDict  # pydantic accepts the standard library's only from Python 3.12 on
 
-from ._signatures import signature_of
+from ._signatures import annotations_of, signature_of
 from ._text import type_name
 from .errors import NotSerializable
 from .tasks import code_name
@@ -151,11 +152,16 @@ def _same_models(one: BaseModel, other: BaseModel) -> bool:
 
 
 def _attributes(value: object) -> Fields:
-    """What a model or a dataclass holds, also in attributes that are no fields."""
+    """What a model or a dataclass holds, also in attributes that are no fields; not what a property has cached."""
     if isinstance(value, BaseModel):
-        return {**vars(value), **(value.model_extra or {})}
+        return {name: getattr(value, name) for name in type(value).model_fields} | (value.model_extra or {})
     fields: Sequence[dataclasses.Field[object]] = dataclasses.fields(value)  # type: ignore[arg-type]  # is_dataclass
-    return {field.name: getattr(value, field.name) for field in fields} | getattr(value, "__dict__", {})
+    others = {
+        name: part
+        for name, part in getattr(value, "__dict__", {}).items()
+        if not isinstance(getattr(type(value), name, None), functools.cached_property)
+    }
+    return {field.name: getattr(value, field.name) for field in fields} | others
 
 
 def _same_time(one: dt.datetime | dt.time, other: dt.datetime | dt.time) -> bool:
@@ -190,9 +196,9 @@ def _fields_at_default(model: BaseModel) -> set[str]:
 
 def _round_trip(form: Form, given: Fields) -> bytes | None:
     """Arguments as JSON from which they come back the same; None if there is none."""
-    for leave_out in (_what_was_not_set, _what_is_at_default):
+    for leave_out, by_alias in itertools.product((_what_was_not_set, _what_is_at_default), (True, False)):
         try:
-            text = form.dump_json(given, warnings="error", **leave_out(given))
+            text = form.dump_json(given, warnings="error", round_trip=True, by_alias=by_alias, **leave_out(given))
             if same(given, form.validate_json(text)):
                 return text
         except Exception:  # of validators, serializers and comparisons of the app's, too
@@ -206,12 +212,12 @@ def _what_was_not_set(_: Fields) -> Fields:
 
 
 def _what_is_at_default(given: Fields) -> Fields:
-    """For models with a default that was changed in place, or is made anew for each, as by `uuid4`."""
+    """For a default changed in place or made anew, as by `uuid4`, and fields that `__init__` does not take."""
     return {"exclude": _at_default(given)}
 
 
 def _at_default(value: object) -> dict[object, object]:
-    """What pydantic's `exclude` takes to leave out the fields at their default, at any depth."""
+    """What pydantic's `exclude` takes to leave out the fields at their default or not given, at any depth."""
     parts: Iterable[tuple[object, object]] = ()
     left_out: set[str] = set()
     match value:
@@ -225,6 +231,7 @@ def _at_default(value: object) -> dict[object, object]:
             parts = enumerate(value)
         case _ if dataclasses.is_dataclass(value):
             parts = _attributes(value).items()
+            left_out = {field.name for field in dataclasses.fields(value) if not field.init}
     found = {key: True if key in left_out else _at_default(part) for key, part in parts}
     return {key: each for key, each in found.items() if each}
 
@@ -260,7 +267,7 @@ def _form_of(func: Func) -> tuple[inspect.Signature, Form]:
 def _hints_of(func: Func, signature: inspect.Signature) -> Fields:
     """What each parameter binds: `*args` a tuple, `**kwargs` a dictionary."""
     try:
-        hints = get_type_hints(inspect.unwrap(func), include_extras=True)
+        hints = _types_of(inspect.unwrap(func))
     except Exception as error:  # an annotation is any code
         raise NotSerializable(f"{code_name(func)}: its annotations cannot be read: {error}") from None
     bound: Fields = {}
@@ -274,6 +281,20 @@ def _hints_of(func: Func, signature: inspect.Signature) -> Fields:
     return bound
 
 
+def _types_of(func: Func) -> Fields:
+    """The types of the parameters, also if only a type checker can read what is returned."""
+    try:
+        return get_type_hints(func, include_extras=True)
+    except Exception:
+        if not inspect.isfunction(func):
+            raise
+
+    def parameters() -> None: ...
+
+    parameters.__annotations__ = {name: hint for name, hint in annotations_of(func).items() if name != "return"}
+    return get_type_hints(parameters, func.__globals__, include_extras=True)
+
+
 def _form(fields: Mapping[str, object]) -> Form:
     make: Any = TypedDict  # whose keys are known only now
     # A union, because pydantic takes a configuration for anything but a class that could have its own.
@@ -285,21 +306,33 @@ def _refusal(func: Func, signature: inspect.Signature, given: Mapping[str, objec
     hints = _hints_of(func, signature)
     for name, value in given.items():
         part = _form({name: hints[name]})
-        try:
-            if _round_trip(part, {name: value}) is not None:
-                continue
-            back = part.validate_json(part.dump_json({name: value}, warnings="error"))[name]
-            is_of_type = type(value) is type(back)
-            why = "it would come back " + ("with another value" if is_of_type else f"as {type(back).__qualname__}")
-            same(value, back)
-        except RecursionError:
-            why = "it is nested too deeply, or contains itself"
-        except Exception:
-            why = "its annotation does not describe it"
+        if _round_trip(part, {name: value}) is not None:
+            continue
         hint = hints[name]
         kind = "has no annotation" if hint is Any else f"is annotated as {getattr(hint, '__name__', hint)}"
         return NotSerializable(
             f"{code_name(func)}: the argument {name!r} of type {type(value).__qualname__} {kind}, and cannot be "
-            f"stored: {why}; annotate it with its exact type, or pass plain JSON values"
+            f"stored: {_why(part, name, value)}; annotate it with its exact type, or pass plain JSON values"
         )
     return NotSerializable(f"{code_name(func)}: its arguments cannot be stored")
+
+
+def _why(form: Form, name: str, value: object) -> str:
+    """What goes wrong first on the way to JSON and back; no text of an error, which may contain the value."""
+    why = "pydantic cannot write it as JSON"
+    try:
+        form.dump_json({name: value}, warnings=False, round_trip=True, by_alias=True)
+        why = "its annotation does not describe it"
+        text = form.dump_json({name: value}, warnings="error", round_trip=True, by_alias=True)
+        why = "its JSON is not accepted back"
+        back = form.validate_json(text)[name]
+        is_of_type = type(value) is type(back)
+        why = "it would come back " + ("with another value" if is_of_type else f"as {type(back).__qualname__}")
+        same(value, back)
+    except RecursionError:
+        return "it is nested too deeply, or contains itself"
+    except ValidationError as error:
+        return f"{why} ({error.errors()[0]['type']})"
+    except Exception:  # of the app's, too
+        return why
+    return why

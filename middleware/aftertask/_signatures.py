@@ -29,6 +29,11 @@ def signature_of(func: Callable[..., object]) -> inspect.Signature:
         raise ValueError(str(error)) from None
 
 
+def annotations_of(func: Callable[..., object]) -> dict[str, Any]:
+    """The annotations of a function as written. Since Python 3.14, forward references where evaluation fails."""
+    return inspect.get_annotations(func, **PARTLY)
+
+
 def takes(func: Callable[..., object], count: int, *, unknown: bool = True) -> bool:
     """Whether a callable can be called with this many arguments; `unknown` if it has no signature."""
     try:

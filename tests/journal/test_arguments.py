@@ -15,9 +15,9 @@ from typing import Annotated, Any
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, Field, PlainSerializer, PrivateAttr, RootModel, field_validator
+from pydantic import BaseModel, Field, PlainSerializer, PrivateAttr, RootModel, computed_field, field_validator
 
 from aftertask import NotSerializable
 from aftertask._encoding import LARGEST_RESULT, DoesNotFit, decode, encode, encode_result, same
@@ -43,6 +43,60 @@ class Counter(BaseModel):
     """A model with a private attribute."""
 
     _count: int = PrivateAttr(default=0)
+
+
+class Coupon(BaseModel, extra="forbid"):
+    """A model with aliases and properties."""
+
+    order: int
+    code: str | None = Field(None, alias="couponCode")
+    label: str = Field("", serialization_alias="shown")
+    rate: float = 1.0
+
+    @computed_field
+    def double(self) -> int:
+        """A part of what is written for others, and none of the model."""
+        return 2 * self.order
+
+    @functools.cached_property
+    def triple(self) -> int:
+        """In the model's dictionary once it was read."""
+        return 3 * self.order
+
+
+class Named(BaseModel):
+    """A model that is read by another name than it is written by."""
+
+    code: str = Field("x", validation_alias="Code", serialization_alias="CODE")
+
+
+class Either(BaseModel, populate_by_name=True):
+    """A model that is written by an alias that it cannot be read by."""
+
+    code: str = Field("x", serialization_alias="CODE")
+
+
+class Raw(BaseModel):
+    """A model with what JSON lacks."""
+
+    data: bytes = b""
+    rate: float = 0.0
+
+
+@dataclasses.dataclass
+class Circle:
+    """A dataclass with a field of its own making, and a property."""
+
+    radius: float
+    area: float = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.area = 3 * self.radius**2
+
+    @functools.cached_property
+    def double(self) -> float:
+        """In the dictionary once it was read."""
+        return 2 * self.radius
 
 
 class Order(BaseModel):
@@ -118,6 +172,7 @@ CASES: dict[Any, st.SearchStrategy[Any]] = {
 }
 
 
+@settings(deadline=None)  # each example builds a schema
 @given(st.data())
 def test_a_value_comes_back_as_it_is_or_is_refused(data: st.DataObject) -> None:
     """By type and value, whatever the annotation."""
@@ -153,6 +208,8 @@ def test_what_an_annotation_describes_is_accepted(annotation: Any, value: Any) -
     assert same(there_and_back(annotation, value), value)
 
 
+ITSELF: list[object] = []
+ITSELF.append(ITSELF)
 BERLIN = ZoneInfo("Europe/Berlin")
 IN_THE_REPEATED_HOUR = dt.datetime(2026, 10, 25, 2, 30, tzinfo=BERLIN)  # in the hour that comes twice
 
@@ -185,6 +242,37 @@ def test_a_time_that_would_change_is_refused(annotation: Any, value: Any) -> Non
 def test_a_time_comes_back(value: dt.time) -> None:
     """With the offset it has."""
     assert same(there_and_back(dt.time, value), value)
+
+
+def test_a_model_with_aliases_is_accepted() -> None:
+    """Written by the names that it is read by, whichever those are."""
+    coupon = Coupon(order=1, couponCode="X")
+    assert coupon.triple == 3 and coupon.double  # type: ignore[truthy-function]
+    back = there_and_back(Coupon, coupon)
+    assert same(back, coupon) and back.code == "X" and back.triple == 3
+    assert there_and_back(Either, Either(code="a")).code == "a"
+
+
+def test_what_is_cached_is_no_part_of_a_dataclass() -> None:
+    """A property that was read changes nothing; a field that is not given is made again, and compared."""
+    circle = Circle(2.0)
+    assert circle.double == 4.0
+    assert same(there_and_back(Circle, circle), circle)
+    with pytest.raises(NotSerializable, match="it would come back with another value"):
+        encode(takes(Circle), (with_attribute(Circle(2.0), "area", 0.0),), {})
+
+
+def test_the_type_that_is_returned_does_not_matter() -> None:
+    """Such as one that only a type checker can read."""
+
+    def function(value: int) -> Unknown: ...  # type: ignore[name-defined]  # noqa: F821
+
+    assert decode(function, encode(function, (1,), {})) == ((1,), {})
+
+    def other(value: Unknown) -> int: ...  # type: ignore[name-defined]  # noqa: F821
+
+    with pytest.raises(NotSerializable, match="its annotations cannot be read: name 'Unknown'"):
+        encode(other, (1,), {})
 
 
 def with_attribute(value: Any, name: str, part: object) -> Any:
@@ -238,8 +326,12 @@ def test_containers_and_models_come_back(annotation: Any, value: Any) -> None:
         (int, True, "would come back as int"),
         (dt.datetime | str, "2026-01-01T00:00:00", "would come back as datetime"),
         (int, "x", "does not describe it"),
-        (None, object(), "does not describe it"),
-        (str, "\ud800", "does not describe it"),
+        (None, object(), "pydantic cannot write it as JSON"),
+        (str, "\ud800", "pydantic cannot write it as JSON"),
+        (Raw, Raw(data=b"\xff"), "pydantic cannot write it as JSON"),
+        (Raw, Raw(rate=float("nan")), "its JSON is not accepted back (float_type)"),
+        (Named, Named(Code="a"), "it would come back with another value"),
+        (list, ITSELF, "pydantic cannot write it as JSON"),
         (contextlib.ExitStack, contextlib.ExitStack(), "cannot be stored"),
     ],
 )
