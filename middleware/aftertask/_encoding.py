@@ -31,6 +31,7 @@ Call: TypeAlias = tuple[Func, Sequence[object], Mapping[str, object]]
 _CONFIG = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="strings", extra="forbid")
 
 _VARIADIC = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+_BY_POSITION = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL
 
 #: Signatures whose schema is kept; functions may be made on the fly.
 _CACHED = 1000
@@ -85,6 +86,7 @@ def decode(func: Func, text: str) -> tuple[tuple[object, ...], Mapping[str, obje
         signature, form = _form_of(func)
         bound = signature.bind_partial()
         bound.arguments.update(form.validate_json(text))
+        _fill_gaps(bound)
         signature.bind(*bound.args, **bound.kwargs)
     except ValidationError as error:
         where = ".".join(map(str, error.errors()[0]["loc"]))
@@ -92,6 +94,16 @@ def decode(func: Func, text: str) -> tuple[tuple[object, ...], Mapping[str, obje
     except Exception as error:  # of a validator of the app's, too
         raise DoesNotFit(f"{type_name(type(error))}: {error}") from None
     return bound.args, bound.kwargs
+
+
+def _fill_gaps(bound: inspect.BoundArguments) -> None:
+    """Give new parameters their default where a later one can be passed by position only."""
+    is_gap = False
+    for name, parameter in reversed(list(bound.signature.parameters.items())):
+        if name in bound.arguments:
+            is_gap = is_gap or parameter.kind in _BY_POSITION
+        elif is_gap and parameter.default is not parameter.empty:
+            bound.arguments[name] = parameter.default
 
 
 def encode_result(result: object) -> str:

@@ -476,6 +476,19 @@ def test_a_changed_signature_still_takes_what_fits_it() -> None:
             decode(other, text)
 
 
+def test_a_new_parameter_before_those_by_position_has_its_default() -> None:
+    """What was stored for `*args`, or for a parameter that has no name for callers, stays there."""
+
+    def old(a: int, *args: int, **more: int) -> None: ...
+    def new(a: int, b: int = 0, *args: int, **more: int) -> None: ...
+    def old_by_position(a: int, c: int, /) -> None: ...
+    def new_by_position(a: int, b: int = 0, c: int = 1, /) -> None: ...
+
+    assert decode(new, encode(old, (1, 2, 3), {"x": 4})) == ((1, 0, 2, 3), {"x": 4})
+    assert decode(new, encode(old, (1,), {"x": 4})) == ((1,), {"x": 4})
+    assert decode(new_by_position, encode(old_by_position, (1, 2), {})) == ((1, 0, 2), {})
+
+
 def test_a_result_is_small_json() -> None:
     """Anything else is not kept."""
     assert encode_result({"a": [1, b"x"]}) == '{"a":[1,"eA=="]}'
