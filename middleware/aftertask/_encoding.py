@@ -111,17 +111,41 @@ def encode_result(result: object) -> str:
     What a function returned, as JSON.
 
     Raises:
-        NotSerializable: It cannot be written as JSON, or is too large.
+        NotSerializable: It cannot be written as JSON, is too large, or has an iterator at any depth.
     """
-    if isinstance(result, Iterator):
-        raise NotSerializable(f"a result of type {type(result).__qualname__} cannot be kept: reading it would run it")
     try:
+        for count, part in enumerate(_parts(result)):
+            if isinstance(part, Iterator):  # pydantic would run it, on the event loop
+                raise NotSerializable(
+                    f"a result with a {type(part).__qualname__} cannot be kept: reading it would run it"
+                )
+            if count > LARGEST_RESULT:  # of which each has a byte at least
+                raise NotSerializable(f"a result of more than {LARGEST_RESULT} parts cannot be kept")
         text = to_json(result, bytes_mode="base64", inf_nan_mode="strings")
+    except NotSerializable:
+        raise
     except Exception as error:  # of a serializer of the app's
         raise NotSerializable(f"a result of type {type(result).__qualname__} cannot be kept: {error}") from None
     if len(text) > LARGEST_RESULT:
         raise NotSerializable(f"a result of {len(text)} bytes cannot be kept; at most {LARGEST_RESULT} are")
     return text.decode()
+
+
+def _parts(value: object) -> Iterator[object]:
+    """A value, and all that is written with it."""
+    yield value
+    inner: Iterable[object] = ()
+    match value:
+        case str() | int() | float() | None:
+            return
+        case dict():
+            inner = value.values()
+        case list() | tuple() | set() | frozenset() | deque():
+            inner = value
+        case _ if isinstance(value, BaseModel) or dataclasses.is_dataclass(value):
+            inner = _attributes(value).values()
+    for part in inner:
+        yield from _parts(part)
 
 
 def same(one: object, other: object) -> bool:

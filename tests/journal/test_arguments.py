@@ -489,6 +489,26 @@ def test_a_new_parameter_before_those_by_position_has_its_default() -> None:
     assert decode(new_by_position, encode(old_by_position, (1, 2), {})) == ((1, 0, 2), {})
 
 
+@pytest.mark.parametrize(
+    "wrap", [list, tuple, collections.deque, lambda parts: {"rows": parts}, lambda parts: Box(parts)]
+)
+@pytest.mark.parametrize("make", [iter, lambda rows: (row for row in rows)])
+def test_a_result_with_an_iterator_is_not_kept(wrap: Any, make: Any) -> None:
+    """Whatever holds it, and it is not read."""
+    rows = make([1, 2, 3])
+    with pytest.raises(NotSerializable, match="cannot be kept: reading it would run it"):
+        encode_result({"data": wrap([rows])})
+    assert list(rows) == [1, 2, 3]
+
+
+def test_a_result_of_many_parts_is_not_looked_through() -> None:
+    """It is too large as JSON, too."""
+    with pytest.raises(NotSerializable, match="more than 16384 parts"):
+        encode_result([0] * (LARGEST_RESULT + 1))
+    assert encode_result([0] * 1000) == str([0] * 1000).replace(" ", "")
+    assert encode_result(Open.model_validate({"y": [Point(1.0, 2.0)]})) == '{"y":[{"x":1.0,"y":2.0}]}'
+
+
 def test_a_result_is_small_json() -> None:
     """Anything else is not kept."""
     assert encode_result({"a": [1, b"x"]}) == '{"a":[1,"eA=="]}'
