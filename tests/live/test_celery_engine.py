@@ -183,6 +183,22 @@ for name, header, kwargs in (("v2", {"v": 2}, good), ("args", {"v": 1}, {"gone":
     assert dead_letters(broker) == [("off.mail", "aftertask.errors.UnknownMessage")] * 2
 
 
+def test_an_exception_that_cannot_be_unpickled_keeps_its_class(broker: Server, tmp_path: Path) -> None:
+    """Under `expected` it makes no bad run and no letter; each retry, and the letter of another task, have its name."""
+    env = {"FOLDER": str(tmp_path)}
+    with worker(APP, tmp_path, broker.url, "--concurrency", "1", *QUEUES, **env) as other:
+        code = "for id in ('denied', 'denied_twice'): tasks.celery.send_task(f'off.{id}', task_id=id, kwargs={})"
+        send("offloading", broker.url, code, **env)
+        eventually(lambda: outcomes(other, "celery") == {("denied", "failed"): 1, ("denied_twice", "failed"): 1})
+        assert sum(values(other, "tasks_bad_total", task="off.denied")) == 0
+        assert value(other, "tasks_bad_total", task="off.denied_twice") == 1
+        assert value(other, "attempt_errors_total", error_type="offloading.Denied") == 3
+        assert value(other, "attempt_errors_total") == 3
+        eventually(lambda: buried(other) == {("denied_twice", "failed"): 1})
+    assert dead_letters(broker) == [("off.denied_twice", "offloading.Denied")]
+    assert "task.failed off.denied_twice: offloading.Denied: 2: no" in other.log.read_text()
+
+
 def test_dead_letters_are_looked_at_and_replayed(broker: Server, tmp_path: Path) -> None:
     """By the code of the docs: a look changes nothing, a replay is a new run, and has its task's timeout again."""
     (recipe,) = (code for code in blocks(ROOT / "docs" / "celery.md") if "def dead_letters" in code)

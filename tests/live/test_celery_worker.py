@@ -93,6 +93,18 @@ def test_each_run_beyond_its_hard_time_limit_has_its_own_account(broker: Server,
         assert eventually(lambda: value(server, "tasks_inflight", engine="celery") == 0)
 
 
+def test_an_exception_that_cannot_be_unpickled_has_its_own_class(broker: Server, tmp_path: Path) -> None:
+    """Also where it is retried: Celery puts one of its own in its place."""
+    with worker(APP, tmp_path, broker.url, "--concurrency", "1") as server:
+        send(APP, broker.url, "tasks.denied.delay()")
+        eventually(lambda: outcomes(server, "denied") == {"failed": 1}, seconds=60)
+        assert value(server, "attempt_errors_total", task=f"{APP}.denied", error_type=f"{APP}.Denied") == 2
+        assert value(server, "attempt_errors_total", task=f"{APP}.denied") == 2
+    log = server.log.read_text()
+    assert f"task.failed {APP}.denied: {APP}.Denied: " in log
+    assert f"task.retrying {APP}.denied: {APP}.Denied: " in log
+
+
 def test_what_a_task_notes_is_redacted(broker: Server, tmp_path: Path) -> None:
     """By the rule that the worker was given."""
     with worker(APP, tmp_path, broker.url, "--concurrency", "1") as server:

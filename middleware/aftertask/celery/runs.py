@@ -8,12 +8,14 @@ from datetime import datetime
 
 from celery import Task
 from celery.app.task import Context
+from celery.utils.serialization import UnpickleableExceptionWrapper
 
 from .._core.background import Work
 from .._core.emit import Emitter
 from .._core.resolver import ResolvedTask, task_info
 from .._core.run import Run
-from ..errors import UnknownMessage
+from .._text import stack, type_name
+from ..errors import ProcessTaskError, UnknownMessage
 from ..policies import Policy, PolicyBook
 from ..signals.messaging import MessageInfo, received
 from ..tasks import code_name, registered_tasks
@@ -97,6 +99,18 @@ def _other_tracers(request: Context) -> dict[str, str]:
     """The trace context that OpenTelemetry's own package puts beside Celery's headers."""
     names = ("traceparent", "tracestate")
     return {name: value for name in names if isinstance(value := request.get(name), str)}
+
+
+def raised(request: Context, error: BaseException) -> BaseException:
+    """What a task raised, where Celery has an error in its place because it cannot be pickled."""
+    kept = request.get("raised")  # by a task of ours
+    if isinstance(kept, BaseException):
+        return kept
+    if not isinstance(error, UnpickleableExceptionWrapper):
+        return error
+    name = f"{error.exc_module}.{error.exc_cls_name}"
+    text = stack(error, str).replace(type_name(UnpickleableExceptionWrapper), name)
+    return ProcessTaskError(str(error), type_name=name, type_names=(name,), stack=text)
 
 
 def is_redelivered(request: Context) -> bool:

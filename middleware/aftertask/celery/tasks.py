@@ -56,6 +56,7 @@ class Offloaded(Task):  # type: ignore[misc]  # Celery has no types
             raised: Exception = TaskTimeout(text).with_traceback(error.__traceback__)
         except Exception as error:
             raised = error
+        self.request.raised = raised  # Celery replaces one that cannot be pickled
         retry, attempt = self.policy.retry, self.request.retries + 1
         if retry is not None and attempt < retry.attempts and retry.applies_to(raised):
             raise self.retry(exc=raised, countdown=retry.delay_s(attempt), max_retries=retry.attempts - 1)

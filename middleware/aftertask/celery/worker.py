@@ -36,7 +36,7 @@ from .checks import risks
 from .header import NAME
 from .letters import COMPONENT, REASONS, UNKNOWN_TASK, Letter, Letters
 from .publishing import observe_publishing
-from .runs import ENGINE, Runs, is_first, is_redelivered
+from .runs import ENGINE, Runs, is_first, is_redelivered, raised
 from .tasks import Offloaded, register
 
 #: Seconds that a process of the pool, when it ends, gives the export of its last spans.
@@ -200,7 +200,7 @@ class Worker:
         if reason is None:  # a cold shutdown has killed the process of a run; Celery calls that a retry, and sends none
             self._end_elsewhere(sender, request, exceptions.WorkerShutdown())
         elif (run := self._current(request.id)) is not None:
-            error = reason.exc if isinstance(reason.exc, BaseException) else reason
+            error = raised(request, reason.exc if isinstance(reason.exc, BaseException) else reason)
             delay_s = reason.when if isinstance(reason.when, (int, float)) else 0.0
             self._emit(run.retrying(error, self._emit.failure(error), float(delay_s)))
             self._leave(run)
@@ -208,8 +208,9 @@ class Worker:
     def _failure(self, sender: Task, task_id: str, exception: BaseException, **_: object) -> None:
         run = self._current(task_id)
         if run is not None:
-            self._fail(run, exception)
-            self._bury(sender, run, sender.request, exception, later=False)
+            error = raised(sender.request, exception)
+            self._fail(run, error)
+            self._bury(sender, run, sender.request, error, later=False)
         # A message ends where Celery makes it the current one. Without that it reports a hard time limit a second time,
         # also of a message that it has requeued, a rejected message, and a result that could not be stored.
         elif sender.request.id == task_id and not sender.request.is_eager:

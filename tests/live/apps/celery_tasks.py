@@ -50,6 +50,22 @@ def broken():
     raise LookupError("secret=42")
 
 
+class Denied(Exception):
+    """Cannot be unpickled: it takes other arguments than it passes on."""
+
+    def __init__(self, order, why):
+        super().__init__(f"{order}: {why}")
+
+
+@app.task(bind=True, max_retries=1)
+def denied(self):
+    """Fails twice."""
+    try:
+        raise Denied(1, "no")
+    except Denied as error:
+        raise self.retry(exc=error, countdown=0) if not self.request.retries else error from None
+
+
 @app.task(bind=True, max_retries=2)
 def recovering(self):
     """Succeeds at the third attempt."""

@@ -197,6 +197,25 @@ def doomed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Denied(Exception):
+    """Cannot be unpickled: it takes other arguments than it passes on."""
+
+    def __init__(self, order: int, why: str) -> None:
+        super().__init__(f"{order}: {why}")
+
+
+@task(name="off.denied", executor="celery", expected=Denied)
+def denied() -> None:
+    """Fails as expected."""
+    raise Denied(1, "no")
+
+
+@task(name="off.denied_twice", executor="celery", retry=Retry(attempts=2, wait_initial=0.1))
+def denied_twice() -> None:
+    """Fails for good, after a retry."""
+    raise Denied(2, "no")
+
+
 TASKS = {
     each.__name__: each
     for each in (bulk, mended, recovering, slow, stubborn, killed, killed_once, expired, once, again, doomed)
