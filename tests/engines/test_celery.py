@@ -103,6 +103,33 @@ def test_arguments_are_one_mapping_of_json() -> None:
         engine.encode("print", print, (), {})
 
 
+@pytest.mark.parametrize("kind", ["datetime", "unheard of"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_a_worker_would_read_as_another_type_is_refused(kind: str, nested: bool) -> None:
+    """Kombu rebuilds a value from a mapping with these two keys, or raises; with others it leaves it alone."""
+
+    @task(name="engines.keep", executor="celery")
+    def keep(data: dict[str, Any], copies: int = 1) -> None: ...
+
+    engine = CeleryEngine(Celery("shop", broker=REDIS, set_as_current=False))
+    marked = {"__type__": kind, "__value__": "2026-01-01T00:00:00"}
+    with pytest.raises(NotSerializable, match=r"task engines.keep: the argument 'data' .* '__type__' and '__value__'"):
+        engine.encode("engines.keep", keep, ({"in": [1, marked]} if nested else marked,), {})
+    other = {**marked, "more": 1}
+    assert engine.encode("engines.keep", keep, (other,), {}).arguments == {"data": other}
+
+
+def test_parameters_that_a_worker_would_read_as_another_type_are_refused() -> None:
+    """Their names alone make the mapping of all arguments such a one."""
+
+    @task(name="engines.both", executor="celery")
+    def both(__type__: str, __value__: str) -> None: ...
+
+    engine = CeleryEngine(Celery("shop", broker=REDIS, set_as_current=False))
+    with pytest.raises(NotSerializable, match=r"task engines.both: its parameters .* '__type__' and '__value__'"):
+        engine.encode("engines.both", both, ("date", "2026-01-01"), {})
+
+
 def test_a_retry_neither_expires_nor_shows_its_arguments() -> None:
     """`expires` is for the start of a run, and this one has started."""
 

@@ -199,6 +199,14 @@ def test_an_exception_that_cannot_be_unpickled_keeps_its_class(broker: Server, t
     assert "task.failed off.denied_twice: offloading.Denied: 2: no" in other.log.read_text()
 
 
+def test_parameters_may_have_any_name(broker: Server, tmp_path: Path) -> None:
+    """Also one that Celery uses itself, and also on a retry."""
+    with both(tmp_path, broker.url) as (server, other, folder):
+        get(server, "named")
+        eventually(lambda: outcomes(other, "celery") == {("named", "succeeded"): 1}, seconds=40)
+    assert lines(folder, "named") == ["1 a {'__type__': 'datetime'} t"] * 2
+
+
 def test_dead_letters_are_looked_at_and_replayed(broker: Server, tmp_path: Path) -> None:
     """By the code of the docs: a look changes nothing, a replay is a new run, and has its task's timeout again."""
     (recipe,) = (code for code in blocks(ROOT / "docs" / "celery.md") if "def dead_letters" in code)

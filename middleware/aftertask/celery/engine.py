@@ -83,7 +83,14 @@ class CeleryEngine:
             raise NotSerializable(
                 f"task {task} has executor='celery', but a worker finds only functions of a module with @task; mark it"
             )
-        return Encoded(entry.name, json.loads(encode(without_options(function), args, kwargs)), fingerprint(found))
+        arguments = json.loads(encode(without_options(function), args, kwargs))
+        if _is_rebuilt(arguments):
+            names = [f"the argument {name!r}" for name, value in arguments.items() if _is_rebuilt(value)]
+            raise NotSerializable(
+                f"task {task}: {names[0] if names else 'its parameters'} cannot be sent: a worker reads a mapping of "
+                f"just '__type__' and '__value__' as another type; rename a key, or send it as a string"
+            )
+        return Encoded(entry.name, arguments, fingerprint(found))
 
     def submit(self, handover: Handover) -> str:
         """Send the message; returns its queue, or Celery's default queue if its routing decides."""
@@ -147,3 +154,10 @@ class CeleryEngine:
         if self._queues is None or isinstance(self._queues, str):
             return self._queues
         return self._queues[max((key for key in self._queues if key <= priority), default=min(self._queues))]
+
+
+def _is_rebuilt(value: object) -> bool:
+    """Whether JSON has a mapping, at any depth, that kombu decodes to something else (`kombu.utils.json`)."""
+    if isinstance(value, dict):
+        return value.keys() == {"__type__", "__value__"} or any(map(_is_rebuilt, value.values()))
+    return isinstance(value, list) and any(map(_is_rebuilt, value))

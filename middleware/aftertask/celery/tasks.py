@@ -46,7 +46,11 @@ class Offloaded(Task):  # type: ignore[misc]  # Celery has no types
         # For a message without limits of its own, such as a replayed dead letter.
         self.soft_time_limit, self.time_limit = policy.timeout, policy.timeout and policy.timeout + GRACE
 
-    def run(self, **encoded: object) -> object:
+    def __call__(self, /, **encoded: object) -> object:
+        """Celery's own could not pass on an argument named `self`."""
+        return self.run(**encoded)
+
+    def run(self, /, **encoded: object) -> object:
         """One attempt."""
         args, kwargs = self._arguments(encoded)
         try:

@@ -216,6 +216,15 @@ def denied_twice() -> None:
     raise Denied(2, "no")
 
 
+@task(name="off.named", executor="celery", retry=Retry(attempts=2, wait_initial=0.1))
+def named(self: int, args: str, kwargs: dict[str, object], task_id: str) -> None:
+    """Has parameters with names of Celery's own; succeeds at the second attempt."""
+    run = current_run()
+    note("named", f"{self} {args} {kwargs} {task_id}")
+    if run is not None and run.attempt == 1:
+        raise ConnectionError("not yet")
+
+
 TASKS = {
     each.__name__: each
     for each in (bulk, mended, recovering, slow, stubborn, killed, killed_once, expired, once, again, doomed)
@@ -240,6 +249,13 @@ async def send_broken(tasks: BackgroundTasks) -> dict[str, str]:
 async def place_order(number: int, tasks: BackgroundTasks) -> dict[str, str]:
     """Hand over a durable task."""
     tasks.add_task(order, number)
+    return {"status": "ok"}
+
+
+@app.get("/named")
+async def send_named(tasks: BackgroundTasks) -> dict[str, str]:
+    """Hand over a task with parameters of any name."""
+    tasks.add_task(named, 1, "a", {"__type__": "datetime"}, "t")
     return {"status": "ok"}
 
 
