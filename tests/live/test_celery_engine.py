@@ -199,6 +199,39 @@ def test_an_exception_that_cannot_be_unpickled_keeps_its_class(broker: Server, t
     assert "task.failed off.denied_twice: offloading.Denied: 2: no" in other.log.read_text()
 
 
+def test_a_task_that_exits_or_cancels_itself_has_failed(broker: Server, tmp_path: Path) -> None:
+    """Once, with its class and stack and one letter, also if it is idempotent; its process goes on."""
+    env, names = {"FOLDER": str(tmp_path)}, ("exits", "exits_async", "cancels")
+    with worker(APP, tmp_path, broker.url, "--concurrency", "1", *QUEUES, **env) as other:
+        code = f"for id in {(*names, 'bulk')}: tasks.celery.send_task(f'off.{{id}}', task_id=id, kwargs={{}})"
+        send("offloading", broker.url, code, **env)
+        failed = {(name, "failed"): 1 for name in names}
+        eventually(lambda: outcomes(other, "celery") == {**failed, ("bulk", "succeeded"): 1}, seconds=40)
+        eventually(lambda: buried(other) == failed)
+        assert sum(values(other, "hazards_total", kind="redelivered")) == 0
+    assert len({pid for name in names for pid in lines(tmp_path, name)}) == 1
+    assert [len(lines(tmp_path, name)) for name in names] == [1, 1, 1]
+    log = other.log.read_text()
+    assert "task.failed off.exits: SystemExit: enough" in log and 'sys.exit("enough")' in log
+    assert dead_letters(broker) == [
+        ("off.cancels", "asyncio.exceptions.CancelledError"),
+        ("off.exits", "SystemExit"),
+        ("off.exits_async", "SystemExit"),
+    ]
+
+
+def test_a_run_that_is_revoked_while_it_runs_is_cancelled(broker: Server, tmp_path: Path) -> None:
+    """Celery ends its process by a signal, which raises `SystemExit` in the task: that is not the task's own."""
+    env = {"FOLDER": str(tmp_path)}
+    with worker(APP, tmp_path, broker.url, "--concurrency", "1", *QUEUES, **env) as other:
+        send("offloading", broker.url, "tasks.celery.send_task('off.once', task_id='once', kwargs={})", **env)
+        eventually(lambda: lines(tmp_path, "once") == ["started"], seconds=40)
+        send("offloading", broker.url, "tasks.celery.control.revoke('once', terminate=True)", **env)
+        eventually(lambda: outcomes(other, "celery") == {("once", "cancelled"): 1})
+        assert buried(other) == {}
+    assert lines(tmp_path, "once") == ["started"] and "task.failed" not in other.log.read_text()
+
+
 def test_parameters_may_have_any_name(broker: Server, tmp_path: Path) -> None:
     """Also one that Celery uses itself, and also on a retry."""
     with both(tmp_path, broker.url) as (server, other, folder):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from asyncio import CancelledError
 from collections.abc import Mapping
 
+from billiard.common import terminate_handler_fired
 from celery import Celery, Task
 from celery.app.task import Context
 from celery.canvas import Signature
@@ -58,6 +60,12 @@ class Offloaded(Task):  # type: ignore[misc]  # Celery has no types
         except SoftTimeLimitExceeded as error:
             text = f"{self.name} did not finish within its timeout of {self.policy.timeout or 0:g} s"
             raised: Exception = TaskTimeout(text).with_traceback(error.__traceback__)
+        except (SystemExit, KeyboardInterrupt, CancelledError) as error:
+            if terminate_handler_fired():  # the worker ends this process
+                raise
+            self.request.raised = error
+            # Celery would take the process for lost, and have an idempotent run exit again and again.
+            raise RuntimeError(f"{self.name} raised {error_type(error)}") from error
         except Exception as error:
             raised = error
         self.request.raised = raised  # Celery replaces one that cannot be pickled

@@ -228,7 +228,7 @@ class Worker:
         try:
             if run.outcome is not None or run.backing_off:
                 return
-            if state is None:  # SystemExit: the process ends, and the main one reports that
+            if state is None:  # the process ends, and the main one reports that
                 self._leave(run)
             elif isinstance(retval, exceptions.Reject):
                 self._leave(run) if retval.requeue else self._fail(run, retval)

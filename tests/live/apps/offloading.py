@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from datetime import datetime
@@ -214,6 +215,27 @@ def denied() -> None:
 def denied_twice() -> None:
     """Fails for good, after a retry."""
     raise Denied(2, "no")
+
+
+@task(name="off.exits", executor="celery", idempotent=True, retry=Retry(attempts=3))
+def exits() -> None:
+    """Raises what ends a process elsewhere."""
+    note("exits", str(os.getpid()))
+    sys.exit("enough")
+
+
+@task(name="off.exits_async", executor="celery")
+async def exits_async() -> None:
+    """The same, on a loop."""
+    note("exits_async", str(os.getpid()))
+    sys.exit(3)
+
+
+@task(name="off.cancels", executor="celery", idempotent=True)
+async def cancels() -> None:
+    """Raises a `CancelledError` of its own."""
+    note("cancels", str(os.getpid()))
+    raise asyncio.CancelledError
 
 
 @task(name="off.named", executor="celery", retry=Retry(attempts=2, wait_initial=0.1))
