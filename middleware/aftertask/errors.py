@@ -37,6 +37,10 @@ class UnknownMessage(AftertaskError, ValueError):
     """A message was written by a version of aftertask, or of the task, that this worker cannot read."""
 
 
+class UnknownExecutor(AftertaskError, ValueError):
+    """A task's `executor` is none of aftertask's and no engine of the app."""
+
+
 class NotSerializable(AftertaskError, TypeError):
     """A call has to leave the process, for a worker process or the journal, and a part of it cannot be serialized."""
 

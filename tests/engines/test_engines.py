@@ -11,11 +11,12 @@ import pytest
 from fastapi import BackgroundTasks
 from prometheus_client import CollectorRegistry
 from starlette.background import BackgroundTask
+from starlette.responses import PlainTextResponse
 
 from aftertask import AftertaskMiddleware, Policy, Retry, Settings, options, task
 from aftertask._core.executors.engine import Remote
 from aftertask.engines import Handover
-from aftertask.errors import EngineUnavailable, NotSerializable
+from aftertask.errors import EngineUnavailable, NotSerializable, UnknownExecutor
 from aftertask.events import (
     Failed,
     Offloaded,
@@ -179,6 +180,27 @@ def test_an_executor_that_does_not_exist_is_an_error_when_the_app_is_built() -> 
         AftertaskMiddleware(app, settings=Settings(registry=CollectorRegistry(), engines=engines))
     policies = {f"{__name__}.{lonely.__qualname__}": Policy(executor="celery")}
     AftertaskMiddleware(app, settings=Settings(registry=CollectorRegistry(), engines=engines, policies=policies))
+
+
+async def test_an_unknown_executor_of_one_call_is_an_error_where_it_is_added(env: Env) -> None:
+    """`add_task` raises it, and the task does not run."""
+    raised: list[Exception] = []
+
+    async def endpoint(tasks: BackgroundTasks) -> PlainTextResponse:
+        with pytest.raises(UnknownExecutor, match=r"sf has executor='celry'.*add Settings") as info:
+            tasks.add_task(options(sf, executor="celry"))
+        raised.append(info.value)
+        return PlainTextResponse("ok")
+
+    assert (await drive(env.fastapi(endpoint))).status == 200
+    assert isinstance(raised[0], ValueError) and (LOG, env.seen.events) == ([], [])
+
+
+async def test_a_response_with_a_task_of_an_unknown_executor_fails(env: Env) -> None:
+    """There is no `add_task` that could raise it; the task does not run."""
+    result = await drive(env.app(answering(BackgroundTask(options(sf, executor="celry")))))
+    assert isinstance(result.exc, UnknownExecutor) and result.status == 500
+    assert (LOG, env.seen.events) == ([], [])
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ class Request(RequestInfo):
         A task was added to an injected container.
 
         Raises:
-            QueueFull, NotSerializable: The task is not accepted; the run has been rejected.
+            QueueFull, NotSerializable, UnknownExecutor: The task is not accepted.
         """
         self._describe()
         run = self.parts.scheduler.schedule(self, work, container)
@@ -266,7 +266,7 @@ class Request(RequestInfo):
         except REFUSALS as error:
             log("error", "task.refused", error_type=error_type(error), error_message=str(error))
             self.refused |= {id(task)}
-            if self.admits and self.parts.scheduler.is_kept(work):
+            if self.admits and self.parts.scheduler.fails_request(work, error):
                 self._refusal = error  # the response would promise what will not happen
             return None
 

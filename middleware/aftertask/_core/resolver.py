@@ -14,6 +14,7 @@ from .._log import log
 from .._taskrun import LOCAL, TaskInfo, TaskRun
 from .._text import is_library
 from ..engines import Engine
+from ..errors import UnknownExecutor
 from ..policies import EXECUTORS, STUCK_AFTER, Limit, Policy, PolicyBook, Retry
 from ..tasks import attribute, code_name, executor_of, hidden_task, is_async, registered_tasks, registration, unwrap
 from .emit import Emitter
@@ -129,7 +130,7 @@ class Resolver:
         emitter: Learns of every task and every limiter.
 
     Raises:
-        ValueError: A task has an executor that is none of ours and no engine.
+        UnknownExecutor: A task has an executor that is none of ours and no engine.
     """
 
     def __init__(
@@ -249,7 +250,7 @@ class Resolver:
             return
         close = difflib.get_close_matches(name, [*EXECUTORS, *self._remotes], 1)
         hint = f"did you mean {close[0]!r}?" if close else f"add Settings(engines={{{name!r}: …}})"
-        raise ValueError(f"task {task} has executor={name!r}, which is no executor and no engine; {hint}")
+        raise UnknownExecutor(f"task {task} has executor={name!r}, which is no executor and no engine; {hint}")
 
     def waiting_tasks(self) -> list[str]:
         """Tasks whose engine has just failed to take a run: durable runs of theirs wait."""

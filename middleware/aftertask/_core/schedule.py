@@ -10,7 +10,7 @@ from starlette.background import BackgroundTask
 from .. import _clock
 from .._taskrun import RequestInfo, TaskRun
 from .._text import error_type
-from ..errors import DuplicateKey, JournalError, NotSerializable, QueueFull
+from ..errors import DuplicateKey, JournalError, NotSerializable, QueueFull, UnknownExecutor
 from ..events import HazardFound
 from ..tasks import call_policy
 from . import advice
@@ -29,8 +29,8 @@ _REASONS: dict[type[Exception], str] = {
     JournalError: "no_journal",
 }
 
-#: What `add_task` may raise.
-REFUSALS = tuple(_REASONS)
+#: What `add_task` may raise; of an unknown executor there is no run.
+REFUSALS: tuple[type[Exception], ...] = (*_REASONS, UnknownExecutor)
 
 
 def _not_callable(func: object) -> str:
@@ -69,6 +69,7 @@ class Scheduler:
 
         Raises:
             QueueFull, NotSerializable, DuplicateKey, JournalError: The run has been rejected.
+            UnknownExecutor: The run cannot come into being.
         """
         resolved = self._resolver.resolve(work.func, whole=work.whole)
         if not resolved.observe:
@@ -82,10 +83,14 @@ class Scheduler:
             self._accept(run, work)
         return run
 
-    def is_kept(self, work: Work) -> bool:
-        """Whether a run of this has to be kept, so that its request fails if it is not."""
+    def fails_request(self, work: Work, error: Exception) -> bool:
+        """Whether a request fails because this was refused: its run has to be kept, or could not even be made."""
         func = work.func
-        return self._resolver.resolve(func, whole=work.whole).info.durable or call_policy(func).key is not None
+        return (
+            isinstance(error, UnknownExecutor)
+            or self._resolver.resolve(func, whole=work.whole).info.durable
+            or call_policy(func).key is not None
+        )
 
     def restore(self, call: StoredCall) -> Run:
         """Schedule a call that the keeper has; a limit accepts it always."""
