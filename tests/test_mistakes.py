@@ -172,12 +172,13 @@ def test_two_limits_of_one_name_and_different_sizes_are_reported(caplog: pytest.
 
 
 def test_a_result_that_is_kept_nowhere_is_reported(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    """There is no journal; not where a policy says otherwise, or where each request that adds the task fails anyway."""
+    """There is no journal; not where a policy says otherwise. Where each request that adds the task fails, that is said."""
     for name, durable in (("kept", False), ("not.kept", False), ("refused", True)):
         task(name=name, keep_result=True, durable=durable)(functools.wraps(base)(decorated(base)))
     policies = {"not.*": Policy(keep_result=False)}
     served(FastAPI(), policies=policies)
-    assert mistakes(caplog) == [("no_journal", "kept")]
+    assert mistakes(caplog) == [("no_journal", "kept"), ("no_journal", "refused")]
+    assert "refused is durable, so each request that adds it fails: there is no journal: set Settings(" in caplog.text
     assert "kept is to keep its result, which is lost: there is no journal: set Settings(journal=…)" in caplog.text
     caplog.clear()
     served(FastAPI(), policies=policies, journal=tmp_path / "tasks.db")

@@ -13,9 +13,9 @@ from types import FunctionType, ModuleType
 from ._core.advice import KEEP_RESULT, LOST_RESULT
 from ._core.route import endpoints_of, serves
 from ._log import log
-from .policies import Limit, PolicyBook, is_pattern
+from .policies import Limit, Policy, PolicyBook, is_pattern
 from .settings import PREFIX, Settings, ignored_variables
-from .tasks import attribute, code_name, registered_tasks, registration
+from .tasks import Registered, attribute, code_name, registered_tasks, registration
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +45,12 @@ collected: ContextVar[list[Mistake] | None] = ContextVar("aftertask_mistakes", d
 def log_mistakes(app: object, settings: Settings) -> None:
     """Log each mistake in the set-up of an app as one warning."""
     instead = collected.get()
-    for found in mistakes(app, settings):
-        if instead is not None:
-            instead.append(found)
-        else:
-            advice = f"{found.message}: {found.remedy}"
-            log("warning", "setup.mistake", kind=found.kind, subject=found.subject, advice=advice)
+    if instead is not None:
+        instead.extend(mistakes(app, settings))
+        return
+    for found in (*mistakes(app, settings), *_refused_tasks(settings)):
+        advice = f"{found.message}: {found.remedy}"
+        log("warning", "setup.mistake", kind=found.kind, subject=found.subject, advice=advice)
 
 
 def mistakes(app: object, settings: Settings) -> Iterator[Mistake]:
@@ -80,11 +80,24 @@ def mistakes(app: object, settings: Settings) -> Iterator[Mistake]:
 
 
 def _lost_results(settings: Settings) -> Iterator[Mistake]:
-    book = PolicyBook(settings.policies)
-    for entry in registered_tasks() if settings.journal is None else ():
-        policy = book.policy(entry.name, None, entry.policy)
+    for entry, policy in _without_journal(settings):
         if policy.keep_result and not policy.durable:  # a durable one is refused when it is added
             yield Mistake("no_journal", entry.name, f"{entry.name} {LOST_RESULT}", KEEP_RESULT, entry.function)
+
+
+def _refused_tasks(settings: Settings) -> Iterator[Mistake]:
+    """Not among `mistakes`: the command finds them among its tasks, as errors."""
+    for entry, policy in _without_journal(settings):
+        if policy.durable:
+            message = f"{entry.name} is durable, so each request that adds it fails: there is no journal"
+            remedy = "set Settings(journal=…), or leave durable=True out"
+            yield Mistake("no_journal", entry.name, message, remedy, entry.function)
+
+
+def _without_journal(settings: Settings) -> Iterator[tuple[Registered, Policy]]:
+    book = PolicyBook(settings.policies)
+    for entry in registered_tasks() if settings.journal is None else ():
+        yield entry, book.policy(entry.name, None, entry.policy)
 
 
 def _unused_policies(settings: Settings) -> Iterator[Mistake]:
