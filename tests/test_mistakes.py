@@ -172,7 +172,7 @@ def test_two_limits_of_one_name_and_different_sizes_are_reported(caplog: pytest.
 
 
 def test_a_result_that_is_kept_nowhere_is_reported(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    """There is no journal; not where a policy says otherwise. Where each request that adds the task fails, that is said."""
+    """There is no journal; not where a policy says otherwise. Where each request that adds it fails, that is said."""
     for name, durable in (("kept", False), ("not.kept", False), ("refused", True)):
         task(name=name, keep_result=True, durable=durable)(functools.wraps(base)(decorated(base)))
     policies = {"not.*": Policy(keep_result=False)}
@@ -229,17 +229,41 @@ def test_a_result_that_a_call_asks_for_in_vain_is_a_hazard(
     assert advice not in caplog.text
 
 
-@pytest.mark.parametrize(("called", "what"), [(send, "a coroutine"), (base, "int, which is no function")])
-async def test_a_call_in_place_of_the_function_is_a_hazard(called: Any, what: str, env: Env) -> None:
+@pytest.mark.parametrize(
+    ("called", "advice"),
+    [
+        (send, f"it was given a coroutine of {__name__}.send, as if it had been called: write add_task(send, …)"),
+        (
+            base,
+            "it was given an object of type int, not a function: the function was probably called; pass the function",
+        ),
+    ],
+)
+async def test_a_call_in_place_of_the_function_is_a_hazard(called: Any, advice: str, env: Env) -> None:
     """`add_task(send(x))`, in a response as well."""
     result = called(1)
     await drive(env.app(answering(BackgroundTask(result))))
     (hazard,) = env.seen.of(HazardFound)
     assert (hazard.kind, hazard.run.outcome) == ("not_callable", "failed")
-    assert f"it was given {what}" in hazard.advice and "add_task(send, to)" in hazard.advice
+    assert advice in hazard.advice
+    assert hazard.run.task == (f"{__name__}.send" if called is send else "builtins.int")
     assert len(env.seen.of(Failed)) == 1
     if called is send:
         result.close()
+
+
+async def test_a_background_that_cannot_be_called_is_a_hazard(env: Env, caplog: pytest.LogCaptureFixture) -> None:
+    """`background=send(x)`: the app gets its own error, and no error of ours is logged."""
+    coroutine = send("a")
+    for background, advice in ((coroutine, f"a coroutine of {__name__}.send"), ([send], "an object of type list")):
+        env.seen.clear()
+        result = await drive(env.app(answering(background)))
+        assert isinstance(result.exc, TypeError) and "object is not callable" in str(result.exc)
+        (hazard,) = env.seen.of(HazardFound)
+        assert hazard.kind == "not_callable" and f"it was given {advice}" in hazard.advice
+        assert "write BackgroundTask(send, …)" in hazard.advice or "BackgroundTask(send, to)" in hazard.advice
+    assert "signal.failed" not in caplog.text
+    coroutine.close()
 
 
 async def test_add_task_of_a_call_is_a_hazard(env: Env) -> None:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType, ModuleType
+from types import CoroutineType, FunctionType, MethodType, ModuleType
 from typing import Any, ParamSpec, TypeVar, Unpack, cast, overload
 
 from .errors import NameClash
@@ -275,6 +275,8 @@ def attribute(thing: object, name: str) -> Any:
 
 def _module(thing: object) -> str:
     module = attribute(thing, "__module__")
+    if type(thing) is CoroutineType and thing.cr_frame is not None:
+        module = thing.cr_frame.f_globals.get("__name__")  # of its function: a coroutine itself belongs to no module
     if not isinstance(module, str):
         module = attribute(type(thing), "__module__")
     if not isinstance(module, str):

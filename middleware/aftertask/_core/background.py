@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from threading import get_ident
 from types import FunctionType, MemberDescriptorType
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import starlette.background
 from starlette.background import BackgroundTask, BackgroundTasks
@@ -89,8 +89,8 @@ def work_of(target: object) -> Work:
     if isinstance(target, BareCallable):
         return Work(target, target.bare, (), {}, True, target)
     if not isinstance(target, BackgroundTask):
-        assert callable(target)  # the response is about to call it
-        return Work(target, target, (), {}, True, target)
+        # The response is about to call it, even if it cannot be called.
+        return Work(target, target, (), {}, True, cast(Callable[[], Awaitable[object]], target))
     if owner_of_call(type(target)) is not BackgroundTask:
         return Work(target, type(target), (), {}, True, target)
     # A policy may need the function itself, in a thread or a process of ours; else the call goes through the tracer.

@@ -12,7 +12,7 @@ from .._taskrun import RequestInfo, TaskRun
 from .._text import error_type
 from ..errors import DuplicateKey, JournalError, NotSerializable, QueueFull, UnknownExecutor
 from ..events import HazardFound
-from ..tasks import call_policy
+from ..tasks import call_policy, code_name
 from . import advice
 from .background import Work, work_of
 from .emit import Emitter
@@ -33,9 +33,15 @@ _REASONS: dict[type[Exception], str] = {
 REFUSALS: tuple[type[Exception], ...] = (*_REASONS, UnknownExecutor)
 
 
-def _not_callable(func: object) -> str:
-    what = "a coroutine" if inspect.iscoroutine(func) else f"{type(func).__name__}, which is no function"
-    return f"it was given {what}, as if it had been called: pass the function and its arguments, add_task(send, to)"
+def _not_callable(work: Work) -> str:
+    write = "BackgroundTask" if work.whole else "add_task"
+    if inspect.iscoroutine(work.func):
+        name, short = code_name(work.func), work.func.__name__
+        return f"it was given a coroutine of {name}, as if it had been called: write {write}({short}, …)"
+    return (
+        f"it was given an object of type {type(work.func).__name__}, not a function: the function was probably called; "
+        f"pass the function and its arguments, {write}(send, to)"
+    )
 
 
 class Scheduler:
@@ -78,7 +84,7 @@ class Scheduler:
         run.background, run.key = background, None if type(work.func) is FunctionType else call_policy(work.func).key
         self._emit(run.scheduled())
         if not callable(work.func):
-            self._emit(HazardFound(run, run.timestamp, "not_callable", None, _not_callable(work.func)))
+            self._emit(HazardFound(run, run.timestamp, "not_callable", None, _not_callable(work)))
         if parent is None:
             self._accept(run, work)
         return run
