@@ -515,11 +515,16 @@ def test_an_option_given_to_add_task_is_named(harness: Harness) -> None:
     def inside(tasks: BackgroundTasks) -> None:
         tasks.add_task(send, "inside")
 
-    harness.client.get("/")
-    harness.client.get("/inside")
+    @harness.app.get("/name")
+    def name(tasks: BackgroundTasks) -> None:
+        tasks.add_task(send, "x", name="no option of one call")
 
-    misplaced, other = (event.failure.hint for event in harness.events.of(Failed))
+    for path in ("/", "/inside", "/name"):
+        harness.client.get(path)
+
+    misplaced, *others = (event.failure.hint for event in harness.events.of(Failed))
     assert misplaced == (
-        "add_task passes timeout to the function; an option of the task is set with options(func, timeout=…)"
+        "add_task passes timeout to the function; an option of the task is set with "
+        "add_task(options(func, timeout=…), …)"
     )
-    assert other is None
+    assert others == [None, None]

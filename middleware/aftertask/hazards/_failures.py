@@ -60,9 +60,11 @@ def misplaced_option(error: BaseException, given: object) -> str | None:
     found = _UNEXPECTED.search(_message(error)) if type(error) is TypeError else None
     if found is None or not isinstance(given, Mapping) or found[1] not in given:
         return None
-    if found[1] not in PolicyOptions.__annotations__:
+    name = found[1]
+    if name not in PolicyOptions.__annotations__ or name in ("name", "owner"):  # these belong to @task, not to a call
         return None
-    return f"add_task passes {found[1]} to the function; an option of the task is set with options(func, {found[1]}=…)"
+    write = f"add_task(options(func, {name}=…), …)"
+    return f"add_task passes {name} to the function; an option of the task is set with {write}"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
