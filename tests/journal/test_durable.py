@@ -14,9 +14,10 @@ from typing import Any
 import anyio
 import anyio.from_thread
 import pytest
-from fastapi import BackgroundTasks
+from fastapi import BackgroundTasks, FastAPI
 from starlette.background import BackgroundTask
 from starlette.responses import JSONResponse, StreamingResponse
+from starlette.testclient import TestClient
 from starlette.types import Message, Receive, Scope, Send
 
 from aftertask import (
@@ -196,12 +197,27 @@ def test_only_what_is_found_by_name_is_durable(shop: Journaled) -> None:
         async def send(self) -> None: ...
 
     for target in (local, Mailer().send):
+        text = "a method needs its object" if target is not local else "names no function of a module"
         with shop.client(lambda tasks, target=target: tasks.add_task(target), policies=DURABLE) as client:  # type: ignore[misc]
             assert client.post("/").status_code == 500
+        assert text in shop.seen.of(Rejected)[-1].hint
     task(name="local")(local)
     with shop.client(lambda tasks: tasks.add_task(local), policies=DURABLE) as client:
         assert client.post("/").status_code == 200
     assert [row["state"] for row in shop.rows()] == ["rejected", "rejected", "succeeded"]
+
+
+def test_a_journal_without_a_lifespan_is_reported(shop: Journaled, caplog: pytest.LogCaptureFixture) -> None:
+    """A mounted app has none, so nothing would be recovered: one warning, with the first durable run."""
+    outer = FastAPI()
+    outer.mount("/sub", shop.app(lambda tasks: tasks.add_task(mail, "a@b"), policies=DURABLE))
+    with TestClient(outer, backend=shop.backend) as client:  # type: ignore[arg-type]
+        assert [client.post("/sub/").status_code for _ in range(2)] == [200, 200]
+    with shop.client(lambda tasks: tasks.add_task(mail, "a@b"), policies=DURABLE) as client:
+        client.post("/")
+    lines = [vars(record) for record in caplog.records if vars(record).get("event") == "setup.mistake"]
+    assert [(line["kind"], line["subject"]) for line in lines] == [("no_lifespan", str(shop.path))]
+    assert "add AftertaskMiddleware to the outermost app" in lines[0]["advice"]
 
 
 def test_without_a_journal_nothing_is_durable(client_for: ClientFor) -> None:
@@ -217,8 +233,12 @@ def test_a_rejection_says_why_and_what_to_do(client_for: ClientFor, caplog: pyte
     client_for(options(mail, durable=True)).get("/")
     (line,) = [vars(record) for record in caplog.records if vars(record).get("event") == "task.rejected"]
     assert line["reason"] == "no_journal"
-    assert line["hint"] == f"{__name__}.mail: a durable run, and a key, need Settings(journal=…), which is not set"
+    needs = "which needs a journal, and there is none: set Settings(journal=…) or AFTERTASK_JOURNAL"
+    assert line["hint"] == f"{__name__}.mail is durable, {needs}"
     assert f"no_journal: {line['hint']}" in line["message"]
+    caplog.clear()
+    client_for(options(mail, key="k")).get("/")
+    assert f"{__name__}.mail was given key='k', {needs}" in {vars(record).get("hint") for record in caplog.records}
     caplog.clear()
     client_for(options(mail, durable=True), redact=lambda text: "gone").get("/")
     assert "gone" in {vars(record).get("hint") for record in caplog.records}

@@ -98,7 +98,8 @@ def test_what_is_no_journal_stays(tmp_path: Path) -> None:
     for path, message in (
         (other, "is a database of another application"),
         (text, "file is not a database; whether it holds durable runs is unknown"),
-        (tmp_path / "missing" / "tasks.db", "there is no folder"),
+        (tmp_path / "missing" / "tasks.db", "there is no folder.*; create it first"),
+        (Path("~") / "tasks.db", "~ is not expanded: write the whole path"),
         (tmp_path, f"is a folder; name a file in it, such as {tmp_path}/tasks.db"),
     ):
         with pytest.raises(JournalError, match=message):

@@ -138,7 +138,11 @@ class Scheduler:
 
     def _accept_for_good(self, run: Run) -> None:
         if self._keeper is None:
-            raise JournalError(f"{run.task}: a durable run, and a key, need Settings(journal=…), which is not set")
+            what = "is durable" if run.info.durable else f"was given key={run.key!r}"
+            raise JournalError(
+                f"{run.task} {what}, which needs a journal, and there is none: set Settings(journal=…) or "
+                f"AFTERTASK_JOURNAL"
+            )
         if not run.request.admits:
             raise JournalError(
                 f"{run.task}: the response has started, or there is none, so the run cannot be on disk before it; "

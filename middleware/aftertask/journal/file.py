@@ -95,7 +95,8 @@ def prepare(path: Path) -> None:
     if not CAN_LOCK:
         raise JournalError(f"the journal {path} needs file locks, which Windows lacks; leave Settings.journal out")
     if not path.parent.is_dir():
-        raise JournalError(f"the journal {path} cannot be created: there is no folder {path.parent}; create it first")
+        remedy = "~ is not expanded: write the whole path" if "~" in path.parts else "create it first"
+        raise JournalError(f"the journal {path} cannot be created: there is no folder {path.parent}; {remedy}")
     if path.is_dir():
         raise JournalError(f"the journal {path} is a folder; name a file in it, such as {path / 'tasks.db'}")
     remote = remote_file_system(path.parent, Path("/proc/self/mountinfo"))

@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from types import MethodType
 
 from .. import _clock
 from .._core.emit import Emitter
@@ -35,6 +36,11 @@ from .writer import Change
 #: At most this many runs wait to be written as history; one more is dropped.
 _WAITING = 20_000
 
+_NO_LIFESPAN = (
+    "the journal is used without a lifespan (a mounted app has none), so what a killed process leaves is not run "
+    "again: add AftertaskMiddleware to the outermost app, and have the server run the lifespan"
+)
+
 
 class Journal(Journaling):
     """Keeps runs in a SQLite file, `Settings(journal="tasks.db")`; raises JournalError if that cannot be used."""
@@ -49,6 +55,7 @@ class Journal(Journaling):
         self._keys_lock = threading.Lock()
         self._history: deque[Record] = deque()
         self._lost_history = False
+        self._is_recovering = False  # or it was reported that nothing is
         on_exit(self)
         stores.add(self)
 
@@ -58,6 +65,7 @@ class Journal(Journaling):
 
     def open(self) -> None:
         """The app starts."""
+        self._is_recovering = True
         self._records = {run: record for run, record in self._records.items() if run.outcome is None}
         self.store.open()
 
@@ -82,11 +90,16 @@ class Journal(Journaling):
             raise JournalError(f"{run.task}: the journal {self.store.path} was not open when the run was scheduled")
         if run.info.durable:
             if work.whole or not _is_found_again(unwrap(work.func)[0], run.task, run.info.code):
+                why = f"{run.info.code} names no function of a module; move it there, or register it with @task"
+                if isinstance(unwrap(work.func)[0], MethodType):
+                    why = "a method needs its object; write a function of a module, and give it what it needs"
                 raise NotSerializable(
-                    f"{run.task} cannot be durable: after a crash it is found by its name alone, and {run.info.code} "
-                    f"names no function of a module; move it there, or register it with @task"
+                    f"{run.task} cannot be durable: after a crash it is found by its name alone, and {why}"
                 )
             record.arguments = encode(work.func, work.args, work.kwargs, largest=LARGEST_ARGUMENTS)
+            if not self._is_recovering:
+                self._is_recovering = True
+                log("warning", "setup.mistake", kind="no_lifespan", subject=str(self.store.path), advice=_NO_LIFESPAN)
         key = run.key
         if key is not None:
             with self._keys_lock:
