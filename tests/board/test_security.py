@@ -294,6 +294,8 @@ def test_a_board_needs_one_way_to_authorize() -> None:
             Board(**arguments)
     with pytest.raises(TypeError, match="opens the board to this machine only; got"):
         Board(authorize={"view"})  # type: ignore[arg-type]  # on purpose
+    with pytest.raises(TypeError, match=r"is called with the request, but .*<lambda> does not take one argument"):
+        Board(authorize=lambda: {"view"})  # type: ignore[misc, arg-type]  # on purpose
 
 
 @pytest.mark.parametrize(

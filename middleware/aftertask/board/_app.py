@@ -25,6 +25,7 @@ from .._core.emit import Emitter
 from .._core.hooks import KEY
 from .._core.process import start_thread
 from .._core.route import route_path
+from .._signatures import takes
 from .._stored import cancel_run
 from ..alerts import Alerts, Tested, send_test
 from ..alerts import Route as Channel
@@ -34,6 +35,7 @@ from ..journal.settle import DEAD
 from ..journal.store import Journaling
 from ..middleware import Companion
 from ..settings import Settings
+from ..tasks import code_name
 from ._access import HEADERS, Authorize, Visit, checked, loopback_only
 from ._entry import Entry
 from ._query import STATES, DeadQuery, RunQuery, chosen, cursor, known, place_text
@@ -79,7 +81,7 @@ class Board(Companion):
         insecure: Grant everything to clients on this machine, and nothing to others; instead of `authorize`.
 
     Raises:
-        TypeError, ImportError: Neither or both are given; Jinja2 is not installed.
+        TypeError, ImportError: Neither or both are given, or `authorize` takes no request; Jinja2 is not installed.
     """
 
     def __init__(self, *, authorize: Authorize | None = None, insecure: bool = False) -> None:
@@ -87,6 +89,10 @@ class Board(Companion):
             raise TypeError(
                 "Board needs authorize=…, a function that returns the rights of a request; insecure=True, instead of "
                 f"it, opens the board to this machine only; got {authorize!r}"
+            )
+        if authorize is not None and not takes(authorize, 1):
+            raise TypeError(
+                f"Board.authorize is called with the request, but {code_name(authorize)} does not take one argument"
             )
         self._authorize: Authorize = loopback_only if authorize is None else authorize
         self.signal = record = Record()
@@ -231,7 +237,7 @@ class Board(Companion):
     async def _known(self, id: str) -> Entry:
         run = await self._source.run(id)
         if run is None:
-            raise HTTPException(404, "This run is not known, or no longer kept: only the last ones are.")
+            raise HTTPException(404, "This run is not known, or no longer kept.")
         return run
 
     async def _static(self, visit: Visit, name: str) -> Response:
