@@ -119,6 +119,9 @@ class Limit:
 
     def __new__(cls, *values: object, **named: object) -> Limit:
         """Refuse what is no name and size, with a hint."""
+        for name in named:
+            if name not in cls.__dataclass_fields__:
+                raise TypeError(f"unknown argument {name!r} of Limit; {name_hint(name, cls.__dataclass_fields__)}")
         given = {*("name", "size")[: len(values)], *named}
         if given and not given >= {"name", "size"}:  # none are given where one is copied
             raise TypeError(
