@@ -145,6 +145,18 @@ def test_a_middleware_added_twice_warns() -> None:
         AftertaskMiddleware(inner, settings=settings)
 
 
+def test_of_two_middlewares_the_one_that_observes_logs_its_policies(caplog: pytest.LogCaptureFixture) -> None:
+    """The settings of the outer one are not in force."""
+    twice = Starlette()
+    for on_failure in ("continue", "contain"):
+        settings = Settings(registry=CollectorRegistry(), on_failure=on_failure)  # type: ignore[arg-type]
+        twice.add_middleware(AftertaskMiddleware, settings=settings, signals=[])
+    with pytest.warns(UserWarning, match="added twice"), caplog.at_level("INFO"), TestClient(twice):
+        pass
+    lines = [vars(record) for record in caplog.records if vars(record).get("event") == "lifecycle.policies"]
+    assert [line["on_failure"] for line in lines] == ["continue"]
+
+
 def test_a_mistake_comes_out_of_the_first_request() -> None:
     """Starlette builds its middlewares late; the error is not swallowed there."""
     app = Starlette(middleware=[Middleware(AftertaskMiddleware, settings=Settings(), signals=[3])])

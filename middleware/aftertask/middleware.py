@@ -107,7 +107,7 @@ class AftertaskMiddleware:
                 "with usual from aftertask.signals"
             )
         self.settings = settings
-        _warn_if_twice(app)
+        is_covered = _warn_if_twice(app)
         log_mistakes(app, settings)
         self._metrics_path, self._registry = settings.metrics_path, settings.registry
         self._excluded = _excluded(settings.exclude)
@@ -139,6 +139,7 @@ class AftertaskMiddleware:
             run_after=settings.run_after,
             engines=settings.engines,
             keeper=journal,
+            is_covered=is_covered,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -190,7 +191,8 @@ def _journal(path: str | Path, signals: Iterable[object]) -> Journal:
     return Journal(path, (metrics or Metrics(CollectorRegistry())).for_journal())
 
 
-def _warn_if_twice(app: object) -> None:
+def _warn_if_twice(app: object) -> bool:
+    """Whether the middleware is already inside, and observes the tasks."""
     inner: object = app
     for _ in range(100):
         if isinstance(inner, AftertaskMiddleware):
@@ -199,8 +201,9 @@ def _warn_if_twice(app: object) -> None:
                 "remove one of the two add_middleware calls",
                 stacklevel=5,
             )
-            return
+            return True
         inner = getattr(inner, "app", None)
+    return False
 
 
 def _excluded(paths: Sequence[str]) -> re.Pattern[str] | None:

@@ -42,6 +42,7 @@ class App:
         run_ids_header, run_after, engines: As in `Settings`.
         keeps_context: Whether tasks get the endpoint's context variables.
         keeper: Keeps durable runs; None if nothing does.
+        is_covered: Whether another middleware, inside, observes the tasks, so that these policies are not in force.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class App:
         run_after: str,
         engines: Mapping[str, Engine],
         keeper: Keeper | None = None,
+        is_covered: bool = False,
     ) -> None:
         self.emit = emit
         self.resolver = Resolver(
@@ -70,7 +72,7 @@ class App:
             engines=engines,
             emitter=self.emit,
         )
-        self._keeper = keeper
+        self._keeper, self._is_covered = keeper, is_covered
         self.shutdown = Shutdown(self.emit, drain_timeout=drain_timeout, report=shutdown_report)
         self._parts = Parts(
             emit=emit,
@@ -165,7 +167,8 @@ class App:
 
     def _open(self) -> None:
         self._is_open = True
-        self.resolver.log_policies()
+        if not self._is_covered:
+            self.resolver.log_policies()
         self._measure_threads()
         self.shutdown.open()
         self.emit.open()
