@@ -355,7 +355,8 @@ def one_of(allowed: tuple[str, ...], *, or_other: bool = False) -> Callable[[str
             if or_other and isinstance(value, str) and value and not close:
                 return
             hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{field} must be one of {', '.join(map(repr, allowed))}, got {value!r}{hint}")
+            known = ", ".join(map(repr, allowed)) + (", or the name of an engine" if or_other else "")
+            raise ValueError(f"{field} must be one of {known}, got {value!r}{hint}")
 
     return check
 
@@ -375,7 +376,8 @@ def _check_callback(field: str, value: object) -> None:
     if not callable(value):
         raise TypeError(f"{field} must be a function that takes the run and the exception, got {value!r}")
     if not takes(value, 2):
-        raise TypeError(f"{field} is called with the run and the exception, but {value!r} does not take two arguments")
+        name = getattr(value, "__qualname__", repr(value))
+        raise TypeError(f"{field} is called with the run and the exception, but {name} does not take two arguments")
 
 
 _CHECKS: dict[str, Callable[[str, object], object]] = {

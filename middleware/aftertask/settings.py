@@ -23,7 +23,7 @@ from .alerts.checks import check_base_url, check_trace_url
 from .alerts.routing import routes, urls_in
 from .engines import Engine
 from .policies import EXECUTORS, ON_FAILURE, TRACES, Limit, OnFailure, Policy, Trace, check_whole, is_pattern, one_of
-from .tasks import is_async
+from .tasks import code_name, is_async
 
 N = TypeVar("N", int, float)
 
@@ -145,7 +145,7 @@ class Settings:
             if not callable(func := getattr(self, name)) or is_async(func):
                 raise TypeError(f"Settings.{name} must be a function that is not async, got {func!r}")
             if not takes(func, 1):
-                raise TypeError(f"Settings.{name} is called with one argument, but {func!r} does not take one")
+                raise TypeError(f"Settings.{name} is called with one argument, but {code_name(func)} does not take one")
         _number("success_log_rate", self.success_log_rate, "at least 0 lines per second", lambda rate: rate >= 0)
         header = self.run_ids_header
         if header is not None and not (isinstance(header, str) and _HEADER_NAME.fullmatch(header)):
