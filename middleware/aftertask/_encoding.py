@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
-from typing import Any, NotRequired, TypeAlias, get_type_hints
+from typing import Any, Literal, NotRequired, TypeAlias, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, PydanticUserError, RootModel, TypeAdapter, ValidationError
 from pydantic_core import to_json
@@ -218,8 +218,10 @@ def _same_fields_set(one: BaseModel, other: BaseModel) -> bool:
 
 
 def _fields_at_default(model: BaseModel) -> set[str]:
-    """The fields that were not set, and still have their default."""
-    fields = type(model).model_fields
+    """The fields that were not set, and still have their default. Not a literal: it may be the tag of a union."""
+    fields = {
+        name: field for name, field in type(model).model_fields.items() if get_origin(field.annotation) is not Literal
+    }
     return {
         name
         for name in fields.keys() - model.model_fields_set

@@ -11,7 +11,7 @@ import enum
 import functools
 import uuid
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -392,6 +392,22 @@ class Patch(BaseModel):
     tags: list[str] = []
 
 
+class Cat(BaseModel):
+    """One of a union."""
+
+    kind: Literal["cat"] = "cat"
+    name: str
+    note: str | None = None
+
+
+class Dog(BaseModel):
+    """The other."""
+
+    kind: Literal["dog"] = "dog"
+    name: str
+    note: str | None = None
+
+
 class Event(BaseModel):
     """A model with a default made anew for each."""
 
@@ -447,6 +463,14 @@ def test_a_default_that_is_not_the_same_again_counts_as_set(event: Event) -> Non
         assert same(there_and_back(annotation, value), value)
     assert there_and_back(Event, event).model_fields_set == event.model_fields_set | {"id"}
     assert there_and_back(Patch, changed_in_place()).model_fields_set == {"name", "tags"}
+
+
+def test_the_tag_of_a_union_may_count_as_set() -> None:
+    """Nothing else tells which model it is."""
+    for annotation in (Cat | Dog, Annotated[Cat | Dog, Field(discriminator="kind")]):
+        for value in (Cat(name="a"), Dog(name="a")):
+            back = there_and_back(annotation, value)
+            assert same(back, value) and back.model_fields_set | {"kind"} == {"kind", "name"}
 
 
 def test_fields_set_are_part_of_a_value() -> None:
