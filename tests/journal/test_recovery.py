@@ -45,6 +45,12 @@ def anyio_backend(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def known_tasks() -> None:
+    """The tasks of the app that dies are known here, too."""
+    dying.declare()
+
+
 def command(shop: Journaled, moment: str) -> list[str]:
     """The command of a process that dies at this moment."""
     return [sys.executable, str(APPS / "dying.py"), str(shop.path), moment]

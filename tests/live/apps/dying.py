@@ -17,23 +17,27 @@ JOURNAL, MOMENT = (sys.argv[1], sys.argv[2]) if __name__ == "__main__" else ("",
 DID: list[Any] = []
 
 
-@task(name="dying.once", durable=True)
 async def once(number: int) -> None:
     """Must not run twice."""
     await work(number)
 
 
-@task(name="dying.again", durable=True, idempotent=True)
 async def again(number: int) -> None:
     """May run again."""
     await work(number)
 
 
-@task(name="dying.plain")
 async def plain(number: int) -> None:
     """Is not durable."""
     progress(number, 10, "pages")
     await work(number)
+
+
+def declare() -> None:
+    """Register the tasks; not on import, because they would be known to every app of the importing process."""
+    task(name="dying.once", durable=True)(once)
+    task(name="dying.again", durable=True, idempotent=True)(again)
+    task(name="dying.plain")(plain)
 
 
 async def new(number: int) -> None:
@@ -103,4 +107,5 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
+    declare()
     anyio.run(main)
