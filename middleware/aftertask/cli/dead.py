@@ -125,7 +125,7 @@ def replay(
     with journal(path, readonly=False) as db:
         chosen = _chosen(db, ids, all_, Match(task, reason, fingerprint))
         if chosen and not yes:
-            typer.confirm(f"replay {len(chosen)} dead letters?", abort=True)
+            typer.confirm(f"replay {_letters(len(chosen))}?", abort=True)
         done = _counted(letters.each(db, chosen, letters.replay, per_second), len(chosen), "Replaying")
     others = "" if done == len(chosen) else "; the others are none any more, or a run with their key has not ended"
     typer.echo(f"{done} of {len(chosen)} dead letters are to be run again{others}")
@@ -145,9 +145,13 @@ def delete(
     with journal(path, readonly=False) as db:
         chosen = _chosen(db, ids, all_, Match(task, reason, fingerprint))
         if chosen and not yes:
-            typer.confirm(f"delete {len(chosen)} dead letters?", abort=True)
+            typer.confirm(f"delete {_letters(len(chosen))}?", abort=True)
         done = _counted(letters.each(db, chosen, rows.delete), len(chosen), "Deleting")
     typer.echo(f"{done} of {len(chosen)} dead letters deleted")
+
+
+def _letters(count: int) -> str:
+    return f"{count} dead letter{'s' * (count != 1)}"
 
 
 def _chosen(db: sqlite3.Connection, ids: list[str] | None, all_: bool, match: Match) -> list[str]:
