@@ -161,6 +161,9 @@ def folder(tmp_path: Path) -> Path:
         "app = FastAPI()\napp.add_middleware(AftertaskMiddleware)\n"
     )
     (tmp_path / "requests_like.py").write_text("")
+    (tmp_path / "shop" / "views").mkdir(parents=True)
+    for package in ("shop", "shop/views"):
+        (tmp_path / package / "__init__.py").write_text("")
     return tmp_path
 
 
@@ -303,6 +306,30 @@ def test_no_journal_is_created(folder: Path) -> None:
     assert not list(folder.glob("*.db*"))
 
 
+def test_what_cannot_be_a_journal_is_an_error(folder: Path) -> None:
+    """A directory, or a file of something else."""
+    for path, kinds in ((folder, ["journal_file"]), (folder / "good.py", ["journal_file"]), (folder / "new.db", [])):
+        found = reported(folder, "good:app", AFTERTASK_JOURNAL=str(path))["findings"]
+        assert [(one["kind"], one["severity"]) for one in found] == [(kind, "error") for kind in kinds]
+
+
+def test_a_missing_directory_for_the_metrics_is_a_note(folder: Path) -> None:
+    """It belongs to the machine that runs the app."""
+    found = reported(folder, "good:app", PROMETHEUS_MULTIPROC_DIR=str(folder / "nowhere"))["findings"]
+    assert [(one["kind"], one["severity"]) for one in found] == [("multiproc_directory", "note")]
+
+
+def test_settings_by_position_are_found(folder: Path) -> None:
+    """Starlette hands them to the middleware when the app is built, which refuses them then."""
+    (folder / "placed.py").write_text(
+        "from fastapi import FastAPI\nfrom aftertask import AftertaskMiddleware, Settings\n"
+        "app = FastAPI()\napp.add_middleware(AftertaskMiddleware, Settings())\n"
+    )
+    (one,) = reported(folder, "placed:app")["findings"]
+    assert (one["kind"], one["severity"]) == ("settings", "error")
+    assert one["message"] == "write add_middleware(AftertaskMiddleware, settings=…), got Settings"
+
+
 def test_an_app_that_is_fine_passes(folder: Path) -> None:
     """The command ends with code 0 and no finding, also for a factory."""
     for arguments in (["good:app"], ["good:make", "--factory"], ["good:app", "--fail-on", "note"]):
@@ -377,6 +404,7 @@ def test_a_mistake_in_the_environment_is_a_finding(folder: Path) -> None:
     [
         (["bad"], "name the app as module:app, such as bad:app, got 'bad'"),
         (["good.py:app"], "name the module, not its file: good:app"),
+        (["shop/views/orders.py:app"], "name the module, not its file: shop.views.orders:app"),
         (["some/where/good.py"], "name the module, not its file: good:app --app-dir some/where"),
         (["good:made"], "the module 'good' has no 'made'; did you mean good:app?"),
         (["good:make"], "good:make is a function without arguments: if it makes the app, add --factory"),

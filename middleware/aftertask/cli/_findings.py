@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from .._signatures import signature_of
 from .._text import is_library_file
 from .._versions import is_at_least, version_of
 from ..hazards._transactions import TASKS_COME_FIRST, remedy
+from ..journal.file import connect
 from ..settings import disabled
 from ..tasks import code_name, hidden_task, is_async, unwrap
 from ._source import Added, annotations_of, argument_kinds, inner_function, place_of
@@ -59,7 +62,7 @@ class Finding:
 def findings(subject: Subject) -> list[Finding]:
     """Everything that is wrong or risky, each once."""
     if subject.mistake is not None:
-        return [Finding("settings", "error", subject.mistake, "correct it: with it the app answers no request")]
+        return [Finding("settings", "error", subject.mistake, "correct it: until then the app answers no request")]
     found = [*_of_middleware(subject), *_of_app(subject), *_of_websockets(subject), *_unused_containers(subject)]
     found += _of_dependencies(subject)
     for name, func in sorted(subject.functions.items()):
@@ -73,7 +76,7 @@ def findings(subject: Subject) -> list[Finding]:
 
 
 def _of_middleware(subject: Subject) -> Iterator[Finding]:
-    kinds = [kind for kind, _ in subject.layers]
+    kinds = [kind for kind, *_ in subject.layers]
     if "AftertaskMiddleware" not in kinds:
         remedy = "app.add_middleware(AftertaskMiddleware); a plain ASGI app is wrapped: AftertaskMiddleware(app)"
         yield Finding("not_added", "error", "the app has no AftertaskMiddleware", remedy)
@@ -107,13 +110,36 @@ def _of_app(subject: Subject) -> Iterator[Finding]:
     if journal is not None and not (folder := Path(journal).absolute().parent).is_dir():
         message = f"there is no folder {folder} on this machine, and without it every request fails: Settings.journal"
         yield Finding("journal_folder", "note", message, "create it where the app runs, on a local disk")
+    elif journal is not None and (reason := _no_database(Path(journal))) is not None:
+        message = f"Settings.journal {str(journal)!r} {reason}, so every request fails"
+        yield Finding("journal_file", "error", message, "name a file of its own, which aftertask creates")
     for engine, risk in subject.risks():
         message = f"Settings.engines[{engine!r}]: {risk.setting} is {risk.value!r}"
         yield Finding("engine_setting", "warning", message, risk.advice)
-    if subject.workers > 1 and not os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+    shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if shared and not Path(shared).is_dir():
+        message = (
+            f"PROMETHEUS_MULTIPROC_DIR={shared!r} is no directory on this machine, and without it every request fails"
+        )
+        yield Finding("multiproc_directory", "note", message, "create it where the app runs, before each start")
+    if subject.workers > 1 and not shared:
         message = f"{subject.workers} workers without PROMETHEUS_MULTIPROC_DIR: each scrape reads only one of them"
         remedy = "set PROMETHEUS_MULTIPROC_DIR to an empty directory that all workers share"
         yield Finding("several_workers", "warning", message, remedy)
+
+
+def _no_database(path: Path) -> str | None:
+    """Why a journal cannot be at this path; None if there is no file yet, or one that SQLite reads."""
+    if path.is_dir():
+        return "is a directory"
+    if not path.exists():
+        return None
+    try:
+        with contextlib.closing(connect(path, readonly=True)) as db:
+            db.execute("PRAGMA schema_version").fetchone()
+    except sqlite3.DatabaseError as error:
+        return f"cannot be read: {error}"
+    return None
 
 
 def _of_websockets(subject: Subject) -> Iterator[Finding]:

@@ -47,10 +47,11 @@ class Subject:
         self.layers = list(_layers(app))
         self.settings: Settings | None = None
         self.mistake: str | None = None
-        ours = [given for kind, given in self.layers if kind == "AftertaskMiddleware"]
+        ours = [(args, kwargs) for kind, args, kwargs in self.layers if kind == "AftertaskMiddleware"]
         if ours:
             try:
-                self.settings = build(**ours[-1])
+                args, kwargs = ours[-1]
+                self.settings = build(*args, **kwargs)
             except (TypeError, ValueError, ModuleNotFoundError) as error:
                 self.mistake = str(error)
         self.built = collected.get() or []
@@ -97,15 +98,15 @@ def _routes(app: object, prefix: str = "", depth: int = 0) -> Iterator[tuple[str
             yield from _routes(getattr(route, "route", route), path, depth + 1)
 
 
-def _layers(app: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def _layers(app: Any) -> Iterator[tuple[str, tuple[object, ...], dict[str, Any]]]:
     """The middleware around an app, outermost first: its class's name, or a base's that counts, and its arguments."""
     for _ in range(_DEEPEST):
         if type(app).__name__ == "AftertaskMiddleware":
-            yield "AftertaskMiddleware", {"settings": getattr(app, "settings", None)}
+            yield "AftertaskMiddleware", (), {"settings": getattr(app, "settings", None)}
         for layer in getattr(app, "user_middleware", ()):
             cls = getattr(layer, "cls", None)
             if isinstance(cls, type):
                 names = [base.__name__ for base in cls.__mro__]
                 kind = next((name for name in _MIDDLEWARE if name in names), cls.__name__)
-                yield kind, dict(getattr(layer, "kwargs", getattr(layer, "options", {})))
+                yield kind, getattr(layer, "args", ()), dict(getattr(layer, "kwargs", getattr(layer, "options", {})))
         app = getattr(app, "app", None)

@@ -45,7 +45,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="For a program to read.")] = False,
     send_test_alert: Annotated[bool, typer.Option(help="Send a test alert to each channel, too.")] = False,
 ) -> None:
-    """Import an app and print what is wrong or risky, its settings, and its tasks' policies; code 1 if anything is."""
+    """Import an app and print what is wrong or risky, its settings, and its tasks' policies; code 1 by --fail-on."""
     if fail_on not in SEVERITIES:
         raise refusal(f"--fail-on must be note, warning or error, got {fail_on!r}")
     quiet = contextvars.copy_context()
@@ -74,8 +74,11 @@ def _load(target: str, folder: Path, factory: bool) -> Any:
     name, _, path = target.partition(":")
     if name.endswith(".py") or "/" in name or os.sep in name:
         file = Path(name)
-        place = f" --app-dir {file.parent}" if file.parent != Path() else ""
-        raise refusal(f"name the module, not its file: {file.stem}:{path or 'app'}{place}")
+        module_name, parent = file.stem, file.parent
+        while (parent / "__init__.py").exists() and parent != parent.parent:
+            module_name, parent = f"{parent.name}.{module_name}", parent.parent
+        place = f" --app-dir {parent}" if parent != Path() else ""
+        raise refusal(f"name the module, not its file: {module_name}:{path or 'app'}{place}")
     if not name or not path:
         raise refusal(f"name the app as module:app, such as {name or 'main'}:app, got {target!r}")
     sys.path.insert(0, str(folder.resolve()))
@@ -127,13 +130,13 @@ async def _nowhere(scope: object, receive: object, send: object) -> None:
     pass
 
 
-def _build(*, settings: Settings | None = None, signals: Any = None, **given: Any) -> Settings:
+def _build(*args: object, settings: Settings | None = None, signals: Any = None, **given: Any) -> Settings:
     """Build a middleware and return its settings; the usual signals and the journal's file are for an app that runs."""
     chosen = built = Settings.from_env() if settings is None else settings
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(None):
         if isinstance(chosen, Settings) and chosen.journal is not None:
             built = dataclasses.replace(chosen, journal=Path(folder, "journal"))
-        AftertaskMiddleware(_nowhere, settings=built, signals=() if signals is None else signals, **given)
+        AftertaskMiddleware(_nowhere, *args, settings=built, signals=() if signals is None else signals, **given)
     return chosen
 
 
