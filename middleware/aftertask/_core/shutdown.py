@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
 
 import anyio
 from anyio.abc import TaskGroup
@@ -286,7 +285,7 @@ class _Reporter:
             log("info", "lifecycle.drained", waited_s=round(_clock.monotonic() - began_s, 3))
 
 
-def _described(runs: Sequence[TaskRun]) -> list[dict[str, Any]]:
+def _described(runs: Sequence[TaskRun]) -> list[dict[str, object]]:
     """Runs in flight as plain values for a log line; at most 50."""
     now = _clock.monotonic()
     return [

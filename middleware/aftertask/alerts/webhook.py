@@ -19,7 +19,6 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
-from typing import Any
 
 from ..policies import check_seconds
 from .alert import Alert, DeliveryFailed
@@ -123,7 +122,7 @@ class Webhook:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any) -> None:
+    def redirect_request(self, *args: object) -> None:
         return None
 
 

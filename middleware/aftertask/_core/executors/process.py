@@ -41,7 +41,9 @@ class _Raised:
     pickled: bytes | None
 
 
-async def call_in_process(function: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+async def call_in_process(
+    function: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
+) -> None:
     """
     Call a function in a worker process once one is free; its result is thrown away there. Cancelling kills the process.
 
@@ -69,7 +71,7 @@ async def call_in_process(function: Callable[..., object], args: Sequence[Any], 
 
 
 def check_serializable(
-    task_name: str, function: Callable[..., object], args: Sequence[Any], kwargs: Mapping[str, Any]
+    task_name: str, function: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> None:
     """
     Refuse a call that cannot be sent to a worker process.
