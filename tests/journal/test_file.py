@@ -26,6 +26,8 @@ from aftertask.journal import rows
 from aftertask.journal.file import BUSY, FORMAT, beside, connect, prepare, remote_file_system
 from aftertask.journal.janitor import Janitor, prune
 from aftertask.journal.locks import Locks
+from aftertask.journal.writer import Writer
+from aftertask.signals import Metrics
 from kit import drive
 from live.servers import eventually
 
@@ -152,6 +154,20 @@ def test_four_workers_may_create_the_file_at_once(tmp_path: Path) -> None:
 
 
 # --- what happens when it cannot be written
+
+
+def test_a_worker_that_starts_waits_while_another_has_the_file(tmp_path: Path) -> None:
+    """As one has that starts or ends at the same moment; else its first durable requests would fail."""
+    prepare(tmp_path / "tasks.db")
+    other = connect(tmp_path / "tasks.db")
+    other.execute("PRAGMA locking_mode = EXCLUSIVE")
+    other.execute("BEGIN EXCLUSIVE")
+    release = threading.Timer(0.3, other.close)
+    release.start()
+    metrics = Metrics(CollectorRegistry()).for_journal()
+    writer = Writer(tmp_path / "tasks.db", metrics, lambda: None, lambda: None)
+    writer.close(lambda db: None)
+    release.join()
 
 
 def test_a_deleted_file_fails_durable_requests_and_drops_history(shop: Journaled) -> None:

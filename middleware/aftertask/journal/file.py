@@ -122,7 +122,7 @@ def _create_or_check(db: sqlite3.Connection, path: Path) -> int | None:
     """Create the tables, or check them; returns the file's format if it is another one, and may be moved aside."""
     execute_when_free(db, "PRAGMA journal_mode = WAL")
     # In a transaction, so that two workers that start at once do not both create the tables.
-    db.execute("BEGIN IMMEDIATE")
+    execute_when_free(db, "BEGIN IMMEDIATE")
     try:
         (application,) = db.execute("PRAGMA application_id").fetchone()
         (version,) = db.execute("PRAGMA user_version").fetchone()

@@ -19,7 +19,7 @@ from ..errors import JournalError
 from ..events import Signal
 from ..signals.journal_metrics import JournalMetrics
 from . import rows
-from .file import beside, connect, prepare
+from .file import beside, connect, execute_when_free, prepare
 from .janitor import Janitor
 from .locks import locks_on
 from .writer import Apply, Change, Kind, Writer
@@ -58,7 +58,7 @@ class Opened:
     def __init__(self, path: Path, writer: Callable[[], Writer]) -> None:
         self.locks = locks_on(beside(path, "workers"))
         with closing(connect(path)) as db:
-            db.execute("BEGIN IMMEDIATE")
+            execute_when_free(db, "BEGIN IMMEDIATE")
             self.number = rows.join(db, os.getpid(), _clock.timestamp())
             # Before the others see the row: they settle what is not locked.
             if not self.locks.acquire(self.number):

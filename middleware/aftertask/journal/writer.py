@@ -62,8 +62,8 @@ class Writer:
     ) -> None:
         self._path, self._meter, self._gather, self._history_lost = path, meter, gather, history_lost
         self._db = connect(path)
+        execute_when_free(self._db, "PRAGMA synchronous = NORMAL")  # history alone may be lost with the power
         self._db.execute("PRAGMA busy_timeout = 0")
-        self._db.execute("PRAGMA synchronous = NORMAL")  # history alone may be lost with the power
         self._inode = os.stat(path).st_ino
         self._changes: queue.SimpleQueue[Change | None] = queue.SimpleQueue()
         self._again: list[Change] = []
