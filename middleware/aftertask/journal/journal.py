@@ -55,7 +55,7 @@ class Journal(Journaling):
         self._keys_lock = threading.Lock()
         self._history: deque[Record] = deque()
         self._lost_history = False
-        self._is_recovering = False  # or it was reported that nothing is
+        self._warns_of_no_lifespan = True  # until the app starts, or once
         on_exit(self)
         stores.add(self)
 
@@ -65,7 +65,7 @@ class Journal(Journaling):
 
     def open(self) -> None:
         """The app starts."""
-        self._is_recovering = True
+        self._warns_of_no_lifespan = False
         self._records = {run: record for run, record in self._records.items() if run.outcome is None}
         self.store.open()
 
@@ -97,8 +97,8 @@ class Journal(Journaling):
                     f"{run.task} cannot be durable: after a crash it is found by its name alone, and {why}"
                 )
             record.arguments = encode(work.func, work.args, work.kwargs, largest=LARGEST_ARGUMENTS)
-            if not self._is_recovering:
-                self._is_recovering = True
+            if self._warns_of_no_lifespan:
+                self._warns_of_no_lifespan = False
                 log("warning", "setup.mistake", kind="no_lifespan", subject=str(self.store.path), advice=_NO_LIFESPAN)
         key = run.key
         if key is not None:
