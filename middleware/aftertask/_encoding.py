@@ -245,7 +245,7 @@ def _round_trip(form: Form, given: Fields) -> bytes | None:
 
 
 def _what_was_not_set(_: Fields) -> Fields:
-    """How most models come back as they are; a PATCH depends on it."""
+    """How most models come back as they are, as a PATCH needs; the other way has to look at every value."""
     return {"exclude_unset": True}
 
 
