@@ -201,57 +201,28 @@ class TaskRun:
         span_context: The span of the current attempt, set by `Tracing`; None without one.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "attempt",
-        "backing_off",
-        "blocked_s",
-        "coroutine",
-        "id",
-        "info",
-        "origin",
-        "outcome",
-        "own_notes",
-        "parent",
-        "progress",
-        "queue_wait_s",
-        "queued_s",
-        "request",
-        "scheduled_s",
-        "span_context",
-        "started_s",
-        "target",
-        "task",
-        "thread",
-        "thread_s",
-        "timestamp",
-    )
+    origin = "request"
+    attempt = 0
+    outcome: Outcome | None = None
+    queued_s: float | None = None
+    started_s: float | None = None
+    queue_wait_s: float | None = None
+    thread_s: float | None = None
+    thread: int | None = None
+    coroutine: object = None
+    backing_off = False
+    blocked_s = 0.0
+    own_notes: Mapping[str, Note] = MappingProxyType({})
+    progress: Progress | None = None
+    span_context: SpanContext | None = None
 
     def __init__(
         self, info: TaskInfo, request: RequestInfo, target: object = None, *, parent: TaskRun | None = None
     ) -> None:
-        self.task = info.task
-        self.info = info
-        self.request = request
-        self.target = target
-        self.parent = parent
-        self.timestamp = _clock.timestamp()
-        self.scheduled_s = _clock.monotonic()
+        self.task, self.info, self.request = info.task, info, request
+        self.target, self.parent = target, parent
+        self.timestamp, self.scheduled_s = _clock.timestamp(), _clock.monotonic()
         self.id = new_run_id(self.timestamp)
-        self.origin = "request"
-        self.attempt = 0
-        self.outcome: Outcome | None = None
-        self.queued_s: float | None = None
-        self.queue_wait_s: float | None = None
-        self.started_s: float | None = None
-        self.thread_s: float | None = None
-        self.thread: int | None = None
-        self.coroutine: object = None
-        self.backing_off = False
-        self.blocked_s = 0.0
-        self.own_notes: Mapping[str, Note] = {}
-        self.progress: Progress | None = None
-        self.span_context: SpanContext | None = None
 
     @property
     def at(self) -> datetime:

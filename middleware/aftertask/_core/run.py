@@ -57,21 +57,17 @@ class Run(TaskRun):
         cancel_requested: Whether `cancel_run` was called.
     """
 
-    __slots__ = (
-        "abandoned",
-        "arguments",
-        "background",
-        "cancel_requested",
-        "confirmed",
-        "key",
-        "observed_only",
-        "passed_timeout",
-        "resolved",
-        "scope",
-        "slots",
-        "variables",
-        "work",
-    )
+    observed_only = False
+    background: object = None
+    slots: tuple[Slot | SharedThreadSlot, ...] = ()
+    variables: Context | None = None
+    arguments: object = None
+    passed_timeout = False
+    abandoned = False
+    confirmed = False
+    key: str | None = None
+    scope: anyio.CancelScope | None = None
+    cancel_requested = False
 
     def __init__(
         self, resolved: ResolvedTask, request: RequestInfo, work: Work, *, parent: TaskRun | None = None
@@ -80,13 +76,6 @@ class Run(TaskRun):
         self.resolved = resolved
         self.work: Work | None = work
         self.observed_only = parent is not None
-        self.background: object = None
-        self.slots: tuple[Slot | SharedThreadSlot, ...] = ()
-        self.variables: Context | None = None
-        self.arguments: object = None
-        self.passed_timeout = self.abandoned = self.confirmed = self.cancel_requested = False
-        self.key: str | None = None
-        self.scope: anyio.CancelScope | None = None
         in_flight[self] = None
 
     @property
