@@ -52,9 +52,6 @@ KEY = "aftertask"
 #: The request that FastAPI injected a container into.
 _injected: weakref.WeakKeyDictionary[BackgroundTasks, Request] = weakref.WeakKeyDictionary()
 
-#: The containers to which a task is being added now: a wrapper of another library may call `add_task` twice.
-_adding: weakref.WeakSet[BackgroundTasks] = weakref.WeakSet()
-
 
 # --- 1. responses
 
@@ -216,17 +213,12 @@ def _inject(request: Request, container: BackgroundTasks) -> None:
 def _hook_add_task(owner: type, original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def add_task(self: BackgroundTasks, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
         request = _request_of(self)
         if request is None:
-            return original(self, *args, **kwargs)
-        _adding.add(self)
+            return
         try:
-            original(self, *args, **kwargs)
-        finally:
-            _adding.discard(self)
-        func = args[0] if args else kwargs.get("func")
-        try:
-            request.add(self, _work_added(self.tasks[-1], func))
+            request.add(self, work_of(self.tasks[-1]))
         except REFUSALS:
             self.tasks.pop()  # the caller gets the error, and the task is as if it had not been added
             raise
@@ -237,17 +229,11 @@ def _hook_add_task(owner: type, original: Callable[..., None]) -> Callable[..., 
 
 
 def _request_of(container: BackgroundTasks) -> Request | None:
-    """The request that an injected container belongs to, if its task is not being added already."""
+    """The request that an injected container belongs to."""
     try:
-        return None if container in _adding else _injected.get(container)
+        return _injected.get(container)
     except TypeError:  # a subclass without a hash: none of FastAPI's
         return None
-
-
-def _work_added(task: BackgroundTask, func: object) -> Work:
-    """The task that was added, named by the function that the user gave, whatever a tracer made of it."""
-    work = work_of(task)
-    return work if work.whole or func is None or func is work.func else work.named_by(func)
 
 
 # --- install
@@ -316,8 +302,7 @@ def install() -> None:
     if not is_first:
         return
     _installed.patch(BackgroundTasks, "__init__", _hook_init)
-    for owner in _tree(BackgroundTasks):
-        _installed.patch(owner, "add_task", _hook_add_task)
+    _installed.patch(BackgroundTasks, "add_task", _hook_add_task)  # which FastAPI's own calls
     missing = list(_check(_installed))
     if missing:
         unseen = dict(missing)
