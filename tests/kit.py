@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import anyio
@@ -212,6 +213,21 @@ async def drive(
     except Exception as exc:
         result.exc = exc
     return result
+
+
+@contextlib.asynccontextmanager
+async def lifespan(app: Any) -> AsyncIterator[None]:
+    """Run the app's lifespan, as a server does."""
+    messages, receive = anyio.create_memory_object_stream[Any](2)
+    answer, answers = anyio.create_memory_object_stream[Any](2)
+    async with messages, receive, answer, answers, anyio.create_task_group() as group:
+        scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
+        group.start_soon(app, scope, receive.receive, answer.send)
+        await messages.send({"type": "lifespan.startup"})
+        assert (await answers.receive())["type"] == "lifespan.startup.complete"
+        yield
+        await messages.send({"type": "lifespan.shutdown"})
+        assert (await answers.receive())["type"] == "lifespan.shutdown.complete"
 
 
 class Env:

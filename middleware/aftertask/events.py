@@ -183,7 +183,7 @@ class Signal:
         """The app has stopped."""
 
     def batch_started(self) -> None:
-        """The first or next batch starts on this event loop; for apps whose lifespan the server does not run."""
+        """A batch starts on this event loop; called only if the server does not run the lifespan."""
 
     def task_known(self, info: TaskInfo) -> None:
         """A task was resolved for the first time, or is known by name before its first run."""

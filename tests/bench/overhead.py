@@ -23,6 +23,7 @@ lines, one log line. aftertask logs each success here (`success_log_rate=None`),
 from __future__ import annotations
 
 import argparse
+import asyncio
 import gc
 import json
 import os
@@ -111,6 +112,21 @@ class Driver:
         self.subject = subject
         self.parent = parent_context(sampled=subject.sampled)
         self.runner = Runner()
+        self.lifespan = self.runner.run(self._start())
+
+    async def _start(self) -> asyncio.Task[None]:
+        """Begin the app's lifespan, as each server does; it lasts as long as the child."""
+        messages, started = asyncio.Queue[dict[str, Any]](), asyncio.Event()
+        messages.put_nowait({"type": "lifespan.startup"})
+
+        async def send(message: Any) -> None:
+            assert message["type"] == "lifespan.startup.complete", message
+            started.set()
+
+        scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
+        lifespan = asyncio.create_task(self.subject.app(scope, messages.get, send))
+        await started.wait()
+        return lifespan
 
     def turn(self, path: str, requests: int) -> float:
         """Microseconds of CPU time per request, after a few that warm the caches up again."""

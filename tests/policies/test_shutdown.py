@@ -24,24 +24,9 @@ from starlette.responses import PlainTextResponse
 from aftertask import task
 from aftertask.events import Cancelled, Dropped, Failed, Lost, Scheduled, Signal, Skipped, Started
 from aftertask.testing import Recorder
-from kit import Env, af, answering, boom, drive, sf
+from kit import Env, af, answering, boom, drive, lifespan, sf
 
 pytestmark = pytest.mark.anyio
-
-
-@contextlib.asynccontextmanager
-async def lifespan(app: Any) -> AsyncIterator[None]:
-    """Run the app's lifespan, as a server does."""
-    messages, receive = anyio.create_memory_object_stream[Any](2)
-    answer, answers = anyio.create_memory_object_stream[Any](2)
-    async with messages, receive, answer, answers, anyio.create_task_group() as group:
-        scope = {"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}
-        group.start_soon(app, scope, receive.receive, answer.send)
-        await messages.send({"type": "lifespan.startup"})
-        assert (await answers.receive())["type"] == "lifespan.startup.complete"
-        yield
-        await messages.send({"type": "lifespan.shutdown"})
-        assert (await answers.receive())["type"] == "lifespan.shutdown.complete"
 
 
 @pytest.fixture

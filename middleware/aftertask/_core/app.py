@@ -157,7 +157,7 @@ class App:
     def _batch_started(self) -> None:
         if not self._is_open:  # the server does not run the lifespan
             self._measure_threads()
-        self.emit.batch_started()
+            self.emit.batch_started()
 
     def _measure_threads(self) -> None:
         """Have the thread pool of this event loop measured."""
