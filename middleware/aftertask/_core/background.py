@@ -93,8 +93,11 @@ def work_of(target: object) -> Work:
         return Work(target, target, (), {}, True, cast(Callable[[], Awaitable[object]], target))
     if owner_of_call(type(target)) is not BackgroundTask:
         return Work(target, type(target), (), {}, True, target)
+    # Where another library has wrapped `BackgroundTask.__call__`, the call goes through it, and its result is not seen.
+    is_wrapped = not is_starlettes(getattr(BackgroundTask.__call__, "__wrapped__", BackgroundTask.__call__))
+    call = cast(Callable[[], Awaitable[object]], target) if is_wrapped else partial(call_function, target)
     # A policy may need the function itself, in a thread or a process of ours; else the call goes through the tracer.
-    return Work(target, untraced(target.func), target.args, target.kwargs, False, partial(call_task, target))
+    return Work(target, untraced(target.func), target.args, target.kwargs, False, call)
 
 
 def is_container(value: object) -> TypeGuard[BackgroundTasks]:
@@ -135,17 +138,6 @@ def background_of(response: object) -> tuple[object, bool]:
     if declared is not None and hasattr(declared, "__get__") and not isinstance(declared, MemberDescriptorType):
         return None, True
     return getattr(response, "background", None), False
-
-
-async def call_task(task: BackgroundTask) -> object:
-    """
-    Call a task as the framework would, and return what its function returned.
-
-    Where another library has wrapped `BackgroundTask.__call__`, the call goes through it, and the result is not seen.
-    """
-    if is_starlettes(getattr(BackgroundTask.__call__, "__wrapped__", BackgroundTask.__call__)):
-        return await call_function(task)
-    return await task()  # type: ignore[func-returns-value]  # a wrapper may return anything
 
 
 async def call_function(task: BackgroundTask) -> object:

@@ -65,14 +65,18 @@ class Batch:
                 self._failures.append((self._started + 1, error))
             elif error is not None:
                 raise error
-            failures = [failure for _, failure in sorted(self._failures, key=lambda kept: kept[0])]
-            if len(failures) > 1:
-                raise ExceptionGroup(f"{len(failures)} of {self._started} background tasks failed", failures)
-            if failures:
-                raise failures[0]
+            if self._failures:
+                raise self._failure()
         finally:
-            # The tracebacks hold this frame: they would be reference cycles.
-            self._failures, self._retries, failures, error = [], [], [], None
+            # The traceback holds this frame: it would be a reference cycle.
+            self._failures, self._retries, error = [], [], None
+
+    def _failure(self) -> Exception:
+        """What the failures come out as: one as itself, several as a group, in the order of the runs."""
+        failures = [failure for _, failure in sorted(self._failures, key=lambda kept: kept[0])]
+        if len(failures) == 1:
+            return failures[0]
+        return ExceptionGroup(f"{len(failures)} of {self._started} background tasks failed", failures)
 
     async def _retry(self, *, cancelled: bool) -> None:
         """Take the runs that wait for another attempt to their outcomes, at the same time."""

@@ -18,7 +18,7 @@ import functools
 import inspect
 import sys
 import weakref
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -59,9 +59,9 @@ _injected: weakref.WeakKeyDictionary[BackgroundTasks, Request] = weakref.WeakKey
 def _hook_response(owner: type, original: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
     @functools.wraps(original)
     async def __call__(self: Response, *args: Any, **kwargs: Any) -> None:
-        scope = args[0] if args else _scope_among(kwargs)
-        request = scope.get(KEY) if isinstance(scope, MutableMapping) else None
-        if request is None or not isinstance(scope, MutableMapping):
+        scope: Any = args[0] if args else _scope_among(kwargs)
+        request = scope.get(KEY) if isinstance(scope, dict) else None
+        if request is None:
             # Not ours: maybe another app's response, in a request that one of our tasks makes in this process.
             with OutsideOfAnyRequest():
                 await original(self, *args, **kwargs)
@@ -81,7 +81,7 @@ def _hook_response(owner: type, original: Callable[..., Awaitable[None]]) -> Cal
     return __call__
 
 
-def _respond(serving: Serving, scope: MutableMapping[str, Any]) -> None:
+def _respond(serving: Serving, scope: dict[str, Any]) -> None:
     request, response = serving.request, serving.response
     if request.solved:  # the endpoint has returned: FastAPI has let go of what its dependencies gave
         request.dependencies, request.solved = references(request.solved), None
@@ -94,7 +94,7 @@ def _respond(serving: Serving, scope: MutableMapping[str, Any]) -> None:
 
 def _scope_among(kwargs: Mapping[str, object]) -> object:
     """The ASGI scope of a call by keyword, whatever its parameters are called."""
-    return next((value for value in kwargs.values() if isinstance(value, MutableMapping)), None)
+    return next((value for value in kwargs.values() if isinstance(value, dict)), None)
 
 
 # --- 2. tasks
@@ -197,7 +197,7 @@ def _request_injected_into() -> Request | None:
         return None
     variables = caller.f_locals
     scope = getattr(variables.get("request"), "scope", None)
-    request = scope.get(KEY) if isinstance(scope, MutableMapping) else None
+    request = scope.get(KEY) if isinstance(scope, dict) else None
     if not isinstance(request, Request) or request.is_closed:
         return None
     request.solved = variables.get("dependency_cache")

@@ -83,7 +83,8 @@ class Lifecycle:
             self._emit(run.begin())
             if run.resolved.remote is not None and await self._handed_over(run, run.resolved.remote):
                 return None
-            result = await self._call(run)
+            has_timeout = run.info.timeout is not None and not run.observed_only
+            result = await (self._call_within_timeout(run) if has_timeout else self._call(run))
         except Exception as error:
             delay_s = run.delay_after(error)
             if delay_s is not None:
@@ -213,16 +214,14 @@ class Lifecycle:
         self._emit(run.offload(remote.name, queue, _clock.monotonic() - began_s))
         return True
 
-    async def _call(self, run: Run) -> object:
-        """Call the function within the timeout."""
-        timeout = run.info.timeout
-        if timeout is None or run.observed_only:
-            return await self._execute(run)
+    async def _call_within_timeout(self, run: Run) -> object:
+        """Call the function; raise `TaskTimeout` if that takes too long."""
+        timeout = run.info.timeout or 0.0
         cancelled: list[BaseException] = []
         try:
             with _clock.move_on_after(timeout) as scope:
                 try:
-                    return await self._execute(run)
+                    return await self._call(run)
                 except anyio.get_cancelled_exc_class() as error:
                     cancelled.append(error)  # its traceback shows where the task was
                     raise
@@ -231,7 +230,7 @@ class Lifecycle:
         finally:
             cancelled.clear()  # a traceback that holds this frame would be a reference cycle
 
-    async def _execute(self, run: Run) -> object:
+    async def _call(self, run: Run) -> object:
         """Call the function on the loop, in a thread or in a process."""
         work = run.work
         assert work is not None  # until the run is over

@@ -103,19 +103,20 @@ class Request(RequestInfo):
 
         async def watched(message: Message) -> None:
             kind = message["type"]
-            is_last = kind in _BODIES and not message.get("more_body", False)
-            if kind in _STARTS and self.admits:
-                self.admits = False
-                if self._refusal is not None or self.waiting:
-                    message = await self._admit(message)
-            elif is_last:
+            if kind in _STARTS:
+                if self.admits:
+                    self.admits = False
+                    if self._refusal is not None or self.waiting:
+                        message = await self._admit(message)
+                await send(message)
+                self._reach(Phase.RESPONDING)
+            elif kind in _BODIES and not message.get("more_body", False):
                 # Before it is sent: a middleware around us may go on with it before our `send` returns.
                 self._reach(Phase.SERVING)
-            await send(message)
-            if kind in _STARTS:
-                self._reach(Phase.RESPONDING)
-            elif is_last:
-                self.guarded("end of the response", self._complete)
+                await send(message)
+                self._complete()
+            else:
+                await send(message)
 
         return watched
 
@@ -183,7 +184,7 @@ class Request(RequestInfo):
         run = self.parts.scheduler.schedule(self, work, container)
         if run is None:
             return
-        if self.is_closed or id(container) in self._finished:
+        if self.phase is Phase.CLOSED or id(container) in self._finished:
             self._end_unstarted([run], "added_too_late", None)
             return
         if self.parts.keeps_context:
@@ -240,14 +241,15 @@ class Request(RequestInfo):
 
     def take(self, task: object) -> Run | None:
         """The next run of this task, whose turn has come; None if none waits."""
-        run = next((run for run in self.waiting if run.target is task), None)
-        if run is not None:
-            self.waiting.remove(run)
-        return run
+        for at, run in enumerate(self.waiting):
+            if run.target is task:
+                del self.waiting[at]
+                return run
+        return None
 
     def _schedule_leaves(self, background: object) -> None:
         """Schedule the runs of a background that are not scheduled yet; a task listed twice is two runs."""
-        scheduled = Counter(id(run.target) for run in self.waiting)
+        scheduled = Counter([id(run.target) for run in self.waiting])
         for task in leaves(background):
             if scheduled[id(task)]:
                 scheduled[id(task)] -= 1
@@ -316,7 +318,7 @@ class Request(RequestInfo):
             Compensating runs that are due now, if the batch outlived its request.
         """
         self._batches -= 1
-        if not self.is_closed:  # then nothing is added any more
+        if self.phase is not Phase.CLOSED:  # then nothing is added any more
             self._finished[id(batch.background)] = batch.background
         unstarted = self.waiting_for(batch.background)
         for run in unstarted:
