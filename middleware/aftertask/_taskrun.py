@@ -151,7 +151,6 @@ class RequestInfo:
         notes: What `note()` attached to the request.
         redact: `Settings.redact`.
         app: Identifies the app whose middleware serves the request.
-        admits: Whether the response is still to start, so that a durable run can be on disk before it.
     """
 
     http_method: str | None = None
@@ -165,7 +164,11 @@ class RequestInfo:
     notes: Mapping[str, Note] = MappingProxyType({})
     redact: Redact = staticmethod(default_redact)
     app: object = None
-    admits: bool = False
+
+    @property
+    def admits(self) -> bool:
+        """Whether the response is still to start, so that a durable run can be on disk before it."""
+        return False
 
     def withdraw(self, run: TaskRun) -> bool:
         """Drop a run that waits for its turn; False if it does not wait here."""

@@ -590,3 +590,21 @@ def test_cancel_run_drops_what_has_not_started_and_refuses_a_thread(shop: Journa
         client.post("/")
     assert results == ["impossible", "dropped"] and DID == []
     assert [(event.reason, event.bad) for event in shop.seen.of(Dropped)] == [("cancel_run", False)]
+
+
+def test_a_durable_task_of_an_error_page_runs(shop: Journaled) -> None:
+    """The page of a 500 is sent around the middleware: it promises nothing, and the run is kept from its start on."""
+
+    def fails_first(tasks: BackgroundTasks) -> None:
+        raise ValueError("no stock")
+
+    app = shop.app(fails_first, policies={"*.mail": Policy(durable=True)})
+
+    @app.exception_handler(Exception)
+    def page(request: Any, error: Exception) -> JSONResponse:
+        return JSONResponse({}, 500, background=BackgroundTask(mail, "on-call@shop.test"))
+
+    with TestClient(app, raise_server_exceptions=False, backend=shop.backend) as client:  # type: ignore[arg-type]
+        assert client.post("/").status_code == 500
+        eventually(lambda: shop.row()["state"] == "succeeded")
+    assert DID == [("on-call@shop.test", 1)]

@@ -38,13 +38,16 @@ _BODIES = frozenset({"http.response.body", "websocket.http.response.body", "http
 COMPONENT = "aftertask.interception"
 
 
-class Phase(enum.Enum):
+class Phase(enum.IntEnum):
     """How far a request has come."""
 
-    SCHEDULED = "nothing has been sent"
-    RESPONDING = "the response has started"
-    SERVING = "the last byte has been handed over; the tasks run"
-    CLOSED = "the call of the app has returned"
+    SCHEDULED = 0  # no response yet
+    ADMITTING = 1  # the response is about to start; what it has to keep is being kept
+    RESPONDING = 2  # the response has started
+    SERVING = 3  # the last byte is being sent; the tasks run
+    COMPLETE = 4  # the last byte has been sent; the tasks run
+    CLOSED = 5  # the call of the app has returned
+    UNANSWERED = 6  # it has returned before a response; an error page may still be sent from around us
 
 
 class Request(RequestInfo):
@@ -73,10 +76,8 @@ class Request(RequestInfo):
     _batches = 0
     _early: Run | None = None
     _is_described = False
-    _is_complete = False  # the last byte has been sent
     held: tuple[tuple[object, Callable[[], Awaitable[None]]], ...] = ()
     _refusal: Exception | None = None  # of a run that had to be kept
-    admits = True
 
     def __init__(self, parts: Parts, scope: Scope, context: Context) -> None:
         self.parts, self.scope, self.context = parts, scope, context
@@ -94,7 +95,12 @@ class Request(RequestInfo):
     @property
     def is_closed(self) -> bool:
         """Whether the call of the app has returned."""
-        return self.phase is Phase.CLOSED
+        return self.phase >= Phase.CLOSED
+
+    @property
+    def admits(self) -> bool:
+        """Whether the response is still to start."""
+        return self.phase in (Phase.SCHEDULED, Phase.UNANSWERED)
 
     # --- the response, seen through its messages
 
@@ -104,8 +110,8 @@ class Request(RequestInfo):
         async def watched(message: Message) -> None:
             kind = message["type"]
             if kind in _STARTS:
-                if self.admits:
-                    self.admits = False
+                if self.phase is Phase.SCHEDULED:
+                    self.phase = Phase.ADMITTING
                     if self._refusal is not None or self.waiting:
                         message = await self._admit(message)
                 await send(message)
@@ -159,7 +165,7 @@ class Request(RequestInfo):
         return True
 
     def _complete(self) -> None:
-        self._is_complete = True
+        self._reach(Phase.COMPLETE)
         if self._early is not None:
             self._hazard(self._early, "started_early", advice.EARLY)
             self._early = None
@@ -168,8 +174,7 @@ class Request(RequestInfo):
             run.queued_s = now
 
     def _reach(self, phase: Phase) -> None:
-        if self.phase is not Phase.CLOSED:
-            self.phase = phase
+        self.phase = max(self.phase, phase)
 
     # --- what the hooks report
 
@@ -184,12 +189,12 @@ class Request(RequestInfo):
         run = self.parts.scheduler.schedule(self, work, container)
         if run is None:
             return
-        if self.phase is Phase.CLOSED or id(container) in self._finished:
+        if self.is_closed or id(container) in self._finished:
             self._end_unstarted([run], "added_too_late", None)
             return
         if self.parts.keeps_context:
             run.variables = copy_context()
-        if self.phase is Phase.SERVING:
+        if self.phase >= Phase.SERVING:
             run.queued_s = run.scheduled_s
         self.waiting.append(run)
         if self.scope is not None and self.scope["type"] == "websocket":
@@ -200,7 +205,7 @@ class Request(RequestInfo):
 
     def respond(self, background: object, scope: Scope) -> None:
         """A response with this background starts to be sent: its runs are scheduled."""
-        if self.phase is Phase.CLOSED:  # a response from around us, such as the error page of a 500
+        if self.is_closed:  # a response from around us, such as the error page of a 500
             self.scope, self._verdict = scope, None
         elif not self._is_described:
             self.scope = scope  # a middleware inside may have copied it before the route was found
@@ -211,7 +216,7 @@ class Request(RequestInfo):
 
     def responded(self, error: BaseException | None) -> Owed | None:
         """A response, or a batch that outlived the request, is over; returns compensating runs that are due now."""
-        if self.phase is not Phase.CLOSED or self._batches:
+        if not self.is_closed or self._batches:
             return None
         owed = self._settle(error)
         self.scope = None
@@ -256,7 +261,7 @@ class Request(RequestInfo):
                 continue
             run = self.schedule_or_refuse(task, background)
             if run is not None:
-                run.queued_s = run.scheduled_s if self.phase is Phase.SERVING else None
+                run.queued_s = run.scheduled_s if Phase.SERVING <= self.phase < Phase.CLOSED else None
                 self.waiting.append(run)
 
     def schedule_or_refuse(self, task: object, background: object) -> Run | None:
@@ -286,8 +291,8 @@ class Request(RequestInfo):
 
     def must_wait(self, background: object) -> bool:
         """Whether a batch starts only when the call of the app has returned."""
-        if self.phase is Phase.CLOSED or self.parts.runs_after_request:
-            return self.phase is not Phase.CLOSED
+        if self.is_closed or self.parts.runs_after_request:
+            return not self.is_closed
         return self.parts.keeper is not None and any(run.info.durable for run in self.waiting_for(background))
 
     def waiting_for(self, background: object) -> list[Run]:
@@ -307,7 +312,7 @@ class Request(RequestInfo):
     def begin_batch(self, *, of_response: bool) -> None:
         """A batch is about to run, maybe in a task that outlives the request."""
         self._batches += 1
-        if of_response and self.phase in (Phase.SCHEDULED, Phase.RESPONDING):
+        if of_response and self.phase < Phase.SERVING:
             self._early = next(iter(self.waiting), None)  # if the response is ever complete, the client has waited
 
     def end_batch(self, batch: Batch, error: BaseException | None) -> Owed | None:
@@ -318,7 +323,7 @@ class Request(RequestInfo):
             Compensating runs that are due now, if the batch outlived its request.
         """
         self._batches -= 1
-        if self.phase is not Phase.CLOSED:  # then nothing is added any more
+        if not self.is_closed:  # then nothing is added any more
             self._finished[id(batch.background)] = batch.background
         unstarted = self.waiting_for(batch.background)
         for run in unstarted:
@@ -337,7 +342,7 @@ class Request(RequestInfo):
         Returns:
             Compensating runs that are due now; None if there are none, or if the error response is still to be sent.
         """
-        responded = error is None or self.phase is not Phase.SCHEDULED or "app" not in self.scope
+        responded = error is None or self.phase >= Phase.RESPONDING or "app" not in self.scope
         owed = None
         if self.waiting:
             self._verdict = self._reason(error)
@@ -345,7 +350,7 @@ class Request(RequestInfo):
             owed = self._settle(error) if self.waiting else None
             # The scope holds this record: what refers to the scope would be a reference cycle.
             self.scope = None
-        self.phase = Phase.CLOSED
+        self.phase = Phase.UNANSWERED if self.phase is Phase.SCHEDULED else Phase.CLOSED
         if owed is None:
             self.context = None
         self.containers, self._finished, self.held = {}, {}, ()
@@ -393,7 +398,8 @@ class Request(RequestInfo):
             return self._verdict
         if error is None:
             return "websocket" if self._is_described and self.http_method is None else "other"
-        return reason_of(error, has_started=self.phase is not Phase.SCHEDULED, is_complete=self._is_complete)
+        has_started, is_complete = self.phase >= Phase.RESPONDING, self.phase is Phase.COMPLETE
+        return reason_of(error, has_started=has_started, is_complete=is_complete)
 
     def _hazard(self, run: TaskRun, kind: str, advice: str) -> None:
         self.parts.emit(HazardFound(run, _clock.timestamp(), kind, None, advice))
