@@ -115,12 +115,13 @@ class Request(RequestInfo):
                     if self._refusal is not None or self.waiting:
                         message = await self._admit(message)
                 await send(message)
-                self._reach(Phase.RESPONDING)
+                self.phase = max(self.phase, Phase.RESPONDING)
             elif kind in _BODIES and not message.get("more_body", False):
                 # Before it is sent: a middleware around us may go on with it before our `send` returns.
-                self._reach(Phase.SERVING)
+                self.phase = max(self.phase, Phase.SERVING)
                 await send(message)
-                self._complete()
+                self.phase = max(self.phase, Phase.COMPLETE)
+                self._queue()
             else:
                 await send(message)
 
@@ -164,17 +165,14 @@ class Request(RequestInfo):
         self.refused |= {id(run.target)}
         return True
 
-    def _complete(self) -> None:
-        self._reach(Phase.COMPLETE)
+    def _queue(self) -> None:
+        """The response has been sent: its runs wait for their turn now."""
         if self._early is not None:
             self._hazard(self._early, "started_early", advice.EARLY)
             self._early = None
         now = _clock.monotonic()
         for run in self.waiting:
             run.queued_s = now
-
-    def _reach(self, phase: Phase) -> None:
-        self.phase = max(self.phase, phase)
 
     # --- what the hooks report
 
@@ -189,7 +187,7 @@ class Request(RequestInfo):
         run = self.parts.scheduler.schedule(self, work, container)
         if run is None:
             return
-        if self.is_closed or id(container) in self._finished:
+        if self.phase >= Phase.CLOSED or id(container) in self._finished:
             self._end_unstarted([run], "added_too_late", None)
             return
         if self.parts.keeps_context:
@@ -205,7 +203,7 @@ class Request(RequestInfo):
 
     def respond(self, background: object, scope: Scope) -> None:
         """A response with this background starts to be sent: its runs are scheduled."""
-        if self.is_closed:  # a response from around us, such as the error page of a 500
+        if self.phase >= Phase.CLOSED:  # a response from around us, such as the error page of a 500
             self.scope, self._verdict = scope, None
         elif not self._is_described:
             self.scope = scope  # a middleware inside may have copied it before the route was found
@@ -216,7 +214,7 @@ class Request(RequestInfo):
 
     def responded(self, error: BaseException | None) -> Owed | None:
         """A response, or a batch that outlived the request, is over; returns compensating runs that are due now."""
-        if not self.is_closed or self._batches:
+        if self.phase < Phase.CLOSED or self._batches:
             return None
         owed = self._settle(error)
         self.scope = None
@@ -291,8 +289,10 @@ class Request(RequestInfo):
 
     def must_wait(self, background: object) -> bool:
         """Whether a batch starts only when the call of the app has returned."""
-        if self.is_closed or self.parts.runs_after_request:
-            return not self.is_closed
+        if self.phase >= Phase.CLOSED:
+            return False
+        if self.parts.runs_after_request:
+            return True
         return self.parts.keeper is not None and any(run.info.durable for run in self.waiting_for(background))
 
     def waiting_for(self, background: object) -> list[Run]:
@@ -323,7 +323,7 @@ class Request(RequestInfo):
             Compensating runs that are due now, if the batch outlived its request.
         """
         self._batches -= 1
-        if not self.is_closed:  # then nothing is added any more
+        if self.phase < Phase.CLOSED:  # then nothing is added any more
             self._finished[id(batch.background)] = batch.background
         unstarted = self.waiting_for(batch.background)
         for run in unstarted:

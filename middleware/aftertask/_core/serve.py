@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar, copy_context
 from typing import Any, TypeVar
@@ -79,7 +80,7 @@ class Serving:
     async def _start(self, task: object, call: Call) -> None:
         """Run a batch, maybe in a task that outlives the request."""
         self.request.begin_batch(of_response=self.response is not None)
-        await self.request.parts.shutdown.run(lambda: self._run_batch(task, call))
+        await self.request.parts.shutdown.run(functools.partial(self._run_batch, task, call))
 
     async def _run_batch(self, background: object, call: Call) -> None:
         batch = Batch(self.request.parts.lifecycle, background)

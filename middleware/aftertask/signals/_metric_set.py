@@ -86,10 +86,10 @@ class MetricSet(Collector):
         """Whether a task has series of its own."""
         return (info.task, info.engine) in self._by_task
 
-    def series(self, info: TaskInfo) -> TaskSeries:
-        """The series of a task; those of `__other__` if it can have none of its own."""
-        found = self._by_task.get((info.task, info.engine))
-        return self._create(info) if found is None else found
+    def series(self, run: TaskRun) -> TaskSeries:
+        """The series of a run's task; those of `__other__` if it can have none of its own."""
+        found = self._by_task.get((run.task, run.info.engine))
+        return self._create(run.info) if found is None else found
 
     def _create(self, info: TaskInfo) -> TaskSeries:
         with self.lock:
@@ -140,7 +140,7 @@ class MetricSet(Collector):
 
     def schedule(self, run: TaskRun) -> None:
         """Count a run as scheduled and in flight."""
-        series = self.series(run.info)
+        series = self.series(run)
         with self.lock:
             series.scheduled.inc()
             series.arrive(run)
@@ -149,7 +149,7 @@ class MetricSet(Collector):
 
     def arrive(self, run: TaskRun) -> None:
         """Count a run as in flight here."""
-        series = self.series(run.info)
+        series = self.series(run)
         with self.lock:
             series.arrive(run)
 
@@ -285,7 +285,7 @@ class MetricSet(Collector):
 
     def lose(self, run: TaskRun) -> None:
         """Count a run of a dead worker as scheduled, and lost, here."""
-        series = self.series(run.info)
+        series = self.series(run)
         with self.lock:
             series.scheduled.inc()
             self._end(series.labels[0], "lost", 1)

@@ -60,7 +60,7 @@ class JournalMetrics:
         """The journal is about to have a run: if this worker dies, a durable one goes back there."""
         if run.info.durable and self._set.workers is not None:
             with self._set.lock:
-                self._set.series(run.info).keep(run)
+                self._set.series(run).keep(run)
 
     def count_dead_letter(self, task: str, reason: str) -> None:
         """Count a run that became a dead letter."""

@@ -62,7 +62,7 @@ class Metrics(Signal):
     ) -> None:
         self._registry = REGISTRY if registry is None else registry
         self._set = metric_set(self._registry)
-        self._of = self._set.of
+        self._of, self._series = self._set.of, self._set.series
         # By loop: without a lifespan, each request of a TestClient has a new one.
         self._has_seen_loop: RunVar[bool] = RunVar(f"aftertask_metrics_{id(self)}", False)
         self._is_alone = self._set.workers is None
@@ -238,9 +238,6 @@ class Metrics(Signal):
     def _handed_over(self, engine: str, status: str, seconds: float) -> None:
         self._of.counters[f.OFFLOAD].labels(engine, status).inc()
         self._of.histograms[f.OFFLOAD_SECONDS].labels(engine).observe(seconds)
-
-    def _series(self, run: TaskRun) -> TaskSeries:
-        return self._set.series(run.info)
 
     def _ended(self, event: Ended) -> TaskSeries:
         series = self._series(event.run)
