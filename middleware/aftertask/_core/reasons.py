@@ -1,6 +1,8 @@
-"""Why runs that were scheduled never started: the reasons of `tasks_not_run_total`."""
+"""How far a request has come, and why its runs never started: the reasons of `tasks_not_run_total`."""
 
 from __future__ import annotations
+
+import enum
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -13,24 +15,31 @@ HANDLER_FAILED = frozenset({"http_exception", "validation", "handler_error"})
 _VALIDATION_ERRORS = ("RequestValidationError", "WebSocketRequestValidationError")
 
 
-def reason_of(error: BaseException, *, has_started: bool, is_complete: bool) -> str:
-    """
-    The reason for runs whose request ended with this error.
+class Phase(enum.IntEnum):
+    """How far a request has come."""
 
-    Args:
-        error: What the app raised.
-        has_started: Whether the response had started.
-        is_complete: Whether its last byte had been sent.
-    """
+    SCHEDULED = 0  # no response yet
+    ADMITTING = 1  # the response is about to start; what it has to keep is being kept
+    RESPONDING = 2  # the response has started
+    SERVING = 3  # the last byte is being sent; the tasks run
+    COMPLETE = 4  # the last byte has been sent; the tasks run
+    CLOSED = 5  # the call of the app has returned
+    UNANSWERED = 6  # it has returned before a response; an error page may still be sent from around us
+
+
+def reason_of(error: BaseException, phase: Phase) -> str:
+    """The reason for runs whose request ended with this error, in this phase."""
     if not isinstance(error, Exception):
         return "request_cancelled"
-    if is_complete:
+    if phase is Phase.COMPLETE:
         return "request_failed"
     if isinstance(error, HTTPException):
         # 4xx is the client's, 5xx the app's own failure.
         return "http_exception" if error.status_code < 500 else "handler_error"
     if type(error).__name__ in _VALIDATION_ERRORS:
         return "validation"
-    if isinstance(error, (ClientDisconnect, WebSocketDisconnect)) or (isinstance(error, OSError) and has_started):
+    if isinstance(error, (ClientDisconnect, WebSocketDisconnect)) or (
+        isinstance(error, OSError) and phase >= Phase.RESPONDING
+    ):
         return "client_gone"
     return "handler_error"

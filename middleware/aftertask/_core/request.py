@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import sys
 import threading
 from collections import Counter
@@ -23,7 +22,7 @@ from .background import Work, leaves, work_of
 from .batch import Batch
 from .owed import OWED, Owed
 from .parts import Parts, Scope
-from .reasons import HANDLER_FAILED, reason_of
+from .reasons import HANDLER_FAILED, Phase, reason_of
 from .route import http_route
 from .run import Run
 from .schedule import REFUSALS
@@ -36,18 +35,6 @@ _BODIES = frozenset({"http.response.body", "websocket.http.response.body", "http
 
 #: The component that errors of the interception are counted under.
 COMPONENT = "aftertask.interception"
-
-
-class Phase(enum.IntEnum):
-    """How far a request has come."""
-
-    SCHEDULED = 0  # no response yet
-    ADMITTING = 1  # the response is about to start; what it has to keep is being kept
-    RESPONDING = 2  # the response has started
-    SERVING = 3  # the last byte is being sent; the tasks run
-    COMPLETE = 4  # the last byte has been sent; the tasks run
-    CLOSED = 5  # the call of the app has returned
-    UNANSWERED = 6  # it has returned before a response; an error page may still be sent from around us
 
 
 class Request(RequestInfo):
@@ -398,8 +385,7 @@ class Request(RequestInfo):
             return self._verdict
         if error is None:
             return "websocket" if self._is_described and self.http_method is None else "other"
-        has_started, is_complete = self.phase >= Phase.RESPONDING, self.phase is Phase.COMPLETE
-        return reason_of(error, has_started=has_started, is_complete=is_complete)
+        return reason_of(error, self.phase)
 
     def _hazard(self, run: TaskRun, kind: str, advice: str) -> None:
         self.parts.emit(HazardFound(run, _clock.timestamp(), kind, None, advice))
