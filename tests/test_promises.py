@@ -37,6 +37,7 @@ ORDER = (
     "_core.app",
     "_core.hooks",
     "_core.notes",
+    "_core.observe",
     "_core.serve",
     "_core.request",
     "_core.parts",

@@ -7,8 +7,8 @@ See every background task a FastAPI or Starlette app runs after it has responded
 
 from __future__ import annotations
 
-from ._core.app import observe_functions
 from ._core.notes import note
+from ._core.observe import observe_functions
 from ._version import __version__ as __version__
 from .errors import (
     AftertaskError,

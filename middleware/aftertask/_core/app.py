@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from contextvars import copy_context
-from typing import Any, TypeVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .._taskrun import current_run, running
+from .._taskrun import running
 from ..engines import Engine
 from ..policies import Policy
-from ..tasks import is_async
-from .background import Work
 from .emit import Emitter
 from .hooks import KEY, install
 from .keeper import Keeper, StoredCall
@@ -26,10 +22,8 @@ from .request import Request
 from .resolver import Resolver
 from .run import Run
 from .schedule import Scheduler
-from .serve import Serving, run_child, run_child_sync, serving_here
+from .serve import Serving, serving_here
 from .shutdown import Shutdown
-
-C = TypeVar("C", bound=type)
 
 
 class App:
@@ -196,54 +190,3 @@ class App:
         self._is_open = False
         self.shutdown.close()
         self.emit.close()
-
-
-def observe_functions(container_class: C) -> C:
-    """
-    Make each function that this container class stores by `add_task` and calls itself a child run.
-
-    For a class that keeps functions in a queue of its own; without this, the container as a whole is one run. A
-    function stays sync or async, and outside of a run it is only called. Returns the class, so that it can be used as a
-    decorator.
-
-    Raises:
-        TypeError: The class has no `add_task`.
-    """
-    add: Callable[..., Any] | None = getattr(container_class, "add_task", None)
-    if not isinstance(container_class, type) or add is None:
-        raise TypeError(f"observe_functions() takes a container class with an add_task method, got {container_class!r}")
-
-    @functools.wraps(add)
-    def add_task(self: Any, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return add(self, _observed(func), *args, **kwargs)
-
-    container_class.add_task = add_task  # type: ignore[attr-defined]  # it has one, as checked above
-    return container_class
-
-
-def _observed(func: Callable[..., Any]) -> Callable[..., Any]:
-    work = functools.partial(Work, None, func, (), {}, False)
-    if is_async(func):
-
-        async def observed_async(*args: Any, **kwargs: Any) -> Any:
-            run, call = current_run(), functools.partial(func, *args, **kwargs)
-            if run is None or not isinstance(run.request, Request):
-                return await call()
-            return await run_child(run.request, work(call), run, call)
-
-        return _named(observed_async, func)
-
-    def observed(*args: Any, **kwargs: Any) -> Any:
-        run, call = current_run(), functools.partial(func, *args, **kwargs)
-        if run is None or not isinstance(run.request, Request):
-            return call()
-        return run_child_sync(run.request, work(call), run, call)
-
-    return _named(observed, func)
-
-
-def _named(wrapper: Callable[..., Any], func: Callable[..., Any]) -> Callable[..., Any]:
-    try:
-        return functools.wraps(func)(wrapper)
-    except (AttributeError, TypeError):  # a callable that hides its attributes
-        return wrapper
