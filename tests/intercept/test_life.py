@@ -91,6 +91,27 @@ async def test_a_cancelled_request_cancels_its_run(env: Env) -> None:
     assert env.outcomes() == [("endless", "cancelled"), ("sf", "dropped request_cancelled")]
 
 
+@pytest.mark.parametrize("anyio_backend", ["trio"])
+async def test_a_cancelled_nursery_is_a_cancelled_run(env: Env) -> None:
+    """A nursery of trio's turns the cancellation into a group of them, which is no failure."""
+    import trio
+
+    env.settings["on_failure"] = "contain"
+    started = anyio.Event()
+
+    async def fan_out() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            started.set()
+
+    app = env.app(answering(BackgroundTasks([BackgroundTask(fan_out), BackgroundTask(sf)])))
+    async with anyio.create_task_group() as group:
+        group.start_soon(drive, app)
+        await started.wait()
+        group.cancel_scope.cancel()
+    assert env.outcomes() == [("fan_out", "cancelled"), ("sf", "dropped request_cancelled")]
+
+
 async def test_a_task_that_raises_while_being_cancelled_has_failed(env: Env) -> None:
     """A task whose cleanup raises has failed with that error."""
     started = anyio.Event()

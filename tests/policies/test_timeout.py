@@ -90,6 +90,26 @@ async def test_cleanup_after_a_timeout_needs_a_shield_to_await(env: Env, clock: 
     assert len(env.seen.of(TimedOut)) == 1
 
 
+@pytest.mark.parametrize("anyio_backend", ["trio"])
+async def test_a_nursery_is_cancelled_at_the_timeout(env: Env, clock: VirtualClock) -> None:
+    """A nursery of trio's turns the cancellation into a group of them: the run is timed out all the same."""
+    import trio
+
+    @task(timeout=1)
+    async def fan_out() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+
+    request = Running()
+    async with anyio.create_task_group() as group:
+        group.start_soon(request.of, env.app(answering(BackgroundTask(fan_out))))
+        await clock.until_waiting()
+        clock.advance(1)
+    assert env.outcomes() == [("fan_out", "timed_out")]
+    assert request.result is not None
+    assert isinstance(request.result.exc, TaskTimeout)
+
+
 async def test_a_timeout_shows_where_the_task_was(env: Env, clock: VirtualClock) -> None:
     """The error's cause has the stack of the cancelled attempt."""
 

@@ -222,7 +222,7 @@ class Lifecycle:
             with _clock.move_on_after(timeout) as scope:
                 try:
                     return await self._call(run)
-                except anyio.get_cancelled_exc_class() as error:
+                except BaseException as error:  # a nursery of trio's makes a group of its cancellations
                     cancelled.append(error)  # its traceback shows where the task was
                     raise
             run.passed_timeout = scope.cancelled_caught

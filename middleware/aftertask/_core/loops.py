@@ -52,6 +52,8 @@ def cancelled_from_outside(error: BaseException) -> bool:
     On asyncio a task that awaits something cancelled gets the same `CancelledError` as one that is cancelled itself;
     only the latter's `cancelling()` counts the request.
     """
+    if isinstance(error, BaseExceptionGroup):  # a nursery of trio's makes a group of its cancellations
+        return all(map(cancelled_from_outside, error.exceptions))
     if isinstance(error, (GeneratorExit, KeyboardInterrupt)):
         return True
     if not isinstance(error, anyio.get_cancelled_exc_class()):
