@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from starlette.routing import Mount, Route
 from starlette.testclient import TestClient
 
 from aftertask import AftertaskMiddleware, Policy, RegistryClash, Retry, Settings, TaskEvent, current_run, task
-from aftertask.events import Abandoned, AbandonedEnded
+from aftertask.events import Abandoned, AbandonedEnded, Dropped, RequestInfo, Scheduled, TaskInfo, TaskRun
 from aftertask.signals import Metrics, families
 from aftertask.testing import VirtualClock
 from kit import ClientFor, drive
@@ -539,6 +541,43 @@ def test_no_counter_falls_and_every_run_is_accounted_for(requests: list[tuple[li
         sample.value for metric in metrics if metric.name == "aftertask_tasks_inflight" for sample in metric.samples
     ]
     assert not any(inflight)
+
+
+# --- runs that the garbage collector ends, at any line of any thread
+
+
+@contextmanager
+def busy_collector(end: Callable[[], object]) -> Iterator[None]:
+    """The garbage collector runs at nearly every allocation, and `end` is called there in this thread."""
+    thread, thresholds = threading.current_thread(), gc.get_threshold()
+
+    def collected(phase: str, info: object) -> None:
+        if phase == "stop" and threading.current_thread() is thread:
+            end()
+
+    gc.callbacks.append(collected)
+    gc.set_threshold(1)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.callbacks.remove(collected)
+
+
+def test_a_run_that_garbage_collection_ends_waits_for_no_lock(registry: CollectorRegistry) -> None:
+    """Also while the series of another task are created, under a lock of prometheus-client's."""
+    metrics, garbage = Metrics(registry), TaskRun(TaskInfo("garbage", "garbage"), RequestInfo())
+    metrics.scheduled(Scheduled(garbage, 0.0))
+
+    def create() -> None:
+        with busy_collector(lambda: metrics.dropped(Dropped(garbage, 0.0, "other", None))):
+            metrics.scheduled(Scheduled(TaskRun(TaskInfo("shop.new", "shop.new"), RequestInfo()), 0.0))
+
+    thread = threading.Thread(target=create, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert value(registry, "tasks_not_run_total", task="garbage", outcome="dropped", reason="other")
 
 
 # --- exemplars

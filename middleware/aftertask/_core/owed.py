@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from .. import _clock
 from .lifecycle import Lifecycle
+from .loops import CallSoon, call_soon_from_any_thread
 from .run import Run
 
 #: Where the scope holds compensating runs until the error response has been sent.
@@ -27,6 +28,10 @@ class Owed:
     def __init__(self, runs: Iterable[Run], end: Callable[[Sequence[Run]], None]) -> None:
         self.runs = sorted(runs, key=lambda run: run.info.priority)
         self._end = end
+        try:
+            self._call_soon: CallSoon = call_soon_from_any_thread()
+        except RuntimeError:  # the request's coroutine is closed outside of its event loop
+            self._call_soon = lambda _: False
 
     async def run(self, lifecycle: Lifecycle) -> None:
         """Run them: the error response has been sent."""
@@ -51,4 +56,6 @@ class Owed:
         self._end(runs)
 
     def __del__(self) -> None:
-        self.give_up()
+        # Not here: garbage is collected at any line of any thread, which may hold a lock that a signal waits for.
+        if self.runs and not self._call_soon(self.give_up):
+            self.give_up()  # the event loop is closed

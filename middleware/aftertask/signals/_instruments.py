@@ -68,8 +68,7 @@ class TaskSeries:
         self.error = of.histograms[f.ATTEMPT].labels(*labels, "error")
         self.end_to_end = of.histograms[f.END_TO_END].labels(*labels)
         self.loop_blocked = of.counters[f.LOOP_BLOCKED].labels(task)
-        for outcome, reason in f.NOT_RUN_REASONS:
-            of.counters[f.NOT_RUN].labels(task, outcome, reason)
+        self.not_run = {ending: of.counters[f.NOT_RUN].labels(task, *ending) for ending in f.NOT_RUN_REASONS}
 
     @cached_property
     def last_success(self) -> Gauge:

@@ -166,7 +166,8 @@ class Metrics(Signal):
         """The run never started, or will never finish."""
         series = self._ended(event)
         if event.run.attempt == 0:
-            self._of.counters[f.NOT_RUN].labels(series.labels[0], event.outcome, event.reason).inc()
+            # Not by `labels`: this thread may hold its lock, where garbage collection ends the run.
+            series.not_run[event.outcome, event.reason].inc()
 
     skipped = dropped = rejected = expired = _not_run
 
