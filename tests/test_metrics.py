@@ -580,6 +580,25 @@ def test_a_run_that_garbage_collection_ends_waits_for_no_lock(registry: Collecto
     assert value(registry, "tasks_not_run_total", task="garbage", outcome="dropped", reason="other")
 
 
+def test_a_run_that_garbage_collection_ends_in_a_scrape_is_accounted_for(registry: CollectorRegistry) -> None:
+    """Wherever in the scrape that is, it shows the run either in flight or finished."""
+    metrics = Metrics(registry)
+    runs = [TaskRun(TaskInfo("garbage", "garbage"), RequestInfo()) for _ in range(100)]
+    for run in runs:
+        metrics.scheduled(Scheduled(run, 0.0))
+
+    def end() -> None:
+        if runs:
+            metrics.dropped(Dropped(runs.pop(), 0.0, "other", None))
+
+    while runs:
+        with busy_collector(end):
+            families = list(registry.collect())
+        sums = {each.name: sum(sample.value for sample in each.samples) for each in families}
+        assert sums["aftertask_tasks_scheduled"] == 100
+        assert sums["aftertask_tasks_finished"] + sums["aftertask_tasks_inflight"] == 100
+
+
 # --- exemplars
 
 

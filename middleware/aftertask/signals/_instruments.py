@@ -110,10 +110,10 @@ class TaskSeries:
         """
         queued: list[float] = []
         started: list[float] = []
-        for run, before in list(self.live.items()):
-            state = run.state
+        for run in list(self.live):  # not its items: garbage collection may end a run while these are made
+            before, state = self.live.get(run), run.state
             # A run that is just ending keeps its last state; one that ended meanwhile is not counted again.
-            if state != before and state in self.inflight and run in self.live:
+            if before is not None and state != before and state in self.inflight:
                 self.live[run] = state
                 self.inflight[before].dec()
                 self.inflight[state].inc()

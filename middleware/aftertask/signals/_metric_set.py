@@ -210,13 +210,23 @@ class MetricSet(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Every family of this process, as of now."""
-        with self.lock:  # so that scheduled = finished + in flight holds in every scrape
-            self.refresh()
-            accounts = [self.of.collected(family) for family in _ACCOUNTS]
-        yield from accounts
+        yield from self._accounts()
         for family in f.FAMILIES:
             if family not in _ACCOUNTS and family not in self.hidden:
                 yield self.of.collected(family)
+
+    def _accounts(self) -> list[Metric]:
+        """The families that add up: scheduled = finished + in flight holds in every scrape."""
+        with self.lock:
+            while True:
+                self.refresh()
+                before = self._count_live()
+                accounts = [self.of.collected(family) for family in _ACCOUNTS]
+                if self._count_live() == before:  # else garbage collection ended a run in this thread
+                    return accounts
+
+    def _count_live(self) -> int:
+        return sum(len(series.live) for series in list(self._by_task.values()))
 
     def register_in(self, registry: CollectorRegistry) -> None:
         """
