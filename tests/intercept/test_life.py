@@ -7,8 +7,11 @@ import copy
 import functools
 import gc
 import pickle
+import sys
+import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any
 
@@ -326,6 +329,32 @@ async def test_a_run_exists_from_add_task_on(env: Env) -> None:
     run = env.seen.runs()[0]
     assert await get_run(run.id) is None
     assert run.http_route == "/"
+
+
+async def test_threads_that_add_tasks_at_once_get_one_run_for_each(env: Env) -> None:
+    """Whichever thread was adding when another one did, each task is scheduled at once, and only once."""
+
+    def endpoint(tasks: Injected) -> dict[str, int]:
+        together = threading.Barrier(4)
+
+        def add(number: int) -> None:
+            together.wait(10)
+            for place in range(100):
+                tasks.add_task(af, f"{number}.{place}")
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(add, range(4)))
+        return {"scheduled": len({id(event.run.target) for event in env.seen.of(Scheduled)})}
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        r = await drive(env.fastapi(endpoint))
+    finally:
+        sys.setswitchinterval(before)
+    assert r.body == b'{"scheduled":400}'
+    assert len(set(LOG)) == 400
+    assert env.outcomes() == [("af", "succeeded")] * 400
 
 
 @pytest.mark.parametrize("spec", ["2.3", "2.4"])

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from types import FunctionType
@@ -206,6 +207,8 @@ def _request_injected_into() -> Request | None:
 
 def _inject(request: Request, container: BackgroundTasks) -> None:
     _keep_outermost()
+    if not request.containers:
+        request.adding = threading.RLock()  # the threads of an endpoint may add tasks at the same time
     request.containers[id(container)] = container
     _injected[container] = request
 
@@ -213,17 +216,18 @@ def _inject(request: Request, container: BackgroundTasks) -> None:
 def _hook_add_task(owner: type, original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def add_task(self: BackgroundTasks, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
         request = _request_of(self)
         if request is None:
-            return
-        try:
-            request.add(self, work_of(self.tasks[-1]))
-        except REFUSALS:
-            self.tasks.pop()  # the caller gets the error, and the task is as if it had not been added
-            raise
-        except Exception as error:
-            request.broken("add_task", error)
+            return original(self, *args, **kwargs)
+        with request.adding:
+            original(self, *args, **kwargs)
+            try:
+                request.add(self, work_of(self.tasks[-1]))
+            except REFUSALS:
+                self.tasks.pop()  # the caller gets the error, and the task is as if it had not been added
+                raise
+            except Exception as error:
+                request.broken("add_task", error)
 
     return add_task
 

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import Context, copy_context
 from typing import Any, TypeVar
 
@@ -52,6 +53,7 @@ class Request(RequestInfo):
         refused: The tasks that were not accepted, by identity.
         held: The batches that wait until the call of the app has returned.
         containers: The containers that FastAPI injected, by identity.
+        adding: Held while a task is added to one of them.
     """
 
     # What most requests never need is a default of the class.
@@ -65,6 +67,7 @@ class Request(RequestInfo):
     _is_described = False
     held: tuple[tuple[object, Callable[[], Awaitable[None]]], ...] = ()
     _refusal: Exception | None = None  # of a run that had to be kept
+    adding: AbstractContextManager[object] = nullcontext()
 
     def __init__(self, parts: Parts, scope: Scope, context: Context) -> None:
         self.parts, self.scope, self.context = parts, scope, context
