@@ -51,7 +51,7 @@ def draw(panel: Panel) -> Any:
     built = built.no_value(panel.empty)
     if panel.kind in ("logs", "traces"):
         return built
-    for letter, ask in zip(LETTERS, panel.answerable, strict=False):
+    for letter, ask in zip(LETTERS, panel.asks, strict=False):
         target = prometheus.Dataquery().ref_id(letter).datasource(PROMETHEUS).expr(asked(ask.query))
         target = target.legend_format(ask.legend or "__auto").exemplar(ask.exemplars)
         target = target.instant() if ask.now else target.range()
@@ -105,9 +105,9 @@ def _series(panel: Panel) -> timeseries.Panel:
     built = built.min(0) if panel.low is None else built.axis_soft_min(panel.low)
     if panel.to_task:
         built = built.data_links([_to_task("${job:queryparam}", "${__field.labels.task}")])
-    for name, properties in overrides([ask.legend for ask in panel.answerable]):
+    for name, properties in overrides([ask.legend for ask in panel.asks]):
         built = built.override_by_name(name, properties)
-    for pattern, properties in endings([ask.legend for ask in panel.answerable]):
+    for pattern, properties in endings([ask.legend for ask in panel.asks]):
         built = built.override_by_regexp(pattern, properties)
     return built
 
@@ -123,7 +123,7 @@ def _stat(panel: Panel) -> stat.Panel:
         stat.Panel()
         .thresholds(_thresholds(panel))
         .color_mode(kinds.BigValueColorMode.BACKGROUND if panel.filled else kinds.BigValueColorMode.VALUE)
-        .graph_mode(kinds.BigValueGraphMode.NONE if panel.answerable[0].now else kinds.BigValueGraphMode.AREA)
+        .graph_mode(kinds.BigValueGraphMode.NONE if panel.asks[0].now else kinds.BigValueGraphMode.AREA)
         # The wide layout, which Grafana takes for tiles of a wide screen, has small figures.
         .wide_layout(False)
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]).values(False))
@@ -133,7 +133,7 @@ def _stat(panel: Panel) -> stat.Panel:
         built = built.decimals(panel.decimals)
     if panel.high is not None:
         built = built.max(panel.high)
-    for ask in panel.answerable:
+    for ask in panel.asks:
         if ask.steps:
             steps = models.DynamicConfigValue(id_val="thresholds", value=_thresholds(panel, ask.steps).build())
             built = built.override_by_name(ask.legend, [steps])
@@ -152,8 +152,8 @@ def _text(low: float | None, high: float | None, text: str, colour: str) -> mode
 
 
 def _table(panel: Panel) -> table.Panel:
-    hidden = ["Time", *(f"Value #{letter}" for letter, _ in zip(LETTERS, panel.answerable, strict=False))]
-    hidden += ["Value"] * (len(panel.answerable) == 1)
+    hidden = ["Time", *(f"Value #{letter}" for letter, _ in zip(LETTERS, panel.asks, strict=False))]
+    hidden += ["Value"] * (len(panel.asks) == 1)
     built = (
         table.Panel()
         .show_header(True)

@@ -246,13 +246,6 @@ ITSELF = Row(
             asks=[Ask(query=per_minute("aftertask_self_errors_total", "component"), legend="{{component}}")],
         ),
         Panel(
-            title="Events left out",
-            unit=PER_MINUTE,
-            empty="No event left out",
-            description="Events that did not fit into a full queue, so that they are missing in a signal.",
-            asks=[Ask(query=per_minute("aftertask_events_dropped_total", "sink"), legend="{{sink}}")],
-        ),
-        Panel(
             title="Label overflow",
             unit=PER_MINUTE,
             empty="Every label fits",

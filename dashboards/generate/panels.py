@@ -10,7 +10,7 @@ from typing import Literal
 from grafana_foundation_sdk.models import dashboard as models
 from grafana_foundation_sdk.models import units
 
-from aftertask.cli._promql import EMITTED, is_emitted
+from aftertask.cli._promql import EMITTED
 
 SECONDS, SHARE, COUNT, BYTES = units.Seconds, units.PercentUnit, units.Short, units.BytesIEC
 PER_MINUTE = "suffix:/min"
@@ -169,11 +169,6 @@ class Panel:
     columns: list[Column] = field(default_factory=list)
     sort_by: list[str] = field(default_factory=list)
 
-    @property
-    def answerable(self) -> list[Ask]:
-        """The queries that can have an answer."""
-        return self.asks if self.kind in ("logs", "traces") else [ask for ask in self.asks if is_emitted(ask.query)]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -199,12 +194,9 @@ def placed(rows: list[Row]) -> Iterator[tuple[Row, int, list[tuple[Panel, models
     """Each row with its height on the page, and its panels' places."""
     top = 0
     for row in rows:
-        panels = [panel for panel in row.panels if panel.answerable]
-        if not panels:
-            continue
         places, x, y, tallest = [], 0, top + 1, 0
-        for panel in panels:
-            width = 24 // len(panels) if all(each.kind == "stat" for each in panels) else panel.width
+        for panel in row.panels:
+            width = 24 // len(row.panels) if all(each.kind == "stat" for each in row.panels) else panel.width
             if x + width > 24:
                 x, y, tallest = 0, y + tallest, 0
             places.append((panel, models.GridPos(x=x, y=y, w=width, h=panel.height)))

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from ..signals import families
-from ._promql import is_emitted, select
+from ._promql import check, select
 from ._yaml import dump
 
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
@@ -181,7 +181,10 @@ def alerts() -> tuple[Alert, ...]:
     """
     read: dict[str, list[dict[str, Any]]] = yaml.safe_load(Path(__file__).with_name("alerts.yml").read_text("utf-8"))
     written = [Alert(**each, default=kind == "default") for kind, found in read.items() for each in found]
-    return tuple(alert for alert in (*_burns(), *written) if is_emitted(alert.expr))
+    every = (*_burns(), *written)
+    for alert in every:
+        check(alert.expr)
+    return every
 
 
 def duration(seconds: float) -> str:
