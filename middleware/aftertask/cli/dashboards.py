@@ -17,11 +17,6 @@ SIDECAR = {"grafana_dashboard": "1"}
 app = typer.Typer(help="Dashboards for Grafana.", no_args_is_help=True)
 
 
-@app.callback()
-def root() -> None:
-    """Dashboards for Grafana."""
-
-
 @app.command()
 def export(
     folder_: Annotated[Path, typer.Argument(metavar="DIR", help="Where the files go; made if it is missing.")],

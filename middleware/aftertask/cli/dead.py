@@ -38,11 +38,6 @@ All = Annotated[bool, typer.Option("--all", help="All letters that match.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
-@app.callback()
-def root() -> None:
-    """Dead letters: durable runs that were accepted and did not succeed."""
-
-
 @app.command("list")
 def list_(
     path: JournalPath,

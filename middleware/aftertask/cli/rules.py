@@ -26,11 +26,6 @@ _MATCHERS = re.compile(r'\w+(=|!=|=~|!~)"(?:[^"\\]|\\.)*"(?:\s*,\s*\w+(=|!=|=~|!
 _LIMITS = tuple(field.name for field in fields(Limits) if field.name != "objective")
 
 
-@app.callback()
-def root() -> None:
-    """Alert and recording rules for Prometheus."""
-
-
 @app.command()
 def export(
     folder_: Annotated[Path, typer.Argument(metavar="DIR", help="Where the files go; made if it is missing.")],
