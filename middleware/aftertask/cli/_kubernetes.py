@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -24,30 +23,11 @@ _VALUE = r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?"
 _LABEL = re.compile(rf"({_PART}(\.{_PART})*/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?={_VALUE}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Meta:
+def meta(
+    wanted: bool, name: str, namespace: str, given: list[str] | None, default: Mapping[str, str]
+) -> dict[str, object] | None:
     """
-    What each object is called.
-
-    Attributes:
-        name: The name, or how the names begin.
-        namespace: Empty for the one that kubectl uses.
-        labels: On each object.
-    """
-
-    name: str
-    namespace: str
-    labels: Mapping[str, str]
-
-    def of(self, suffix: str = "") -> dict[str, object]:
-        """The metadata of one object."""
-        namespace = {"namespace": self.namespace} if self.namespace else {}
-        return {"name": self.name + suffix, **namespace, "labels": dict(self.labels)}
-
-
-def meta(wanted: bool, name: str, namespace: str, given: list[str] | None, default: Mapping[str, str]) -> Meta | None:
-    """
-    The options of a command; None without `--kubernetes`.
+    The metadata of each object, by the options of a command; None without `--kubernetes`.
 
     Raises:
         typer.Exit: An option that Kubernetes would refuse, or that does nothing.
@@ -65,19 +45,19 @@ def meta(wanted: bool, name: str, namespace: str, given: list[str] | None, defau
         if not _LABEL.fullmatch(each) or len(value) > 63 or len(key.rpartition("/")[2]) > 63:
             raise refusal(f"--label must be KEY=VALUE as Kubernetes takes it, such as release=monitoring, got {each!r}")
         labels[key] = value
-    return Meta(name=name, namespace=namespace, labels=labels)
+    return {"name": name, **({"namespace": namespace} if namespace else {}), "labels": labels}
 
 
-def prometheus_rule(about: Meta, groups: list[dict[str, object]]) -> str:
+def prometheus_rule(about: dict[str, object], groups: list[dict[str, object]]) -> str:
     """Groups of rules for the Prometheus operator."""
     head = "Written by `aftertask rules export --kubernetes`."
     kind = {"apiVersion": "monitoring.coreos.com/v1", "kind": "PrometheusRule"}
-    return dump(head, {**kind, "metadata": about.of(), "spec": {"groups": groups}})
+    return dump(head, {**kind, "metadata": about, "spec": {"groups": groups}})
 
 
-def config_map(about: Meta, file: str, text: str) -> str:
+def config_map(about: dict[str, object], file: str, text: str) -> str:
     """A dashboard for the sidecar of Grafana's chart."""
     head = "Written by `aftertask dashboards export --kubernetes`."
-    suffix = "-" + file.removesuffix(".json").removeprefix("aftertask-")
+    name = f"{about['name']}-{file.removesuffix('.json').removeprefix('aftertask-')}"
     kind = {"apiVersion": "v1", "kind": "ConfigMap"}
-    return dump(head, {**kind, "metadata": about.of(suffix), "data": {file: text}})
+    return dump(head, {**kind, "metadata": {**about, "name": name}, "data": {file: text}})
