@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,22 +24,17 @@ JournalPath = Annotated[
 ]
 
 
-class journal(closing[sqlite3.Connection]):
+@contextmanager
+def journal(path: Path, *, readonly: bool) -> Iterator[sqlite3.Connection]:
     """A journal that workers may be using; an error of the file ends the command with code 2."""
-
-    def __init__(self, path: Path, *, readonly: bool) -> None:
-        try:
-            require(path)
-            super().__init__(connect(path, readonly=readonly))
-        except JournalError as error:
-            raise refusal(f"{error}") from None
-        except sqlite3.Error as error:
-            raise refusal(f"the journal {path} cannot be used: {error}") from None
-
-    def __exit__(self, *raised: object) -> None:
-        super().__exit__(*raised)
-        if isinstance(raised[1], sqlite3.Error):
-            raise refusal(f"the journal cannot be used: {raised[1]}") from None
+    try:
+        require(path)
+        with closing(connect(path, readonly=readonly)) as db:
+            yield db
+    except JournalError as error:
+        raise refusal(str(error)) from None
+    except sqlite3.Error as error:
+        raise refusal(f"the journal {path} cannot be used: {error}") from None
 
 
 def check_task(db: sqlite3.Connection, task: str | None) -> None:
