@@ -12,7 +12,6 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -146,8 +145,8 @@ def _build(*args: object, settings: Settings | None = None, signals: Any = None,
 def _as_json(app: str, subject: Subject, found: list[Finding], sent: list[dict[str, object]]) -> dict[str, object]:
     return {
         "app": app,
-        "settings": None if subject.settings is None else dict(_settings(subject.settings)),
-        "tasks": {name: dict(_policy(subject, name)) for name in subject.tasks},
+        "settings": None if subject.settings is None else _settings(subject.settings),
+        "tasks": {name: _policy(subject, name) for name in subject.tasks},
         "findings": [dataclasses.asdict(one) for one in found],
         "test_alerts": sent,
     }
@@ -162,15 +161,16 @@ def _print(app: str, subject: Subject, found: list[Finding], sent: list[dict[str
     if subject.settings is not None:
         typer.echo("\nTasks")
         for name in subject.tasks:
-            policy = ", ".join(f"{key}={value}" for key, value in _policy(subject, name))
+            policy = ", ".join(f"{key}={value}" for key, value in _policy(subject, name).items())
             typer.echo(f"  {name}: {policy or 'no policy'}")
         if not subject.tasks:
             typer.echo("  none is registered by @task, and none is added in the app's own modules")
         typer.echo("\nSettings that differ from the defaults")
         settings, default = subject.settings, Settings()
-        changed = [each for each in _settings(settings) if getattr(settings, each[0]) != getattr(default, each[0])]
-        for name, value in changed:
-            typer.echo(f"  {name} = {value}")
+        shown = _settings(settings)
+        changed = [name for name in shown if getattr(settings, name) != getattr(default, name)]
+        for name in changed:
+            typer.echo(f"  {name} = {shown[name]}")
         if not changed:
             typer.echo("  none")
     for tested in sent:
@@ -185,17 +185,13 @@ def _short(file: str) -> str:
         return file
 
 
-def _settings(settings: Settings) -> Iterator[tuple[str, str]]:
+def _settings(settings: Settings) -> dict[str, str]:
     """Each setting, without secrets: an object is shown by its class, an alert's channel by its name."""
-    for field in dataclasses.fields(settings):
-        yield field.name, _shown(getattr(settings, field.name))
+    return {field.name: _shown(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
 
 
-def _policy(subject: Subject, name: str) -> Iterator[tuple[str, str]]:
-    policy = subject.policy(name)
-    for field, value in policy.chosen().items():
-        if field != "name":
-            yield field, _shown(value)
+def _policy(subject: Subject, name: str) -> dict[str, str]:
+    return {option: _shown(value) for option, value in subject.policy(name).chosen().items() if option != "name"}
 
 
 def _shown(value: object) -> str:
