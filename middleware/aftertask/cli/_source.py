@@ -142,6 +142,7 @@ class Scope:
         owner: type | None = None,
     ) -> None:
         self.module, self.func = module, func
+        self.node: ast.AST = module.tree if node is None else node
         self._imports: dict[str, str] = {}
         #: Each local variable with its class; None where that does not show.
         self._kinds: dict[str, type | None] = {}
@@ -246,28 +247,34 @@ class Source:
         except (OSError, SyntaxError, UnicodeDecodeError):
             return None
 
+    def scope(self, func: object) -> Scope | None:
+        """The names in a function of the app; None if its source is not to be found, such as a lambda's."""
+        inner = inner_function(func)
+        module = None if inner is None else self.module(inner.__module__)
+        if inner is None or module is None or inner.__code__.co_filename != module.file:
+            return None
+        found = module.functions.get(inner.__code__.co_firstlineno)
+        if found is None:
+            return None
+        node, name = found
+        bound = func.__self__ if isinstance(func, MethodType) else module.owner(name)
+        return Scope(module, node, inner, bound if bound is None or isinstance(bound, type) else type(bound))
+
     def blocking(self, func: Any) -> list[Call]:
         """The calls in an async function that block the event loop, also in the functions that it calls."""
         func = unwrap(func)[0]
         return list(self._blocking(func, _DEEPEST, set())) if is_async(func) else []
 
-    def _blocking(self, func: Any, deep: int, seen: set[FunctionType]) -> Iterator[Call]:
-        bound = func.__self__ if type(func) is MethodType else None
-        func = inner_function(func)
-        module = None if func is None else self.module(func.__module__)
-        if func is None or module is None or func in seen or func.__code__.co_filename != module.file:
+    def _blocking(self, func: Any, deep: int, seen: set[FunctionType | None]) -> Iterator[Call]:
+        scope = self.scope(func)
+        if scope is None or scope.func in seen:
             return
-        seen.add(func)
-        found = module.functions.get(func.__code__.co_firstlineno)
-        if found is None:  # a lambda
-            return
-        node, name = found
-        owner = module.owner(name) if bound is None else bound if isinstance(bound, type) else type(bound)
-        scope = Scope(module, node, func, owner)
-        for call in _own_calls(node):
+        seen.add(scope.func)
+        for call in _own_calls(scope.node):
             remedy = scope.remedy(call)
             if remedy is not None:
-                yield Call(module.file, call.lineno, f"{scope.dotted(call.func) or ast.unparse(call.func)}()", remedy)
+                name = scope.dotted(call.func) or ast.unparse(call.func)
+                yield Call(scope.module.file, call.lineno, f"{name}()", remedy)
             elif deep:
                 for inner in self._blocking(scope.value(call.func), deep - 1, seen):
                     yield Call(inner.file, inner.line, f"{inner.what} in {ast.unparse(call.func)}()", inner.remedy)

@@ -9,7 +9,7 @@ from typing import Any
 
 from .._core.dependencies import yields
 from ..hazards._arguments import kind_of_class
-from ._source import Scope, Source, inner_function
+from ._source import Scope, Source
 
 #: Methods whose contexts commit at their end: of engines, sessions, connections of asyncpg, pools of psycopg.
 _COMMITTING = {"begin", "transaction", "connection"}
@@ -32,15 +32,11 @@ class Ending:
 
 def ending(source: Source, dependency: object) -> Ending | None:
     """How the transaction of a dependency ends; None if it has none, or its source does not show it."""
-    func = inner_function(dependency)
-    module = None if func is None or not yields(func) else source.module(func.__module__)
-    found = None if func is None or module is None else module.functions.get(func.__code__.co_firstlineno)
-    if func is None or module is None or found is None:
+    scope = source.scope(dependency)
+    if scope is None or not yields(scope.func):
         return None
-    node, owner = found
-    scope, after = Scope(module, node, func, module.owner(owner)), 0
-    sessions = list[int]()
-    for each, contexts in _inside(node, ()):
+    file, after, sessions = scope.module.file, 0, list[int]()
+    for each, contexts in _inside(scope.node, ()):
         if isinstance(each, (ast.Yield, ast.YieldFrom)):
             after = after or each.lineno
             for context in contexts:
@@ -48,21 +44,19 @@ def ending(source: Source, dependency: object) -> Ending | None:
                     getattr(context.func, "attr", None) in _COMMITTING
                     or scope.dotted(context.func) == "psycopg.connect"
                 ):
-                    return Ending(module.file, context.lineno, commits=True)
+                    return Ending(file, context.lineno, commits=True)
                 if _makes_session(scope, context):
                     sessions.append(context.lineno)
         elif after and isinstance(each, ast.Call) and getattr(each.func, "attr", None) == "commit":
-            return Ending(module.file, each.lineno, commits=True)
-    return Ending(module.file, sessions[0], commits=False) if sessions else None
+            return Ending(file, each.lineno, commits=True)
+    return Ending(file, sessions[0], commits=False) if sessions else None
 
 
 def commits_by_hand(source: Source, endpoint: object) -> bool:
     """Whether an endpoint calls `commit()` itself."""
-    func = inner_function(endpoint)
-    module = None if func is None else source.module(func.__module__)
-    found = None if func is None or module is None else module.functions.get(func.__code__.co_firstlineno)
-    calls = () if found is None else ast.walk(found[0])
-    return any(isinstance(each, ast.Call) and getattr(each.func, "attr", None) == "commit" for each in calls)
+    scope = source.scope(endpoint)
+    parts = () if scope is None else ast.walk(scope.node)
+    return any(isinstance(each, ast.Call) and getattr(each.func, "attr", None) == "commit" for each in parts)
 
 
 def late_dependencies(route: Any) -> Iterator[Any]:
