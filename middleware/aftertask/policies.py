@@ -206,7 +206,10 @@ class Policy:
         """Refuse what is no option, with a hint."""
         if values:
             raise TypeError(f"Policy takes keywords only, got {values[0]!r}; write Policy(timeout=…) and the like")
-        _refuse_unknown(named)
+        known = cls.__dataclass_fields__
+        for name in named:
+            if name not in known:
+                raise TypeError(f"unknown policy option {name!r}; {_SYNONYMS.get(name) or name_hint(name, known)}")
         return object.__new__(cls)
 
     def __post_init__(self) -> None:
@@ -254,24 +257,6 @@ class PolicyOptions(TypedDict, total=False):
     alert_after: int
     slow_after: float
     stuck_after: float
-
-
-def policy_from(keywords: Mapping[str, Any]) -> Policy:
-    """
-    A policy from the keywords of `@task` or `options`.
-
-    Raises:
-        TypeError: A keyword is unknown; the message suggests the closest one.
-    """
-    _refuse_unknown(keywords)
-    return Policy(**keywords)
-
-
-def _refuse_unknown(named: Mapping[str, object]) -> None:
-    known = PolicyOptions.__annotations__
-    for name in named:
-        if name not in known:
-            raise TypeError(f"unknown policy option {name!r}; {_SYNONYMS.get(name) or name_hint(name, known)}")
 
 
 class PolicyBook:

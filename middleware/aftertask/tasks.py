@@ -14,7 +14,7 @@ from types import CoroutineType, FunctionType, MethodType, ModuleType
 from typing import Any, ParamSpec, TypeVar, Unpack, cast, overload
 
 from .errors import NameClash
-from .policies import Policy, PolicyOptions, policy_from
+from .policies import Policy, PolicyOptions
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -80,7 +80,7 @@ def task(func: Any = None, /, **policy: Any) -> Any:
         raise TypeError(f"@task registers a function, got {func!r}; write @task(name={func!r})")
     if "key" in policy:
         raise TypeError("@task names every run of a task; key belongs to one call: use options(func, key=…)")
-    chosen = policy_from(policy)
+    chosen = Policy(**policy)
     if func is None:
         return functools.partial(_register, policy=chosen)
     return _register(func, policy=chosen, stacklevel=3)
@@ -155,7 +155,7 @@ def options(func: Callable[P, R], /, **policy: Unpack[PolicyOptions]) -> Callabl
         if name in policy:
             raise TypeError(f"options() sets the policy of one call; {name} belongs to the task: use @task({name}=…)")
     call = _Call(func)
-    call.policy = policy_from(policy)
+    call.policy = Policy(**policy)
     return call
 
 
