@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
+import pkgutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -281,10 +281,13 @@ def _module(thing: object) -> str:
         module = attribute(type(thing), "__module__")
     if not isinstance(module, str):
         return "builtins"
-    if module == "__main__":
-        spec = attribute(sys.modules.get("__main__"), "__spec__")
-        return spec.name if spec is not None and spec.name else "__main__"
-    return module
+    return _main_name() if module == "__main__" else module
+
+
+def _main_name() -> str:
+    """The name by which other processes can import the main module; `__main__` if it has none."""
+    spec = attribute(sys.modules.get("__main__"), "__spec__")
+    return spec.name if spec is not None and spec.name else "__main__"
 
 
 def find_function(task: str, code: str) -> Callable[..., object] | None:
@@ -293,36 +296,16 @@ def find_function(task: str, code: str) -> Callable[..., object] | None:
 
     None if neither is known here, or if it has to be bound to an object first.
     """
-    module_name, names = code, ""
-    while module_name:
-        module = _module_called(module_name)
-        if module is not None:
-            found: object = module
-            for name in names.split("."):
-                found = attribute(found, name)
-            if callable(found) and code_name(found) == code and not _takes_self(module, names):
-                return cast(Callable[..., object], found)
-            break
-        module_name, _, last = module_name.rpartition(".")
-        names = f"{last}.{names}" if names else last
+    place, _, name = code.rpartition(".")
+    if f"{place}.".startswith(f"{_main_name()}."):
+        place = f"__main__{place.removeprefix(_main_name())}"
+    try:
+        owner = pkgutil.resolve_name(place)
+    except Exception:  # there is none, or its module is broken: its tasks are unknown here
+        owner = None
+    found = attribute(owner, name)
+    takes_self = isinstance(owner, type) and isinstance(inspect.getattr_static(owner, name, None), FunctionType)
+    if callable(found) and code_name(found) == code and not takes_self:
+        return cast(Callable[..., object], found)
     entry = _registry.get(task)
     return None if entry is None else entry.function
-
-
-def _takes_self(module: ModuleType, names: str) -> bool:
-    """Whether a qualified name is that of a method, which needs an object."""
-    owner_names, _, name = names.rpartition(".")
-    owner: object = module
-    for each in owner_names.split(".") if owner_names else ():
-        owner = attribute(owner, each)
-    return isinstance(owner, type) and isinstance(inspect.getattr_static(owner, name, None), FunctionType)
-
-
-def _module_called(name: str) -> ModuleType | None:
-    main = sys.modules.get("__main__")
-    if getattr(getattr(main, "__spec__", None), "name", None) == name:
-        return main
-    try:
-        return sys.modules.get(name) or importlib.import_module(name)
-    except Exception:  # there is none, or it is broken: its tasks are unknown here
-        return None
