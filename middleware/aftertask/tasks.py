@@ -7,7 +7,7 @@ import inspect
 import pkgutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import CoroutineType, FunctionType, MethodType, ModuleType
@@ -131,12 +131,16 @@ def hidden_task(func: object) -> str | None:
     """The registered task that a closure without `functools.wraps` calls, as far as its variables show; else None."""
     if type(func) is not FunctionType or "<locals>" not in func.__qualname__ or registration(func) is not None:
         return None
-    try:
-        variables = inspect.getclosurevars(func).nonlocals.values()
-    except (TypeError, ValueError):  # a variable that has no value yet
-        return None
-    entries = [registration(value) for value in variables if callable(value)]
+    entries = [registration(value) for value in closure_of(func).values() if callable(value)]
     return next((entry.name for entry in entries if entry is not None), None)
+
+
+def closure_of(func: FunctionType) -> Mapping[str, object]:
+    """The variables that a function uses of those around it; empty if one of them has no value yet."""
+    try:
+        return inspect.getclosurevars(func).nonlocals
+    except ValueError:
+        return {}
 
 
 def options(func: Callable[P, R], /, **policy: Unpack[PolicyOptions]) -> Callable[P, R]:
@@ -206,7 +210,7 @@ def untraced(func: object) -> object:
         if type(func) is not FunctionType or not isinstance(func.__module__, str):
             break
         variable = _TRACERS.get(func.__module__.partition(".")[0])
-        inner = None if variable is None else inspect.getclosurevars(func).nonlocals.get(variable)
+        inner = None if variable is None else closure_of(func).get(variable)
         if inner is None:
             break
         func = inner

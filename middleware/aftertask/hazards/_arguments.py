@@ -27,7 +27,7 @@ from starlette.requests import Request
 from .._signatures import signature_of
 from .._versions import version_of
 from ..events import Scheduled, TaskRun
-from ..tasks import attribute, without_options
+from ..tasks import attribute, closure_of, without_options
 
 #: Called with the run, the kind, the argument's name if there is one, and the advice.
 Found = Callable[[TaskRun, str, str | None, str], object]
@@ -190,7 +190,7 @@ class Arguments:
             case "upload":
                 return _upload(value, run)
             case "database":
-                return _because(SESSION, "it is closed already") if _is_closed(value) else None
+                return _because(SESSION, why="it is closed already") if _is_closed(value) else None
             case kind:
                 return _large(value, kind)
 
@@ -210,7 +210,7 @@ class _Given:
         if isinstance(func, MethodType):
             self._held["self"] = func.__self__
         elif type(func) is FunctionType and "<locals>" in func.__qualname__:
-            self._held = _closure(func)
+            self._held = dict(islice(closure_of(func).items(), ELEMENTS))
 
     def items(self) -> Iterable[tuple[int | str, object]]:
         """Each value with its place: a number or a name."""
@@ -233,24 +233,17 @@ class _Given:
         return f"argument {place + 1}" if rest is None else f"*{rest}"
 
 
-def _closure(func: FunctionType) -> dict[str, object]:
-    """The variables of the functions around a nested function that it uses."""
-    try:
-        return dict(islice(inspect.getclosurevars(func).nonlocals.items(), ELEMENTS))
-    except ValueError:  # one of them is not assigned yet
-        return {}
-
-
 def _upload(value: object, run: TaskRun) -> Verdict:
     """An upload is closed after the tasks since FastAPI 0.118, and before the response until then."""
     file = attribute(value, "file")
     if attribute(value if file is None else file, "closed") is True:
-        return _because(UPLOAD, "it is closed already")
+        return _because(UPLOAD, why="it is closed already")
     scope = run.request.scope or {}
     is_fastapis = type(scope.get("route")).__module__.startswith("fastapi")
     if is_fastapis and "fastapi_inner_astack" not in scope:
         version = version_of("fastapi")
-        return _because(UPLOAD, f"FastAPI {version} closes it before the response; 0.118 and later do after the tasks")
+        why = f"FastAPI {version} closes it before the response; 0.118 and later do after the tasks"
+        return _because(UPLOAD, why=why)
     return None
 
 
@@ -272,19 +265,15 @@ def parts(value: object) -> list[object]:
     return list(held.values())[: 2 * ELEMENTS] if isinstance(held, dict) else []
 
 
-def _because(verdict: tuple[str, str], why: str) -> Verdict:
-    return verdict[0], verdict[1].format(why=why)
+def _because(verdict: tuple[str, str], **words: str) -> Verdict:
+    return verdict[0], verdict[1].format(**words)
 
 
 def _large(value: Any, kind: str) -> Verdict:
     if kind == "container":
         size = len(value)
-        return _because_large(f"{size:,} elements") if size >= MANY else None
+        return _because(LARGE_ARGUMENT, size=f"{size:,} elements") if size >= MANY else None
     size = value.nbytes if kind == "sized" else len(value)
     if not isinstance(size, int) or size < LARGE:
         return None
-    return _because_large(f"{size / 1e6:,.0f} MB")
-
-
-def _because_large(size: str) -> Verdict:
-    return LARGE_ARGUMENT[0], LARGE_ARGUMENT[1].format(size=size)
+    return _because(LARGE_ARGUMENT, size=f"{size / 1e6:,.0f} MB")
