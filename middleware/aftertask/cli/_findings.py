@@ -26,7 +26,7 @@ from ..settings import disabled
 from ..tasks import code_name, hidden_task, is_async, unwrap
 from ._source import Added, annotations_of, argument_kinds, inner_function, place_of
 from ._subject import Subject
-from ._transactions import commits_by_hand, ending, late_dependencies
+from ._transactions import commits_by_hand, dependencies_of, ending, late_dependencies
 
 Severity = Literal["note", "warning", "error"]
 
@@ -143,8 +143,8 @@ def _no_database(path: Path) -> str | None:
 
 
 def _of_websockets(subject: Subject) -> Iterator[Finding]:
-    for _, route in subject.routes:
-        if not isinstance(getattr(route, "route", route), WebSocketRoute) or not _takes_tasks(route):
+    for route in subject.routes:
+        if not _is_websocket(route) or not _takes_tasks(route):
             continue
         file, line = place_of(route.endpoint)
         if file is not None and not is_library_file(file):
@@ -155,15 +155,15 @@ def _of_websockets(subject: Subject) -> Iterator[Finding]:
             yield Finding("websocket", "error", message, remedy, file, line)
 
 
+def _is_websocket(route: object) -> bool:
+    return isinstance(getattr(route, "route", route), WebSocketRoute)
+
+
 def _takes_tasks(route: object) -> bool:
     """Whether FastAPI gives `BackgroundTasks` to the endpoint of a route or to one of its dependencies."""
-    waiting = [getattr(route, "dependant", None)]
-    while waiting:
-        dependant = waiting.pop()
-        if getattr(dependant, "background_tasks_param_name", None) is not None:
-            return True
-        waiting += getattr(dependant, "dependencies", ())
-    return False
+    dependant = getattr(route, "dependant", None)
+    every = (dependant, *dependencies_of(dependant))
+    return any(getattr(each, "background_tasks_param_name", None) is not None for each in every)
 
 
 def _unused_containers(subject: Subject) -> Iterator[Finding]:
@@ -179,10 +179,9 @@ def _of_dependencies(subject: Subject) -> Iterator[Finding]:
         return
     adding = {one.by for one in subject.added}
     endpoints: dict[object, list[str]] = {}
-    for _, route in subject.routes:
+    for route in subject.routes:
         endpoint = getattr(route, "endpoint", None)
-        is_plain = not isinstance(getattr(route, "route", route), WebSocketRoute)
-        if is_plain and (_takes_tasks(route) or inner_function(endpoint) in adding):
+        if not _is_websocket(route) and (_takes_tasks(route) or inner_function(endpoint) in adding):
             for dependency in late_dependencies(route):
                 if not commits_by_hand(subject.source, endpoint):
                     endpoints.setdefault(dependency, []).append(code_name(endpoint))
@@ -229,7 +228,7 @@ def _of_task(subject: Subject, name: str, func: object) -> Iterator[Finding]:
     if inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner):
         message = f"{name} is a generator function: as a task it does nothing"
         yield Finding("generator", "error", message, "loop over it in a function, and add that", *place)
-    elif any(getattr(route, "endpoint", None) is inner for _, route in subject.routes):
+    elif any(getattr(route, "endpoint", None) is inner for route in subject.routes):
         message = f"{name} is an endpoint and added as a task: its response is sent to no client"
         yield Finding("response_returned", "warning", message, "add the function that does the work", *place)
     for argument, kind in argument_kinds(inner).items():

@@ -89,13 +89,12 @@ class Subject:
         return [module for module in found if module is not None]
 
 
-def _routes(app: object, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Every route with its path, below mounts and inside of middleware too; prefixes included."""
+def _routes(app: object, depth: int = 0) -> Iterator[Any]:
+    """Every route, below mounts and inside of middleware too."""
     for route in with_included(routes_of(app)):
-        path = f"{prefix}{getattr(route, 'path', '') or ''}"
-        yield path, route
+        yield route
         if depth < 10:  # FastAPI wraps each route to give it its whole path
-            yield from _routes(getattr(route, "route", route), path, depth + 1)
+            yield from _routes(getattr(route, "route", route), depth + 1)
 
 
 def _layers(app: Any) -> Iterator[tuple[str, tuple[object, ...], dict[str, Any]]]:

@@ -59,14 +59,18 @@ def commits_by_hand(source: Source, endpoint: object) -> bool:
     return any(isinstance(each, ast.Call) and getattr(each.func, "attr", None) == "commit" for each in parts)
 
 
-def late_dependencies(route: Any) -> Iterator[Any]:
+def dependencies_of(dependant: object) -> Iterator[Any]:
+    """FastAPI's record of each dependency of an endpoint, and of each that these have."""
+    for each in getattr(dependant, "dependencies", ()):
+        yield each
+        yield from dependencies_of(each)
+
+
+def late_dependencies(route: object) -> Iterator[Any]:
     """The dependencies of a route that end after its tasks."""
-    waiting = list(getattr(getattr(route, "dependant", None), "dependencies", ()))
-    while waiting:
-        dependant = waiting.pop(0)
+    for dependant in dependencies_of(getattr(route, "dependant", None)):
         if getattr(dependant, "scope", None) != "function":
             yield dependant.call
-        waiting += dependant.dependencies
 
 
 def _inside(node: ast.AST, contexts: tuple[ast.Call, ...]) -> Iterator[tuple[ast.AST, tuple[ast.Call, ...]]]:
