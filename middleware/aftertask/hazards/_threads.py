@@ -34,7 +34,8 @@ class Threads:
         if now < self._look_at or now < self._report_at:
             return None
         self._look_at = now + LOOK_EVERY
-        holding = [run for run in list(in_flight) if _holds(run)]
+        # Those in a thread that sync endpoints share, as far as their state shows.
+        holding = [run for run in list(in_flight) if run.info.shares_threads and run.state == "running"]
         if len(holding) <= SHARE * limit:
             return None
         self._report_at = now + REPORT_EVERY
@@ -44,8 +45,3 @@ class Threads:
             f'endpoints, {most} of them this one: give it @task(executor="thread"), which has threads of its own '
             f"(Settings.thread_limit), or a limit"
         )
-
-
-def _holds(run: TaskRun) -> bool:
-    """Whether a run is in a thread that sync endpoints share, as far as its state shows."""
-    return run.info.shares_threads and run.state == "running"
