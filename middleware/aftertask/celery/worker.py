@@ -26,7 +26,7 @@ from .._text import error_type
 from ..errors import TaskTimeout
 from ..events import HazardFound, Signal, TaskEvent
 from ..hazards import Hazards, Hints
-from ..policies import PolicyBook, is_pattern
+from ..policies import PolicyBook
 from ..settings import Settings, disabled
 from ..signals import Logs, Metrics
 from ..signals.exposition import serve
@@ -113,17 +113,16 @@ class Worker:
         self._here: dict[tuple[str, int], tuple[Run, Token[TaskRun | None]]] = {}
         #: What this main process has received, while Celery knows it: when a process that was killed began its run.
         self._received: WeakValueDictionary[str, Request] = WeakValueDictionary()
+        book = PolicyBook(settings.policies)
         if observers is None:
-            names = [name for name in settings.policies if not is_pattern(name)]
             observers = [
                 WorkerTracing(settings.tracer_provider, trace=settings.trace),
-                Metrics(settings.registry, tasks=names, engine=ENGINE),
+                Metrics(settings.registry, tasks=book.named, engine=ENGINE),
                 Logs(success_log_rate=settings.success_log_rate),
             ]
         self._emit = Emitter([Hints(self._hazards), *observers, self._hazards], settings.redact)
         self._hazards.attach(self._emit)
         self._letters = Letters(app, system, self._emit)
-        book = PolicyBook(settings.policies)
         register(app, book, self._emit)
         self._runs = Runs(book, self._emit, system=system, executor=pool)
         for signal, receiver in (
