@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -90,27 +90,23 @@ class StoredRun:
     @classmethod
     def of(cls, row: Row) -> StoredRun:
         """A row of the journal."""
-        return cls(
-            **{name: row[name] for name in _AS_STORED},
-            state=READABLE_STATES.get(row["state"], row["state"]),
-            outcome=None if row["settled_at"] is None else row["state"],
-            attempt=row["attempts"],
-            timestamp=row["scheduled_at"],
-            started_timestamp=row["started_at"],
-            settled_timestamp=row["settled_at"],
-            progress=None if row["progress"] is None else Progress(*json.loads(row["progress"])),
-            result=None if row["result"] is None else json.loads(row["result"]),
-            durable=bool(row["durable"]),
-        )
+        otherwise: dict[str, Any] = {
+            "state": READABLE_STATES.get(row["state"], row["state"]),
+            "outcome": None if row["settled_at"] is None else row["state"],
+            "attempt": row["attempts"],
+            "timestamp": row["scheduled_at"],
+            "started_timestamp": row["started_at"],
+            "settled_timestamp": row["settled_at"],
+            "progress": None if row["progress"] is None else Progress(*json.loads(row["progress"])),
+            "result": None if row["result"] is None else json.loads(row["result"]),
+            "durable": bool(row["durable"]),
+        }
+        as_stored = {each.name: row[each.name] for each in fields(cls) if each.name not in otherwise}
+        return cls(**as_stored, **otherwise)
 
 
 #: States in the file as readers know them, where they differ.
 READABLE_STATES = {"accepted": "scheduled", "ready": "queued", "started": "running"}
-
-_AS_STORED = (
-    *("id", "task", "origin", "reason", "queue_wait_s", "duration_s", "http_method", "http_route", "request_id"),
-    *("trace_id", "error_type", "error_message", "stack", "key", "dead", "replay_of", "replayed_by", "recoveries"),
-)
 
 
 class RunStore(Protocol):
