@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
-from collections.abc import Awaitable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -43,15 +43,11 @@ def _run(route: Route, alert: Alert, future: Future[None]) -> None:
     try:
         result = route.channel(alert)
         if inspect.isawaitable(result):
-            asyncio.run(_within(route.timeout, result))
+            asyncio.run(asyncio.wait_for(result, route.timeout))
     except BaseException as error:  # SystemExit too: it ends this call only
         future.set_exception(error)
     else:
         future.set_result(None)
-
-
-async def _within(timeout: float, result: Awaitable[None]) -> None:
-    await asyncio.wait_for(result, timeout)
 
 
 def not_in_time(route: Route) -> TimeoutError:
