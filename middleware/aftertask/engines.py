@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from ._taskrun import TaskRun
 from .policies import Policy
@@ -66,6 +66,7 @@ class Risk:
         return f"{self.setting} is {self.value!r}: {self.advice}"
 
 
+@runtime_checkable
 class Engine(Protocol):
     """
     What `Settings(engines={name: engine})` takes; `@task(executor=name)` hands the runs of a task to it.

@@ -28,7 +28,6 @@ from .tasks import code_name, is_async
 N = TypeVar("N", int, float)
 
 PREFIX = "AFTERTASK_"
-_ENGINE = ("deadline", "on_unavailable", "encode", "submit", "health", "risks")
 CONTEXTS = ("request", "endpoint")
 RUN_AFTER = ("response", "request")
 _ON, _OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -125,7 +124,9 @@ class Settings:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        _path("metrics_path", self.metrics_path)
+        path = self.metrics_path
+        if path is not None and not (isinstance(path, str) and path.startswith("/") and len(path) > 1):
+            raise ValueError(f"Settings.metrics_path must be a path that begins with a slash, or None, got {path!r}")
         if not isinstance(self.registry, CollectorRegistry):
             raise TypeError(f"Settings.registry must be a prometheus_client.CollectorRegistry, got {self.registry!r}")
         if self.tracer_provider is not None and not hasattr(self.tracer_provider, "get_tracer"):
@@ -301,11 +302,6 @@ def _warn_unknown(name: str) -> None:
     warnings.warn(f"unknown environment variable {name}; {hint}", stacklevel=4)
 
 
-def _path(name: str, value: object) -> None:
-    if value is not None and not (isinstance(value, str) and value.startswith("/") and len(value) > 1):
-        raise ValueError(f"Settings.{name} must be a path that begins with a slash, or None, got {value!r}")
-
-
 def _number(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not holds(value)):
         raise ValueError(f"Settings.{name} must be {rule}, or None, got {value!r}{number_hint(value)}")
@@ -348,7 +344,7 @@ def _engines(engines: object) -> Mapping[str, Engine]:
     for name, engine in engines.items():
         if not isinstance(name, str) or not name or name in (*EXECUTORS, JOURNAL, LOCAL):
             raise ValueError(f"Settings.engines: {name!r} cannot be an engine's name; use another, such as 'celery'")
-        if not all(hasattr(engine, part) for part in _ENGINE):
+        if not isinstance(engine, Engine):
             raise TypeError(f"Settings.engines[{name!r}] must be an engine, such as CeleryEngine(app), got {engine!r}")
     return MappingProxyType(dict(engines))
 
