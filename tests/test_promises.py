@@ -181,7 +181,7 @@ def test_the_board_stays_small() -> None:
 
 def test_the_journal_stays_small() -> None:
     """What is reached; the goal is 1 200 lines."""
-    assert sum(map(lines, (PACKAGE / "journal").glob("*.py"))) <= 2_010
+    assert sum(map(lines, (PACKAGE / "journal").glob("*.py"))) <= 2_002
 
 
 def test_the_celery_part_stays_small() -> None:

@@ -98,22 +98,19 @@ def request_cancel(db: sqlite3.Connection, id: str, now: float) -> bool:
 
 def settle_worker(db: sqlite3.Connection, number: int, now: float) -> list[tuple[Settled, sqlite3.Row]]:
     """Settle every run of a worker that is gone, and forget the worker; each run with its row as it was."""
-    rows = {
-        row["id"]: row for row in db.execute("SELECT * FROM runs WHERE owner = ? AND settled_at IS NULL", (number,))
-    }
-    verdicts = settle(
-        Unsettled(row["id"], row["state"], bool(row["durable"]), bool(row["idempotent"]), row["recoveries"])
-        for row in rows.values()
-    )
-    for verdict in verdicts:
+    settled: list[tuple[Settled, sqlite3.Row]] = []
+    for row in db.execute("SELECT * FROM runs WHERE owner = ? AND settled_at IS NULL", (number,)).fetchall():
+        left = Unsettled(row["id"], row["state"], bool(row["durable"]), bool(row["idempotent"]), row["recoveries"])
+        verdict = settle(left)
         if verdict.action == "rerun":
             change: dict[str, Value] = {"state": "ready", "owner": None, "recoveries": verdict.run.recoveries}
             change["ready_at"] = now
         else:
             change = {"state": "lost", "reason": "crash", "dead": verdict.dead, "settled_at": now, "bad": 1}
-        update(db, verdict.run.id, number, change)
+        update(db, row["id"], number, change)
+        settled.append((verdict, row))
     db.execute("DELETE FROM workers WHERE number = ?", (number,))
-    return [(verdict, rows[verdict.run.id]) for verdict in verdicts]
+    return settled
 
 
 def forget_history(db: sqlite3.Connection, number: int | None, kept: Collection[str]) -> None:

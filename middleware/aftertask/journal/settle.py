@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -52,12 +51,8 @@ class Settled:
     dead: str | None = None
 
 
-def settle(runs: Iterable[Unsettled], *, max_recoveries: int = MAX_RECOVERIES) -> list[Settled]:
-    """Decide about every unsettled run of a worker that is gone, each exactly once."""
-    return [_settle(run, max_recoveries) for run in runs]
-
-
-def _settle(run: Unsettled, max_recoveries: int) -> Settled:
+def settle(run: Unsettled, *, max_recoveries: int = MAX_RECOVERIES) -> Settled:
+    """Decide about an unsettled run of a worker that is gone."""
     if not run.durable:
         return Settled(run, "lost")
     if run.state == "ready":
