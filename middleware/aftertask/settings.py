@@ -19,8 +19,8 @@ from ._signatures import takes
 from ._taskrun import JOURNAL, LOCAL
 from ._text import default_redact, name_hint, number_hint
 from .alerts import Channel, Route
-from .alerts.checks import check_base_url, check_trace_url
 from .alerts.routing import routes, urls_in
+from .alerts.signal import check_base_url, check_trace_url
 from .engines import Engine
 from .policies import EXECUTORS, ON_FAILURE, TRACES, Limit, OnFailure, Policy, Trace, check_whole, is_pattern, one_of
 from .tasks import code_name, is_async

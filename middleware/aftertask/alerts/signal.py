@@ -16,7 +16,6 @@ from .._text import default_redact
 from ..events import Cancelled, RequestInfo, Signal, Slow, Stuck, Succeeded, TaskRun
 from ..policies import check_seconds, check_whole
 from .alert import Alert, Channel
-from .checks import check_base_url, check_trace_url
 from .delivery import AlertMetrics, Sender
 from .describe import BadEnd, Problem, common_cause, describe, describe_burst, group_key, severity
 from .queue import GroupKey, Timing
@@ -249,3 +248,20 @@ class Alerts(Signal):
 
         for sender in senders:
             sender.add(key, count, once, timestamp)
+
+
+def check_base_url(name: str, value: object) -> None:
+    """Require an HTTP URL or None. Raises TypeError or ValueError, which name the value."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name} must be a URL or None, got {value!r}")
+    if isinstance(value, str) and not value.startswith(("https://", "http://")):
+        raise ValueError(f"{name} must begin with https:// or http://, got {value!r}")
+
+
+def check_trace_url(name: str, value: object) -> None:
+    """Require an HTTP URL with the placeholder `{trace_id}`, or None, likewise."""
+    check_base_url(name, value)
+    if value is not None and "{trace_id}" not in str(value):
+        raise ValueError(
+            f"{name} must contain {{trace_id}}, such as https://tempo.example.org/trace/{{trace_id}}, got {value!r}"
+        )

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ._output import refusal
-from ._yaml import dump
+from ._output import dump, refusal
 
 Wanted = Annotated[bool, typer.Option("--kubernetes", help="As objects of Kubernetes instead of plain files.")]
 Name = Annotated[str, typer.Option("--name", help="With --kubernetes: the name, or how the names begin.")]

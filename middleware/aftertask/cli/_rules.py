@@ -12,8 +12,8 @@ from typing import Any, Literal
 import yaml
 
 from ..signals import families
+from ._output import dump
 from ._promql import check, select
-from ._yaml import dump
 
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _DURATION = re.compile(r"(?<=\[)(\d+)([smhd])(?=[\]:])")
