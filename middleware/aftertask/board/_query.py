@@ -16,12 +16,11 @@ from ..journal.letters import Match
 from ..journal.rows import Place
 from ..journal.settle import DEAD
 from ..policies import is_pattern
+from ..signals import families
 from ._entry import LONGEST_NAME, Entry
 
-IN_FLIGHT = ("scheduled", "queued", "running", "backoff")
-
 #: What `state` may be, besides nothing.
-STATES = ("in_flight", "bad", *IN_FLIGHT, *OUTCOMES)
+STATES = ("in_flight", "bad", *families.STATES, *OUTCOMES)
 #: At most this many dead letters are chosen one by one.
 MOST_CHOSEN = 200
 

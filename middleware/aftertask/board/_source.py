@@ -20,8 +20,9 @@ from ..journal.history import Db
 from ..journal.letters import Group
 from ..journal.rows import Place, count
 from ..journal.store import Journaling
+from ..signals import families
 from ._entry import Entry, entry_of_row, short
-from ._query import IN_FLIGHT, DeadQuery, RunQuery
+from ._query import DeadQuery, RunQuery
 from ._record import Record
 from ._tally import WIDTH, Tally, quantile
 
@@ -230,9 +231,9 @@ class Source:
 def _rows_of_page(db: Db, query: RunQuery, ids: Sequence[str]) -> tuple[Sequence[Row], Place | None]:
     """Runs in flight, those with these ids, and those that ended; and where the next page of these begins."""
     rows, place = list[Row](history.named(db, ids)), None
-    if query.place is None and query.state in ("", "in_flight", *IN_FLIGHT):
+    if query.place is None and query.state in ("", "in_flight", *families.STATES):
         rows += history.unended(db, _MOST_ELSEWHERE)
-    if query.state not in ("in_flight", *IN_FLIGHT):
+    if query.state not in ("in_flight", *families.STATES):
         ended, place = history.ended(
             db, task=query.task, state=query.state, text=query.q, before=query.place, most=query.limit
         )

@@ -6,9 +6,9 @@ import functools
 import json
 import sqlite3
 from collections.abc import Collection, Mapping, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
-from .settle import Settled, Unsettled, settle
+from .settle import Settled, State, Unsettled, settle
 
 #: Where a page begins: when the run before it had ended, in seconds since the Unix epoch, and its id.
 Place: TypeAlias = tuple[float, str]
@@ -16,7 +16,7 @@ Place: TypeAlias = tuple[float, str]
 #: A value that SQLite keeps.
 Value: TypeAlias = str | float | int | None
 
-UNENDED = ("scheduled", "accepted", "ready", "started")
+UNENDED: tuple[State, ...] = get_args(State)
 
 
 def upsert(db: sqlite3.Connection, row: Mapping[str, Value]) -> None:
