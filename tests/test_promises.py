@@ -174,14 +174,14 @@ def test_the_package_stays_small() -> None:
 def test_the_board_stays_small() -> None:
     """Its Python, its script and its style; what is reached, the goal is 1 200 lines of Python."""
     folder = PACKAGE / "board"
-    assert sum(map(lines, folder.rglob("*.py"))) <= 1_582
+    assert sum(map(lines, folder.rglob("*.py"))) <= 1_573
     assert lines(folder / "static" / "board.js") <= 300
     assert lines(folder / "static" / "board.css") <= 300
 
 
 def test_the_journal_stays_small() -> None:
     """What is reached; the goal is 1 200 lines."""
-    assert sum(map(lines, (PACKAGE / "journal").glob("*.py"))) <= 2_002
+    assert sum(map(lines, (PACKAGE / "journal").glob("*.py"))) <= 1_997
 
 
 def test_the_celery_part_stays_small() -> None:

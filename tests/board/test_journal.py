@@ -16,7 +16,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from starlette.testclient import TestClient
 
-from aftertask import Retry, current_run, note, options, progress, task
+from aftertask import Retry, current_run, get_run, note, options, progress, task
 from aftertask.journal import rows
 from aftertask.journal.file import connect
 from board.conftest import SAME, BoardFor, page
@@ -195,6 +195,7 @@ def test_the_journal_is_opened_by_the_first_look(board_for: BoardFor, path: Path
 
     client = board_for(works, journal=path)
     client.get("/")
+    assert client.portal is not None and client.portal.call(get_run, "none") is None  # what runs read is open now
     before = opened()
     client.get("/board/"), client.get("/board/runs")
     assert opened() == before + 1

@@ -6,14 +6,12 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Literal, TypeVar, cast
+from typing import Literal, cast
 
-import anyio.to_thread
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
@@ -32,7 +30,7 @@ from ..alerts import Route as Channel
 from ..errors import JournalError
 from ..journal.letters import LetterAction
 from ..journal.settle import DEAD
-from ..journal.store import Journaling
+from ..journal.store import Journaling, in_thread
 from ..middleware import Companion
 from ..settings import Settings
 from ..tasks import code_name
@@ -42,8 +40,6 @@ from ._query import STATES, DeadQuery, RunQuery, chosen, cursor, known, place_te
 from ._record import Record
 from ._render import TASK, plain, run_json, templates, whole_run_json
 from ._source import Source
-
-T = TypeVar("T")
 
 _STATIC = {"board.css": "text/css", "board.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _LONGEST_QUERY = 2_000
@@ -288,7 +284,7 @@ class Board(Companion):
         channel = next((each for each in self._channels() if each.name == name), None)
         if channel is None:
             raise HTTPException(404, "There is no such channel.")
-        (tested,) = await _in_thread(lambda: send_test([channel]))
+        (tested,) = await in_thread(lambda: send_test([channel]))
         self._tested[name] = tested, _clock.timestamp()
         return RedirectResponse(f"{visit.base}#channels", 303)
 
@@ -320,18 +316,13 @@ class Board(Companion):
         if len(ids) > 1:
             start_thread("board-letters", acting.run)
             return RedirectResponse(f"{visit.base}dead", 303)
-        await _in_thread(acting.run)
+        await in_thread(acting.run)
         if acting.error is not None:
             raise HTTPException(503, acting.error)
         notice = "gone" if not acting.done else "replayed" if action == "replay" else None
         return RedirectResponse(
             f"{visit.base}runs/{ids[0]}?notice={notice}" if ids and notice else f"{visit.base}dead", 303
         )
-
-
-async def _in_thread(call: Callable[[], T]) -> T:
-    """Not one of the pool that endpoints share: it may be full when this page is needed."""
-    return await anyio.to_thread.run_sync(call, limiter=anyio.CapacityLimiter(1))
 
 
 def _json(content: dict[str, object], status: int = 200) -> Response:

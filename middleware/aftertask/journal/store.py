@@ -30,26 +30,28 @@ T = TypeVar("T")
 _REOPEN = 5.0
 
 
-class Browsing:
-    """A connection for what people look at, made at the first look: a long one holds up no run."""
+class Reader:
+    """A connection that reads, in any thread; made at the first look."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._lock = path, threading.Lock()
         self._db: sqlite3.Connection | None = None
 
     def __call__(self, look: Callable[[sqlite3.Connection], T]) -> T:
-        """Read in this thread."""
-        with self._lock:
-            if self._db is None:
-                self._db = connect(self._path, readonly=True)
-            return look(self._db)
+        """Read in this thread; raises JournalError."""
+        try:
+            with self._lock:
+                if self._db is None:
+                    self._db = connect(self._path, readonly=True)
+                return look(self._db)
+        except sqlite3.Error as error:
+            raise JournalError(f"the journal {self._path} cannot be read: {error}") from error
 
     def close(self) -> None:
         """Close the connection."""
-        with self._lock:
+        with self._lock:  # a thread may be reading for a look that was cancelled: SQLite would crash
             if self._db is not None:
                 self._db.close()
-                self._db = None
 
 
 class Opened:
@@ -68,7 +70,8 @@ class Opened:
             except sqlite3.Error:  # the next one who tries, here or elsewhere, gets the same number
                 self.locks.release(self.number)
                 raise
-        self.reader, self.browsing = connect(path, readonly=True), Browsing(path)
+        # What people look at has a connection of its own: a long look holds up no run.
+        self.reader, self.browsing = Reader(path), Reader(path)
         self.writer = writer()
         self.janitor = Janitor(path, self.locks)
 
@@ -76,6 +79,7 @@ class Opened:
         """Write what waits; what is left belongs to the next worker."""
         self.janitor.close()
         self.writer.close(lambda db: rows.leave(db, self.number))
+        self.reader.close()
         self.browsing.close()
         self.locks.release(self.number)
 
@@ -110,7 +114,7 @@ class Store:
     def open(self) -> Opened:
         """The open file; raises JournalError if it cannot be opened, which is not tried at every call."""
         opened = self.opened
-        if opened is not None:  # without the lock: a thread that reads may hold it for long
+        if opened is not None:
             return opened
         with self._lock:
             if self._is_inherited:
@@ -134,9 +138,7 @@ class Store:
         opened = self.opened
         if opened is not None:
             opened.close()  # what it still writes has this worker's number
-            with self._lock:  # a thread may be reading for a look that was cancelled: SQLite would crash
-                opened.reader.close()
-                self.opened = None
+            self.opened = None
 
     def after_fork(self) -> None:
         """The child joins on its own, unless the file was open: SQLite cannot be used over a fork."""
@@ -163,27 +165,20 @@ class Store:
 
     async def browse(self, look: Callable[[sqlite3.Connection], T]) -> T:
         """Read for people, in a thread and over a connection of its own; raises JournalError."""
-
-        def browsed() -> T:
-            try:
-                return self.open().browsing(look)
-            except sqlite3.Error as error:
-                raise JournalError(f"the journal {self.path} cannot be read: {error}") from error
-
-        return await anyio.to_thread.run_sync(browsed, limiter=anyio.CapacityLimiter(1))
+        return await in_thread(lambda: self.open().browsing(look))
 
     async def read(self, look: Callable[[sqlite3.Connection], T]) -> T:
         """Read in a thread; raises JournalError."""
-        return await anyio.to_thread.run_sync(self.read_now, look, limiter=anyio.CapacityLimiter(1))
+        return await in_thread(lambda: self.read_now(look))
 
     def read_now(self, look: Callable[[sqlite3.Connection], T]) -> T:
         """Read in this thread; raises JournalError."""
-        reader = self.open().reader
-        try:
-            with self._lock:
-                return look(reader)
-        except sqlite3.Error as error:
-            raise JournalError(f"the journal {self.path} cannot be read: {error}") from error
+        return self.open().reader(look)
+
+
+async def in_thread(call: Callable[[], T]) -> T:
+    """Call in a thread that is none of the pool that endpoints share: it may be full when this is needed."""
+    return await anyio.to_thread.run_sync(call, limiter=anyio.CapacityLimiter(1))
 
 
 class Journaling(Signal):
