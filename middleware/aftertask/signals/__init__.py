@@ -3,48 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
-# Only the types of what `Settings` holds.
-from opentelemetry.trace import TracerProvider
-from prometheus_client import CollectorRegistry
-
-from ..alerts import Alerts, Channel, Route
+from ..alerts import Alerts
 from ..events import Signal
-from ..policies import Policy, Trace, is_pattern
+from ..policies import is_pattern
+from ..settings import Settings
 from ._filter import RunFilter
 from .logs import Logs
 from .metrics import Metrics
 from .tracing import Tracing, service_name
 
-__all__ = ["Logs", "Metrics", "RunFilter", "SignalSettings", "Tracing", "usual"]
+__all__ = ["Logs", "Metrics", "RunFilter", "Tracing", "usual"]
 
 
-class SignalSettings(Protocol):
-    """What `usual` reads: a part of `aftertask.Settings`, which documents each field."""
-
-    @property
-    def registry(self) -> CollectorRegistry: ...
-    @property
-    def policies(self) -> Mapping[str, Policy]: ...
-    @property
-    def tracer_provider(self) -> TracerProvider | None: ...
-    @property
-    def trace(self) -> Trace: ...
-    @property
-    def success_log_rate(self) -> float | None: ...
-    @property
-    def alerts(self) -> Sequence[Channel | Route | str]: ...
-    @property
-    def trace_url(self) -> str | None: ...
-    @property
-    def runbook_url(self) -> str | None: ...
-    @property
-    def redact(self) -> Callable[[str], str]: ...
-
-
-def usual(settings: SignalSettings) -> list[Signal]:
+def usual(settings: Settings) -> list[Signal]:
     """
     The signals an app has by default; add your own with `signals=[*usual(settings), mine]`.
 
