@@ -20,12 +20,11 @@ from typing_extensions import TypedDict  # pydantic accepts the standard library
 from ._signatures import annotations_of, signature_of
 from ._text import type_name
 from .errors import NotSerializable
-from .tasks import code_name
+from .tasks import code_name, flattened
 
 Func: TypeAlias = Callable[..., object]
 Fields: TypeAlias = dict[str, Any]
 Form: TypeAlias = TypeAdapter[Fields]
-Call: TypeAlias = tuple[Func, Sequence[object], Mapping[str, object]]
 
 # Bytes that are no UTF-8 would fail, and nan would become null.
 _CONFIG = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="strings", extra="forbid")
@@ -58,7 +57,7 @@ def encode(func: Func, args: Sequence[object], kwargs: Mapping[str, object], *, 
         NotSerializable: An argument would not come back as it is; the message names it. Or the text has more than
             `largest` bytes.
     """
-    func, args, kwargs = _flattened(func, args, kwargs)
+    func, args, kwargs = flattened(func, args, kwargs)  # only the function is found again by name
     signature, form = _form_of(func)
     try:
         given = signature.bind(*args, **kwargs).arguments
@@ -272,14 +271,6 @@ def _at_default(value: object) -> dict[object, object]:
             left_out = {field.name for field in dataclasses.fields(value) if not field.init}
     found = {key: True if key in left_out else _at_default(part) for key, part in parts}
     return {key: each for key, each in found.items() if each}
-
-
-def _flattened(func: Func, args: Sequence[object], kwargs: Mapping[str, object]) -> Call:
-    """A partial as its function with all its arguments: only the function is found again by name."""
-    while isinstance(func, functools.partial):
-        partial: functools.partial[object] = func
-        func, args, kwargs = partial.func, (*partial.args, *args), {**partial.keywords, **kwargs}
-    return func, args, kwargs
 
 
 @functools.lru_cache(_CACHED)

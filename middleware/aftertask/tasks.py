@@ -7,7 +7,7 @@ import inspect
 import pkgutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import CoroutineType, FunctionType, MethodType, ModuleType
@@ -223,6 +223,16 @@ def without_options(func: Any) -> Any:
     if isinstance(func, functools.partial):
         return functools.partial(without_options(func.func), *func.args, **func.keywords)
     return func
+
+
+def flattened(
+    func: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
+) -> tuple[Callable[..., object], Sequence[object], Mapping[str, object]]:
+    """A call of a partial as one of the function inside, with all its arguments."""
+    while isinstance(func, functools.partial):
+        partial: functools.partial[object] = func
+        func, args, kwargs = partial.func, (*partial.args, *args), {**partial.keywords, **kwargs}
+    return func, args, kwargs
 
 
 def registration(func: object) -> Registered | None:

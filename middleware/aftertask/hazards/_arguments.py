@@ -27,12 +27,12 @@ from starlette.requests import Request
 from .._signatures import signature_of
 from .._versions import version_of
 from ..events import Scheduled, TaskRun
-from ..tasks import attribute, closure_of, without_options
+from ..tasks import attribute, closure_of, flattened, without_options
 
 #: Called with the run, the kind, the argument's name if there is one, and the advice.
 Found = Callable[[TaskRun, str, str | None, str], object]
 
-#: At most this many elements of a container, parts of an object, or layers of `functools.partial` are looked at.
+#: At most this many elements of a container, or parts of an object, are looked at.
 ELEMENTS = 10
 
 #: Bytes or characters, and elements, above which an argument is worth a word: it stays in memory until the run ends.
@@ -199,13 +199,8 @@ class _Given:
     """What a task's function is called with, through `functools.partial`, `options`, methods and closures."""
 
     def __init__(self, task: BackgroundTask) -> None:
-        func: Any = without_options(task.func)
-        args, kwargs = tuple(task.args), dict(task.kwargs)
-        for _ in range(ELEMENTS):
-            if not isinstance(func, functools.partial):
-                break
-            args, kwargs, func = (*func.args, *args), {**func.keywords, **kwargs}, func.func
-        self._func, self._args, self._kwargs = func, args, kwargs
+        func, self._args, self._kwargs = flattened(without_options(task.func), task.args, task.kwargs)
+        self._func = func
         self._held: dict[str, object] = {}
         if isinstance(func, MethodType):
             self._held["self"] = func.__self__
