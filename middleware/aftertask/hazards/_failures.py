@@ -26,7 +26,6 @@ _CLOSED: tuple[tuple[str, str, frozenset[str]], ...] = (
     (r"starlette\.websockets\.WebSocketDisconnect", r"", frozenset({"websocket"})),
     (r"RuntimeError", r"response already completed|No response returned", frozenset({"response", "request"})),
 )
-_KNOWN = tuple((re.compile(name), re.compile(text, re.IGNORECASE), kinds) for name, text, kinds in _CLOSED)
 
 #: What Python says of a call with a keyword that the function does not take.
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
@@ -44,8 +43,8 @@ def closed_kinds(error: BaseException) -> frozenset[str]:
         *(
             kinds
             for one in _chain(error)
-            for name, text, kinds in _KNOWN
-            if name.fullmatch(error_type(one)) and text.search(_message(one))
+            for name, text, kinds in _CLOSED
+            if re.fullmatch(name, error_type(one)) and re.search(text, _message(one), re.IGNORECASE)
         )
     )
 
