@@ -84,7 +84,7 @@ class Workers(Collector):
         if not _CAN_LOCK or self._own_lock is not None:
             return
         # No scrape may see the runs of the past both as a dead worker's and as settled.
-        with self._locked(fcntl.LOCK_EX):
+        with self._locked():
             pid = os.getpid()
             lock_file = self._lock_file(pid)
             if lock_file.exists():
@@ -100,7 +100,7 @@ class Workers(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """The sum over all workers."""
-        with self._locked(fcntl.LOCK_SH if _CAN_LOCK else None):
+        with self._locked(shared=True):
             dead = self._dead()
             unfinished = sum(map(self._unfinished, dead), Runs())
             ended = {file for file in self._path.glob("gauge_live*.db") if _pid(file) in dead}
@@ -118,7 +118,7 @@ class Workers(Collector):
         Where a pool replaces its processes all the time, their files would pile up. A worker with unfinished runs keeps
         its files, from which these are counted.
         """
-        with self._locked(fcntl.LOCK_EX if _CAN_LOCK else None):
+        with self._locked():
             for pid in self._dead():
                 if _is_running(pid) or self._unfinished(pid):
                     continue
@@ -169,11 +169,11 @@ class Workers(Collector):
         return self._path / f"aftertask_{pid}.lock"
 
     @contextmanager
-    def _locked(self, kind: int | None) -> Iterator[None]:
+    def _locked(self, *, shared: bool = False) -> Iterator[None]:
         """Lock the directory; the lock is the process's, so its threads exclude each other by a mutex."""
         with self._mutex, (self._path / "aftertask.lock").open("a+b") as file:
-            if kind is not None:
-                fcntl.lockf(file, kind)
+            if _CAN_LOCK:
+                fcntl.lockf(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
             yield
 
 
