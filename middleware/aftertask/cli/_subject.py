@@ -36,9 +36,8 @@ class Subject:
         mistake: Why the middleware refuses its arguments or the environment; None if it accepts them.
         settings: None if there is a mistake or no middleware.
         functions: Each task that is registered or added, by its name; not an endpoint that is only registered.
-        names: The names of all tasks that are found.
         built: The mistakes of all middlewares that were built, also of other apps in the module.
-        tasks: The same with those that `Settings.policies` names, sorted.
+        tasks: The names of all tasks that are found, or that `Settings.policies` names, sorted.
     """
 
     def __init__(self, app: object, workers: int, build: Callable[..., Settings]) -> None:
@@ -63,8 +62,7 @@ class Subject:
         self.functions: dict[str, Any] = {}
         for func in (*(one.func for one in self.added if one.func is not None), *registered):
             self.functions.setdefault(self.name(func), func)
-        self.names = {entry.name for entry in registered_tasks()} | set(self.functions)
-        self.tasks = sorted(self.names | set(self._book.named))
+        self.tasks = sorted({*(entry.name for entry in registered_tasks()), *self.functions, *self._book.named})
 
     def name(self, func: object) -> str:
         """A task's name."""
