@@ -1,8 +1,8 @@
 """
-The pytest plugin of aftertask: active only where a test requests one of its fixtures.
+The pytest plugin of aftertask, active only in tests that request one of its fixtures.
 
-pytest imports it in every project of the environment, before the project's own conftest: so it stands outside of the
-package, and imports nothing but pytest until a fixture is used.
+pytest imports it in every project of the environment, before the project's own conftest. So it is outside the package,
+and imports nothing but pytest until a fixture is used.
 """
 
 from __future__ import annotations

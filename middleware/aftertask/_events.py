@@ -78,7 +78,7 @@ class _Ending(_Event):
 
 @dataclass(slots=True)
 class _Harmless(_Ending):
-    """An end without fault of the task: a success, a shutdown, a deadline of its owner's, a hand-over to an engine."""
+    """An end that is not the task's fault: a success, a shutdown, its owner's deadline, a hand-over to an engine."""
 
     @property
     def bad(self) -> bool:
@@ -88,7 +88,7 @@ class _Harmless(_Ending):
 
 @dataclass(slots=True)
 class Scheduled(_Event):
-    """A run came into being."""
+    """A run was scheduled."""
 
 
 @dataclass(slots=True)
@@ -107,7 +107,7 @@ class Started(_Event):
 
 @dataclass(slots=True)
 class Retrying(_Event):
-    """An attempt raised; the next one follows after `delay_s` seconds."""
+    """An attempt raised; the next one starts after `delay_s` seconds."""
 
     attempt: int
     duration_s: float
@@ -124,7 +124,7 @@ class Succeeded(_Harmless):
     Attributes:
         attempt: Number of the last attempt.
         duration_s: Seconds the last attempt took.
-        result: What the function returned; None where the executor does not keep it.
+        result: What the function returned; None if the executor does not keep it.
     """
 
     attempt: int
@@ -155,7 +155,7 @@ class Failed(_Ending):
 
     @property
     def bad(self) -> bool:
-        """Whether the exception was not expected."""
+        """Whether the exception was unexpected."""
         return not self.expected
 
 
@@ -213,7 +213,7 @@ class Dropped(_Ending):
 
     @property
     def bad(self) -> bool:
-        """False for what a client can cause at will, and for what was cancelled or revoked on purpose."""
+        """False for reasons that a client can cause at will, and for runs that were cancelled or revoked on purpose."""
         return self.reason not in ("http_exception", "validation", "revoked", "cancel_run")
 
 
@@ -246,8 +246,8 @@ class Lost(_Ending):
     The run was accepted and will never run or finish.
 
     Attributes:
-        reason: `shutdown` if the process ends, else `crash`: it died, or no worker can run what it has left.
-        dead: Why a durable run is a dead letter now, as people read it; None if it is none.
+        reason: `shutdown` if the process ends; `crash` if it died, or if no worker can run what it left behind.
+        dead: Why a durable run is now a dead letter, for people to read; None if it is not one.
     """
 
     reason: str
@@ -263,7 +263,7 @@ class Offloaded(_Harmless):
 
     Attributes:
         engine: The engine's name.
-        queue: The queue it went to.
+        queue: The queue that the run went to.
         duration_s: Seconds the hand-over took.
     """
 
@@ -280,9 +280,9 @@ class OffloadFailed(_Event):
 
     Attributes:
         engine: The engine's name.
-        duration_s: Seconds after which that was certain.
+        duration_s: Seconds until the hand-over had failed.
         failure: The cause as redacted text.
-        falls_back: Whether the run executes here; else its attempt fails.
+        falls_back: Whether the run executes in this process; if not, its attempt fails.
     """
 
     engine: str
@@ -297,7 +297,7 @@ class _RunsLong(_Event):
     An attempt has been running for too long; emitted once per attempt.
 
     Attributes:
-        running_s: Seconds it had been running when that was noticed.
+        running_s: Seconds for which it had been running when this was noticed.
         limit_s: The limit in seconds.
         stack: Where the task was, redacted; None if that cannot be read.
     """
@@ -333,13 +333,13 @@ class AbandonedEnded(_Event):
 @dataclass(slots=True)
 class HazardFound(_Event):
     """
-    Something about this task makes background tasks fail; may be emitted from a watching thread.
+    A known mistake that makes background tasks fail was found; may be emitted from a watching thread.
 
     Attributes:
         kind: `closed_upload`, `blocked_loop`, …; all are in `docs/hazards.md`.
-        argument: Name of the argument at fault; None if it is not about an argument.
+        argument: Name of the argument at fault; None if no argument is.
         advice: What is wrong and what to do, in one sentence.
-        stack: Where the task was, redacted; None if that says nothing.
+        stack: Where the task was, redacted; None if a stack would say nothing.
     """
 
     kind: str
@@ -384,10 +384,10 @@ class LoopBlocked:
     Attributes:
         run: The run that blocked it; None if no background task is to blame.
         timestamp: When this report was made, in seconds since the Unix epoch.
-        blocked_s: Seconds without a response, so far if `over` is False.
+        blocked_s: Seconds without a response; if `over` is False, the seconds so far.
         where: The app's innermost line: `file:line in function`.
         stack: The stack of the loop's thread from the task's first frame on; redacted.
-        suppressed: Number of reports about the same task left out since the last one.
+        suppressed: Number of reports about the same task that were left out since the last one.
         over: Whether the loop responds again.
     """
 

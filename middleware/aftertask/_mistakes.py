@@ -1,4 +1,4 @@
-"""What an app's set-up gets wrong in silence: logged when its middleware is built, and listed by `aftertask check`."""
+"""Mistakes in an app's setup that would go unnoticed: logged when it is built, and listed by `aftertask check`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .tasks import Registered, attribute, code_name, registered_tasks, registrat
 @dataclass(frozen=True, slots=True)
 class Mistake:
     """
-    One thing that has no effect, or not the one that it seems to have.
+    One thing that has no effect, or not the effect that it seems to have.
 
     Attributes:
         kind: `task_on_endpoint`, `metrics_path_taken`, `ignored_variable`, `no_journal`, `unused_policy` or
             `limit_name`.
-        subject: The function, path, variable, task, pattern or name that it is about.
-        message, remedy: What is wrong and what to do, in words.
-        func: The function that it is about; None if it is about a setting.
+        subject: The function, path, variable, task, pattern or name at fault.
+        message, remedy: What is wrong, and what to do.
+        func: The function at fault; None if a setting is.
     """
 
     kind: str
@@ -38,12 +38,12 @@ class Mistake:
     func: object = None
 
 
-#: Where the mistakes go in place of the log, for a command that reports them in its own way.
+#: Where the mistakes go instead of the log, for a command that reports them in its own way.
 collected: ContextVar[list[Mistake] | None] = ContextVar("aftertask_mistakes", default=None)
 
 
 def log_mistakes(app: object, settings: Settings) -> None:
-    """Log each mistake in the set-up of an app as one warning."""
+    """Log each mistake in the setup of an app as one warning."""
     instead = collected.get()
     if instead is not None:
         instead.extend(mistakes(app, settings))
@@ -54,7 +54,7 @@ def log_mistakes(app: object, settings: Settings) -> None:
 
 
 def mistakes(app: object, settings: Settings) -> Iterator[Mistake]:
-    """Each mistake in the set-up of an app, its `@task`s and its settings."""
+    """Each mistake in the setup of an app, its `@task`s and its settings."""
     for endpoint in endpoints_of(app):
         if registration(endpoint) is not None:
             name = code_name(endpoint)
@@ -86,7 +86,7 @@ def _lost_results(settings: Settings) -> Iterator[Mistake]:
 
 
 def _refused_tasks(settings: Settings) -> Iterator[Mistake]:
-    """Not among `mistakes`: the command finds them among its tasks, as errors."""
+    """Durable tasks without a journal; not among `mistakes`, because the command finds them itself, as errors."""
     for entry, policy in _without_journal(settings):
         if policy.durable:
             message = f"{entry.name} is durable, so each request that adds it fails: there is no journal"

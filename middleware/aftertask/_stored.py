@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from ._taskrun import Progress, TaskRun, in_flight
 
-#: What `cancel_run` did; None where the run is unknown or has ended.
+#: What `cancel_run` did; None if the run is unknown or has ended.
 Cancellation: TypeAlias = Literal["dropped", "cancelled", "requested", "impossible"]
 
 
@@ -32,7 +32,7 @@ class Row(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredRun:
     """
-    A run in the journal: of any worker, also after its end and after the worker's.
+    A run in the journal, from any worker, even after the run or its worker has ended.
 
     Attributes:
         id, task, origin: As in `TaskRun`.
@@ -43,15 +43,15 @@ class StoredRun:
         timestamp, started_timestamp, settled_timestamp: When it was scheduled, when its first attempt started, when it
             ended, in seconds since the Unix epoch; None before that.
         queue_wait_s, duration_s: As in the events; None if unknown.
-        http_method, http_route, request_id, trace_id: Of the request that scheduled it; None if unknown.
+        http_method, http_route, request_id, trace_id: From the request that scheduled it; None if unknown.
         error_type, error_message, stack: The last error, redacted; None if there is none.
-        progress: What the task last reported with `progress()`; None if it did not.
-        result: What the function returned, as JSON values, if its policy says `keep_result`; else None.
+        progress: What the task last reported with `progress()`; None if it reported nothing.
+        result: What the function returned, as JSON values, if its policy has `keep_result`; otherwise None.
         durable: Whether it survives its process.
-        key: The key that `options(…, key=…)` gave; None if it did not.
-        dead: Why it is a dead letter; None if it is none.
-        replay_of, replayed_by: Ids of the dead letter that it replays, and of the run that replays it; None without.
-        recoveries: How often it was started again after its worker had died.
+        key: The key set by `options(…, key=…)`; None if none was set.
+        dead: Why it is a dead letter; None if it is not one.
+        replay_of, replayed_by: Id of the dead letter that it replays, and of the run that replays it; or None.
+        recoveries: How often it was started again because its worker had died.
     """
 
     id: str
@@ -110,21 +110,21 @@ READABLE_STATES = {"accepted": "scheduled", "ready": "queued", "started": "runni
 
 
 class RunStore(Protocol):
-    """Something that knows runs beyond those in flight here."""
+    """Something that can look up runs beyond those in flight in this process."""
 
     async def get_run(self, id: str) -> StoredRun | None: ...
     async def request_cancel(self, id: str) -> bool: ...
 
 
-#: The journals of this process; one that is not open knows no runs.
+#: The journals of this process; one that is not open finds no runs.
 stores: weakref.WeakSet[RunStore] = weakref.WeakSet()
 
 
 async def get_run(id: str) -> TaskRun | StoredRun | None:
     """
-    The run with this id: in flight in this process, or in a journal that is open here; None if it is unknown.
+    Return the run with this id, in flight in this process or in a journal that is open here; None if it is unknown.
 
-    Looks through all runs in flight; meant for a status page or an endpoint.
+    It searches all runs in flight, so it is meant for a status page or an endpoint.
 
     Raises:
         JournalError: The journal cannot be read.
@@ -144,9 +144,9 @@ async def cancel_run(id: str) -> Cancellation | None:
     Cancel a run; call it on the event loop that runs the app.
 
     Returns:
-        `dropped`: it had not started, and never will. `cancelled`: its coroutine was cancelled. `requested`: it belongs
-        to another worker, which does the same within seconds. `impossible`: a sync function is running, and a thread
-        or a worker process cannot be stopped. None: no run of this id is in flight.
+        `dropped`: the run had not started, and never will. `cancelled`: its coroutine was cancelled. `requested`: the
+        run belongs to another worker, which does the same within seconds. `impossible`: a sync function is running,
+        and neither a thread nor a worker process can be stopped. None: no run with this id is in flight.
     """
     found = _in_flight(id)
     if found is not None:

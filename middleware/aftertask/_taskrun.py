@@ -31,7 +31,7 @@ OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 #: The engine of runs that execute in the process of their app.
 LOCAL = "local"
 
-#: In the place of an engine: the journal, which a durable run goes back to.
+#: Used in place of an engine's name: the journal, which a durable run goes back to.
 JOURNAL = "journal"
 
 #: A wait for a thread shorter than this many seconds is the ordinary cost of handing a call over.
@@ -58,15 +58,15 @@ class SpanContext(Protocol):
 @dataclass(frozen=True, slots=True, eq=False)
 class TaskInfo:
     """
-    What signals may know about a task: its name and the observable part of the policy in force.
+    What signals can see of a task: its name and the observable part of the policy in force.
 
     Attributes:
         task: The task's name, the `task` label of every metric.
         code: The function as `module.qualname`, for `code.function.name`.
         registered: Whether `@task` or `Settings.policies` names the task; its metrics then exist from the start.
-        engine: Where its runs execute: `local`, or the name of an engine, in that engine's worker.
-        executor: Where the function runs: `inline` (on the event loop), `thread` or `process`; the name of an engine
-            if its runs are handed over.
+        engine: Where its runs execute: `local`, or in an engine's worker the engine's name.
+        executor: Where the function runs: `inline` (on the event loop), `thread` or `process`; if its runs are handed
+            over, the name of the engine.
         shares_threads: Whether it runs in the thread pool that sync endpoints use.
         owner: The team or person responsible; None if not set.
         expected: Exception classes that make a run failed but not bad.
@@ -74,7 +74,7 @@ class TaskInfo:
         timeout: Seconds per attempt; None means no timeout.
         max_attempts: Maximum number of attempts, at least 1.
         on_failure: What a failure does to the batch: `stop`, `continue` or `contain`.
-        priority: Smaller runs first.
+        priority: Smaller numbers run first.
         alert: Whether failures of the task are alerted.
         severity: Severity of its alerts; None means the default of the alert's kind.
         alert_after: Number of bad runs before the first alert, at least 1.
@@ -82,7 +82,7 @@ class TaskInfo:
         stuck_after: Seconds after which a running attempt is reported as stuck.
         durable: Whether the journal keeps the run beyond the process.
         idempotent: Whether a second execution does no harm.
-        keep_result: Whether the journal keeps what the function returns.
+        keep_result: Whether the journal keeps the function's return value.
     """
 
     task: str
@@ -135,7 +135,7 @@ class Progress:
 
 class RequestInfo:
     """
-    The request that scheduled a run: what all its runs have in common.
+    The request that scheduled a run, shared by all runs of that request.
 
     Attributes:
         http_method: `GET`, `POST`, …; None for a WebSocket.
@@ -145,10 +145,10 @@ class RequestInfo:
         span_context: The span current at that moment, set by `Tracing`; None without one.
         thread: Identity of the thread that runs the request's event loop.
         scope: The ASGI scope; None after the request.
-        dependencies: References to what FastAPI's dependencies gave, from the response until they have ended; by a
-            tuple that starts with the dependency and ends with its scope, which an old FastAPI leaves out. Empty
-            without injected `BackgroundTasks`.
-        notes: What `note()` attached to the request.
+        dependencies: References to the values that FastAPI's dependencies provided, from the response until they have
+            ended. A key is a tuple that starts with the dependency and ends with its scope, which an old FastAPI
+            leaves out. Empty without injected `BackgroundTasks`.
+        notes: The keys that `note()` attached to the request.
         redact: `Settings.redact`.
         app: Identifies the app whose middleware serves the request.
     """
@@ -171,7 +171,7 @@ class RequestInfo:
         return False
 
     def withdraw(self, run: TaskRun) -> bool:
-        """Drop a run that waits for its turn; False if it does not wait here."""
+        """Drop a run that is waiting for its turn; False if it is not waiting here."""
         return False
 
 
@@ -195,12 +195,12 @@ class TaskRun:
             the step has not been reached.
         queue_wait_s: Seconds from queued to the first attempt; None before it, and for a run with a parent.
         thread_s: Monotonic seconds at which a sync attempt began in its thread; None if unknown.
-        thread: Identity of that thread while the call runs; else None.
-        coroutine: The coroutine of the current attempt; its frame tells a blocked loop's stack which run it belongs to.
-        backing_off: Whether the run waits for its next attempt.
-        blocked_s: Seconds for which the run blocked the event loop, as far as that was noticed.
-        own_notes: What `note()` attached to this run alone.
-        progress: The last progress the task reported; None if none.
+        thread: Identity of that thread while the call runs; otherwise None.
+        coroutine: The coroutine of the current attempt; its frame shows which run a blocked loop's stack belongs to.
+        backing_off: Whether the run is waiting for its next attempt.
+        blocked_s: Seconds for which the run blocked the event loop, as far as this was noticed.
+        own_notes: The keys that `note()` attached to this run alone.
+        progress: The last progress that the task reported; None if it reported none.
         span_context: The span of the current attempt, set by `Tracing`; None without one.
     """
 
@@ -249,7 +249,7 @@ class TaskRun:
 
     @property
     def notes(self) -> dict[str, Note]:
-        """What `note()` attached to the run and to its request; redacted."""
+        """The keys that `note()` attached to the run and to its request; redacted."""
         return {**self.request.notes, **self.own_notes}
 
     @property
@@ -278,7 +278,7 @@ class TaskRun:
 
     @property
     def trace_ids(self) -> dict[str, str | None]:
-        """`trace_id` and `span_id` of the current attempt, else of the request, in hex; None without a span."""
+        """`trace_id` and `span_id` of the current attempt, or else of the request, in hex; None without a span."""
         span = self.span_context or self.request.span_context
         if span is None:
             return {"trace_id": None, "span_id": None}
@@ -290,14 +290,14 @@ class TaskRun:
         return running.get() is self
 
     def cancel_by_id(self) -> Literal["dropped", "cancelled", "impossible"]:
-        """Do what `cancel_run` asks for."""
+        """Cancel this run for `cancel_run`."""
         return "impossible"
 
     def __repr__(self) -> str:
         return f"<TaskRun {self.task} {self.id} {self.state}>"
 
 
-#: The innermost run that this code is part of. A leaked context may hold a finished one: `current_run()` looks.
+#: The innermost run that this code is part of. A leaked context may hold a finished one: `current_run()` checks that.
 running: ContextVar[TaskRun | None] = ContextVar("aftertask_run", default=None)
 
 #: Every run of this process that has not ended, in the order of scheduling.
@@ -313,22 +313,22 @@ def new_run_id(timestamp: float, random_bytes: Callable[[int], bytes] = os.urand
 
 
 def current_run() -> TaskRun | None:
-    """The run that this code is part of, also in a sync task's thread; None outside of a run."""
+    """The run that the calling code is part of, also in a sync task's thread; None outside a run."""
     run = running.get()
     return run if run is not None and run.outcome is None else None
 
 
 def progress(done: float, total: float | None = None, note: str | None = None) -> None:
     """
-    Report, from inside a task, how far it has come.
+    Report the progress of a task, from inside the task.
 
-    The last report appears in `current_run().progress`, in the log and in the shutdown report. Outside of a run, and in
-    a worker process, the call does nothing.
+    The last report appears in `current_run().progress`, in the log and in the shutdown report. Outside a run, and in a
+    worker process, the call does nothing.
 
     Args:
         done: Amount done, in any unit.
         total: Total amount in the same unit; None if unknown.
-        note: Short free text, cut to 200 characters. It is shown as it is: no secrets.
+        note: Short free text, cut to 200 characters. It is not redacted, so it must not contain secrets.
     """
     run = current_run()
     if run is not None:

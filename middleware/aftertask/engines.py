@@ -1,4 +1,4 @@
-"""What an engine is: a place on other machines where runs execute. `aftertask.celery.CeleryEngine` is one."""
+"""The protocol of engines, which execute runs on other machines; `aftertask.celery.CeleryEngine` is one."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Health:
     Whether an engine can take runs.
 
     Attributes:
-        ok: Whether it can: its broker answers, and so does at least one worker.
-        detail: That in one sentence, for people.
+        ok: Whether its broker responds, and at least one worker does, too.
+        detail: The same in one sentence, for people.
     """
 
     ok: bool
@@ -30,14 +30,14 @@ class Health:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handover:
     """
-    A run that is to be handed to an engine.
+    A run to be handed to an engine.
 
     Attributes:
         run: The run; its id stays the same on the engine.
         arguments: What `Engine.encode` returned.
         expires_s: Seconds within which the run must start; None means no deadline.
-        given_up: Set when its caller waits no longer, since the deadline has passed or the run was cancelled: an engine
-            that looks right before it sends does not send what has failed, or run, here.
+        given_up: Set when the caller no longer waits, because the deadline has passed or the run was cancelled. An
+            engine that checks it right before sending does not send a run that has already failed, or run, here.
     """
 
     run: TaskRun
@@ -49,12 +49,12 @@ class Handover:
 @dataclass(frozen=True, slots=True)
 class Risk:
     """
-    A setting of an engine that loses or repeats runs.
+    A setting of an engine that can lose or repeat runs.
 
     Attributes:
         setting: Its name.
         value: The value found.
-        advice: What it does, and what to do.
+        advice: Its effect, and what to do.
     """
 
     setting: str
@@ -69,10 +69,10 @@ class Risk:
 @runtime_checkable
 class Engine(Protocol):
     """
-    What `Settings(engines={name: engine})` takes; `@task(executor=name)` hands the runs of a task to it.
+    An engine for `Settings(engines={name: engine})`; `@task(executor=name)` hands the runs of a task to it.
 
     Attributes:
-        deadline: Seconds within which a run must be handed over; the run fails afterwards, or runs here.
+        deadline: Seconds within which a run must be handed over; after that the run fails, or runs in this process.
         on_unavailable: Whether a run that could not be handed over fails (`"raise"`) or runs here (`"local"`).
     """
 
@@ -85,22 +85,22 @@ class Engine(Protocol):
         self, task: str, function: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> object:
         """
-        The arguments as they will travel; called where the task is added, so it does no I/O.
+        Encode the arguments for sending; called where the task is added, so it must do no I/O.
 
         Raises:
-            NotSerializable: An argument would not arrive as it is.
+            NotSerializable: An argument would arrive changed.
         """
 
     def submit(self, handover: Handover) -> str:
         """
-        Hand a run over and return the queue it went to; called in a thread of its own, so it may block.
+        Hand a run over and return the queue that it went to; called in a separate thread, so it may block.
 
-        Any exception means that the run was not handed over. A call that returns after the deadline has handed over a
-        run that has failed, or run, here: the engine's side may then execute it a second time under the same id.
+        Any exception means that the run was not handed over. If a call returns after the deadline, its run has already
+        failed, or run, in this process; the engine's worker may then execute it a second time under the same id.
         """
 
     def health(self) -> Health:
-        """Whether runs can be handed over now; it may block for a few seconds, and does not raise."""
+        """Return whether runs can be handed over now; it may block for a few seconds, and must not raise."""
 
     def risks(self, policies: Mapping[str, Policy]) -> Iterable[Risk]:
-        """Settings that lose or repeat runs of the tasks with these policies; for `aftertask check`, so no I/O."""
+        """Settings that can lose or repeat runs of tasks with these policies; for `aftertask check`, without I/O."""

@@ -12,7 +12,7 @@ class NameClash(AftertaskError, ValueError):
 
 
 class RegistryClash(AftertaskError, ValueError):
-    """The Prometheus registry already holds a metric of the same name that is not aftertask's."""
+    """The Prometheus registry already has a metric with the same name that is not aftertask's."""
 
 
 class TaskTimeout(AftertaskError, TimeoutError):
@@ -38,11 +38,11 @@ class UnknownMessage(AftertaskError, ValueError):
 
 
 class UnknownExecutor(AftertaskError, ValueError):
-    """A task's `executor` is none of aftertask's and no engine of the app."""
+    """A task's `executor` is neither one of aftertask's nor an engine of the app."""
 
 
 class NotSerializable(AftertaskError, TypeError):
-    """A call has to leave the process, for a worker process or the journal, and a part of it cannot be serialized."""
+    """A call that must leave the process, for a worker process or the journal, has a part that cannot be serialized."""
 
     __module__ = "aftertask"
 
@@ -58,8 +58,8 @@ class DuplicateKey(AftertaskError, ValueError):
     A run with the same key has not ended yet, so this one was not accepted.
 
     Attributes:
-        key: The key that `options(…, key=…)` gave.
-        run_id: Id of the run that has it.
+        key: The key set by `options(…, key=…)`.
+        run_id: Id of the run that already has this key.
     """
 
     __module__ = "aftertask"

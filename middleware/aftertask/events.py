@@ -110,11 +110,11 @@ class Signal:
     `stuck`, `hazard_found`, `abandoned_ended` and the `loop_…` methods are called from other threads; all others run on
     the event loop, in the context of the run. Events that no signal wants are not built.
 
-    A plain function that takes every event is a signal, too.
+    A plain function that takes every event is also a signal.
     """
 
     def scheduled(self, event: Scheduled) -> None:
-        """A run came into being."""
+        """A run was scheduled."""
 
     def started(self, event: Started) -> None:
         """An attempt begins."""
@@ -171,10 +171,10 @@ class Signal:
         """A hazard was found."""
 
     def arrived(self, run: TaskRun) -> None:
-        """A run that was scheduled elsewhere goes on in this process."""
+        """A run that was scheduled elsewhere continues in this process."""
 
     def departed(self, run: TaskRun) -> None:
-        """A run leaves this process without having ended: it goes on where its engine decides."""
+        """A run leaves this process without having ended; it continues where its engine decides."""
 
     def open(self) -> None:
         """The app starts; called on its event loop, and only if the server runs the lifespan."""
@@ -189,13 +189,13 @@ class Signal:
         """A task was resolved for the first time, or is known by name before its first run."""
 
     def engine_known(self, name: str) -> None:
-        """There is an engine of this name."""
+        """An engine with this name exists."""
 
     def pool_known(self, pool: Pool, *, threads: bool) -> None:
         """A concurrency limiter exists, or, with `threads`, a thread pool; read it whenever metrics are collected."""
 
     def self_error(self, component: str) -> None:
-        """A part of aftertask raised, and the error was contained."""
+        """A component of aftertask raised, and the error was contained."""
 
     def loop_lag(self, seconds: float) -> None:
         """How late the event loop responded, a few times per second."""
@@ -207,7 +207,7 @@ class Signal:
         """The event loop was blocked; at most once per task and minute."""
 
     def same_provider(self, tracer: object) -> bool:
-        """Whether this OpenTelemetry tracer feeds the provider that this signal's own spans go to."""
+        """Whether this OpenTelemetry tracer uses the same provider as this signal's own spans."""
         return False
 
     async def admit(self, runs: Sequence[TaskRun]) -> None:

@@ -1,4 +1,4 @@
-"""`AftertaskMiddleware`: serves requests through the core, and answers `GET /metrics`."""
+"""`AftertaskMiddleware`: serves requests through the core, and responds to `GET /metrics`."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ _REFUSED = (
     'CONFIG_KWARGS = {{"lifespan": "on"}}\n'
 )
 
-#: The mistakes that were written to stderr: Starlette builds the middleware anew for each request.
+#: The mistakes already written to stderr: Starlette builds the middleware again for each request.
 _refused: set[str] = set()
 
 
 class Companion:
     """
-    Base class of an app that is mounted inside the observed one and shows what is observed, such as the board.
+    Base class of an app that is mounted inside the observed app and shows what is observed, such as the board.
 
     Attributes:
-        signal: Gets the events of the app from the start.
+        signal: Receives the events of the app from the start.
     """
 
     signal: Signal
 
     def attach(self, emit: Emitter, settings: Settings | None) -> None:
-        """The middleware has been built, with `signal` among its signals; called again if it is built anew."""
+        """Called when the middleware has been built with `signal` among its signals; again if it is built again."""
         raise NotImplementedError
 
 
@@ -55,22 +55,22 @@ class AftertaskMiddleware:
     """
     Observe every background task of an app: `app.add_middleware(AftertaskMiddleware)`.
 
-    Works in every FastAPI and Starlette app, on asyncio and trio; a plain ASGI app is wrapped:
-    `AftertaskMiddleware(app)`. With `AFTERTASK_DISABLED=1` in the environment it passes everything through and installs
-    nothing.
+    It works in every FastAPI and Starlette app, on asyncio and trio. Wrap a plain ASGI app instead:
+    `AftertaskMiddleware(app)`. With `AFTERTASK_DISABLED=1` in the environment, it passes everything through and
+    installs nothing.
 
     Args:
         app: The ASGI app inside.
-        settings: None means `Settings.from_env()`.
-        signals: What gets every event; None means `aftertask.signals.usual(settings)`, an empty list means nothing.
+        settings: The app's settings; None means `Settings.from_env()`.
+        signals: They receive every event; None means `aftertask.signals.usual(settings)`, an empty list means none.
 
     Raises:
         TypeError, ValueError: A setting or a signal is invalid; the message names it.
-        RegistryClash: The registry holds a metric under one of our names that is not ours.
+        RegistryClash: The registry already has a metric with one of aftertask's names.
     """
 
     def __new__(cls, *args: Any, **named: Any) -> AftertaskMiddleware:
-        """Refuse an unknown argument with a hint: settings are not passed one by one, nor by their place."""
+        """Refuse an unknown argument with a hint: settings are passed neither one by one nor by position."""
         unknown = [unknown_argument(name) for name in named if name not in ("app", "settings", "signals")]
         if len(args) > 1:
             unknown.append(f"write add_middleware(AftertaskMiddleware, settings=…), got {type(args[1]).__name__}")
@@ -192,7 +192,7 @@ def _journal(path: str | Path, signals: Iterable[object]) -> Journal:
 
 
 def _warn_if_twice(app: object) -> bool:
-    """Whether the middleware is already inside, and observes the tasks."""
+    """Whether another middleware is already inside, and observes the tasks."""
     inner: object = app
     for _ in range(100):
         if isinstance(inner, AftertaskMiddleware):

@@ -31,7 +31,7 @@ STUCK_AFTER = 1800.0
 
 
 def matches(error: BaseException, classes: tuple[type[Exception], ...]) -> bool:
-    """`isinstance`, also for an exception of a worker process that could not be rebuilt here."""
+    """Like `isinstance`, but also for an exception from a worker process that could not be rebuilt here."""
     if isinstance(error, ProcessTaskError):
         return any(type_name(kind) in error.type_names for kind in classes)
     return isinstance(error, classes)
@@ -54,11 +54,11 @@ class Retry:
         attempts: Maximum number of calls, including the first; at least 1.
         wait_initial: Upper bound of the first wait, in seconds.
         wait_max: Upper bound of any wait, in seconds.
-        on: Exception classes that are retried; a timeout raises `TaskTimeout`.
-        give_up_on: Exception classes that are not retried, even if `on` names one of their bases.
+        on: Exception classes to retry; a timeout raises `TaskTimeout`.
+        give_up_on: Exception classes not to retry, even if `on` has one of their base classes.
 
     Raises:
-        TypeError, ValueError: A value is not allowed.
+        TypeError, ValueError: A value is invalid.
 
     Source: M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
     """
@@ -70,7 +70,7 @@ class Retry:
     give_up_on: ExceptionClasses = ()
 
     def __new__(cls, *values: object, **named: object) -> Retry:
-        """Refuse what it does not take, with a hint."""
+        """Refuse an unknown argument, with a hint."""
         if values:
             raise TypeError(f"Retry takes keywords only, got {values[0]!r}; write Retry(attempts={values[0]!r})")
         for name in named:
@@ -101,16 +101,16 @@ class Limit:
     """
     A maximum number of runs at the same time, for one task or for several that share this object.
 
-    Runs wait in the order of their priority, then of their arrival. The limit holds within one process.
+    Waiting runs are ordered by priority, then by arrival. The limit holds within one process.
 
     Args:
         name: What it limits, such as `"smtp"`: the `limiter` label of its metrics.
         size: Maximum number of runs at the same time; at least 1.
-        max_waiting: Maximum number of accepted runs beyond those that may run; one more raises `QueueFull`.
-            None means `Settings.max_waiting`.
+        max_waiting: Maximum number of runs that may wait; one more raises `QueueFull`. None means
+            `Settings.max_waiting`.
 
     Raises:
-        TypeError, ValueError: A value is not allowed.
+        TypeError, ValueError: A value is invalid.
     """
 
     name: str
@@ -118,7 +118,7 @@ class Limit:
     max_waiting: int | None = None
 
     def __new__(cls, *values: object, **named: object) -> Limit:
-        """Refuse what is no name and size, with a hint."""
+        """Refuse anything but a name and a size, with a hint."""
         for name in named:
             if name not in cls.__dataclass_fields__:
                 raise TypeError(f"unknown argument {name!r} of Limit; {name_hint(name, cls.__dataclass_fields__)}")
@@ -147,24 +147,24 @@ class Policy:
         name: The task's name in every signal; by default `module.qualname`.
         owner: Responsible team or person, shown with the task's metrics and alerts.
         observe: False: no run, no metric, no log line, as if the middleware were absent.
-        expected: Exception classes that are a normal part of the task: its run is failed, but not bad.
+        expected: Exception classes that are a normal part of the task: such a run has failed, but is not bad.
         trace: `"child"` of the request's span, `"link"` (its own trace, linked to the request's), or `"none"`.
         timeout: Seconds per attempt, more than 0. An async attempt is cancelled; a sync one cannot be stopped and is
             abandoned: its thread continues.
-        retry: When and how often a failed attempt is followed by another.
+        retry: When and how often a failed attempt is repeated.
         limit: Maximum number of runs of this task at the same time, or a `Limit` that several tasks share.
-        priority: Smaller runs first, within a response and among the runs that wait for one limit; by default 0.
-        on_failure: What a failure does to the later runs of the batch: `"stop"` (as Starlette: they are skipped),
+        priority: Smaller numbers run first, within a response and among the runs that wait for one limit; by default 0.
+        on_failure: What a failure does to the later runs of the batch: `"stop"` (as in Starlette, they are skipped),
             `"continue"` (they run, then the error is raised), `"contain"` (they run, and nothing is raised).
-        expires: Seconds after scheduling within which the run must start; afterwards it is not started.
-        run_on_error: Run the task, after the error response, also if the handler that added it raised.
-        idempotent: Whether a second execution does no harm, also at the same time: an abandoned sync attempt is
-            retried, a durable run that its worker died with is run again.
+        expires: Seconds after scheduling within which the run must start; after that it is no longer started.
+        run_on_error: True: the task also runs, after the error response, if the handler that added it raised.
+        idempotent: Whether a second execution does no harm, even at the same time. If so, an abandoned sync attempt is
+            retried, and a durable run whose worker died during it runs again.
         durable: On disk before the response is sent; runs after the request, in another worker if this one dies.
-        key: For `options`: while a run with this key has not ended, a second one is rejected.
-        keep_result: Keep what the function returns for `get_run`: JSON of at most 16 384 bytes.
+        key: For `options` only: while a run with this key has not ended, a second one is rejected.
+        keep_result: True: the function's return value is kept for `get_run`, as JSON of at most 16 384 bytes.
         executor: `"thread"`: in aftertask's own threads (an async function with its own event loop). `"process"`: in a
-            worker process. `"auto"`: as Starlette does. Or the name of an engine in `Settings.engines`.
+            worker process. `"auto"`: as in Starlette. Or the name of an engine in `Settings.engines`.
         on_error: Called with the run and the exception when the run has failed or timed out; may be async.
         alert: False: failures of this task are not alerted.
         severity: Severity of its alerts: `"info"`, `"warning"` or `"critical"`.
@@ -175,7 +175,7 @@ class Policy:
 
     Raises:
         TypeError: A value has the wrong type.
-        ValueError: A value is not allowed.
+        ValueError: A value is invalid.
     """
 
     name: str | None = None
@@ -203,7 +203,7 @@ class Policy:
     stuck_after: float | None = None
 
     def __new__(cls, *values: object, **named: object) -> Policy:
-        """Refuse what is no option, with a hint."""
+        """Refuse an unknown option, with a hint."""
         if values:
             raise TypeError(f"Policy takes keywords only, got {values[0]!r}; write Policy(timeout=…) and the like")
         known = cls.__dataclass_fields__
@@ -227,7 +227,7 @@ class Policy:
         return {name: value for name, value in values.items() if value is not None}
 
     def over(self, base: Policy) -> Policy:
-        """This policy, completed by `base` where a field is None."""
+        """This policy, with the fields of `base` where its own are None."""
         return replace(base, **self.chosen())
 
 
@@ -316,7 +316,7 @@ def _check_flag(field: str, value: object) -> None:
 
 
 def check_seconds(field: str, value: object, *, zero: bool = False) -> None:
-    """Require a finite number of seconds, more than 0; `zero`: or 0. Raises TypeError or ValueError."""
+    """Require a finite number of seconds above 0, or with `zero` at least 0. Raises TypeError or ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{field} must be a number of seconds, got {value!r}{number_hint(value)}")
     if not (value > 0 or (zero and value == 0)) or not math.isfinite(value):
@@ -332,7 +332,7 @@ def check_whole(field: str, value: object, *, least: int | None = None, hint: st
 
 
 def one_of(allowed: tuple[str, ...], *, or_other: bool = False) -> Callable[[str, object], None]:
-    """A check that a value is one of these, or with `or_other` any name that is not nearly one of them."""
+    """A check that a value is one of these, or with `or_other` any name that is not a likely misspelling of one."""
 
     def check(field: str, value: object) -> None:
         if value not in allowed:

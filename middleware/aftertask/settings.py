@@ -50,41 +50,41 @@ class Settings:
         metrics_path: Path that answers `GET` and `HEAD` with the metrics, relative to the root path; None: no endpoint.
         registry: The Prometheus registry; by default prometheus-client's own.
         tracer_provider: Where spans go; None means the global provider, as soon as there is one.
-        trace: A task's span is a `"child"` of the request's span, a root with a `"link"` to it, or there is `"none"`.
-        context: What the tasks of a sync endpoint see of the context variables it set: only structlog's bound keys
+        trace: A task's span is a `"child"` of the request's span or a root with a `"link"` to it; `"none"`: no spans.
+        context: Which context variables set by a sync endpoint its tasks see: only structlog's bound keys
             (`"request"`), or all of them (`"endpoint"`).
-        on_failure: What a failure does to the later runs of the batch if the policy does not say: `"stop"`,
+        on_failure: What a failure does to the later runs of the batch if the task's policy does not set it: `"stop"`,
             `"continue"` or `"contain"` (see `Policy`).
-        run_after: When the tasks of a response start: `"response"`, as Starlette does, or `"request"`: when the whole
-            call of the app has returned, after the exit code of dependencies with `yield` (where a transaction is
-            committed); if that call raised, they are dropped with the reason `request_failed`.
+        run_after: When the tasks of a response start. `"response"`: as in Starlette. `"request"`: when the whole call
+            of the app has returned, after the exit code of dependencies with `yield` (where a transaction is
+            committed); if that call raised, the tasks are dropped with the reason `request_failed`.
         policies: Task name or pattern (`mail.*`, as `fnmatch`) to `Policy`; overrides what `@task` declares.
-        redact: Receives the text of an exception before any signal does, and returns what may be shown.
-        request_id: Finds the request's id in the ASGI scope; by default what an earlier middleware left in
+        redact: Called with the text of an exception before any signal sees it; returns the text to show.
+        request_id: Finds the request's id in the ASGI scope. By default it is what an earlier middleware left in
             `scope["state"]["request_id"]`, never a raw header.
         success_log_rate: Maximum number of `task.succeeded` log lines per second; None: no maximum.
         journal: Path of the SQLite file that keeps durable runs and the history of all runs, on a local disk; all
             workers of a machine share it. Needs the extra `aftertask[journal]`. None: no journal.
         run_ids_header: Name of a response header with the ids of the runs that the response carries; None: no header.
-        max_waiting: Maximum number of accepted runs beyond those that a limit lets run, where the `Limit` does not say;
-            one more raises `QueueFull`. None: no maximum.
+        max_waiting: Maximum number of runs that may wait for a limit, if its `Limit` does not set one; one more raises
+            `QueueFull`. None: no maximum.
         thread_limit: Maximum number of threads for tasks with `executor="thread"`, at least 1.
-        drain_timeout: Seconds that runs get to finish at shutdown; they then outlive the server's cancellation. None:
-            the server decides.
-        shutdown_report: Log at SIGTERM, SIGINT and the lifespan's shutdown, and every 5 s after, which runs hold the
-            shutdown up. Always done with a `drain_timeout`.
+        drain_timeout: Seconds that runs get to finish at shutdown; they outlive the server's cancellation for that
+            long. None: the server decides.
+        shutdown_report: Log at SIGTERM, SIGINT and the lifespan's shutdown, and every 5 s after, which runs hold up
+            the shutdown. Always done with a `drain_timeout`.
         block_threshold: Seconds without a response after which the event loop counts as blocked, at least 0.01; the run
-            that blocks it is then reported. None: blocked loops are not reported; the lag is still measured.
+            that blocks it is then reported. None: blocked loops are not reported, but the lag is still measured.
         exclude: Paths whose tasks are not observed: `/health`, `/internal/*`, `/items/{id}`.
         engines: Name to engine, such as `{"celery": CeleryEngine(app)}`; a task with that name as its `executor` is
             handed to it.
         alerts: Channels for alerts about failures: `Webhook`, `Apprise`, functions, URLs, or a `Route` around one of
             these.
         trace_url: Template of a link to a trace in alerts: `https://tempo.example.org/trace/{trace_id}`.
-        runbook_url: Where the pages of `dashboards/runbooks/` are served, for the link in alerts.
+        runbook_url: URL under which the pages of `dashboards/runbooks/` are served, for the link in alerts.
 
     Raises:
-        TypeError, ValueError: A value is not allowed; the message names it.
+        TypeError, ValueError: A value is invalid; the message names it.
     """
 
     metrics_path: str | None = "/metrics"
@@ -111,7 +111,7 @@ class Settings:
     trace_url: str | None = None
     runbook_url: str | None = None
 
-    #: Whether `from_env` made them.
+    #: Whether `from_env` created them.
     reads_environment: ClassVar[bool] = False
 
     def __new__(cls, *positional: object, **values: Any) -> Settings:
@@ -194,7 +194,7 @@ class Settings:
 
 
 def ignored_variables(settings: Settings) -> list[str]:
-    """The settings that a variable would change, and that explicit `Settings(…)` leave at their defaults."""
+    """The settings that a variable would change, but that an explicit `Settings(…)` leaves at the default."""
     if settings.reads_environment:
         return []
     default = Settings()

@@ -1,4 +1,4 @@
-"""`@task` and `options`: which functions are tasks, what they are called, and what was declared for them."""
+"""`@task` and `options`: which functions are tasks, their names, and the options declared for them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def registered_tasks() -> list[Registered]:
 
 @contextmanager
 def registrations_forgotten() -> Iterator[None]:
-    """Forget, at the end, what was registered inside; for tests that declare tasks of their own."""
+    """Forget, at the end, what was registered inside; for tests that declare their own tasks."""
     before = dict(_registry)
     try:
         yield
@@ -69,7 +69,7 @@ def task(func: Any = None, /, **policy: Any) -> Any:
     """
     Register a function as a task; the function itself is returned unchanged.
 
-    The metrics of a registered task exist from the start, at zero, so that `increase()` sees its first failure, and its
+    The metrics of a registered task exist from the start, at zero, so that `increase()` sees its first failure. Its
     name is never folded into `__other__`. The keywords are those of `Policy`.
 
     Raises:
@@ -111,7 +111,7 @@ def _register(func: F, *, policy: Policy, stacklevel: int = 2) -> F:
 
 
 def _warn_if_ignored(target: object, code: str, stacklevel: int) -> None:
-    """Warn about a use of `@task` that has no effect, or that ends the effect of another."""
+    """Warn about a use of `@task` that has no effect, or that cancels the effect of another."""
     if isinstance(target, functools.partial):
         warnings.warn(
             f"@task has no effect on a functools.partial of {code}, whose runs have the name and the policy of the "
@@ -128,7 +128,7 @@ def _warn_if_ignored(target: object, code: str, stacklevel: int) -> None:
 
 
 def hidden_task(func: object) -> str | None:
-    """The registered task that a closure without `functools.wraps` calls, as far as its variables show; else None."""
+    """The registered task that a closure without `functools.wraps` calls, if its variables show one; otherwise None."""
     if type(func) is not FunctionType or "<locals>" not in func.__qualname__ or registration(func) is not None:
         return None
     entries = [registration(value) for value in closure_of(func).values() if callable(value)]
@@ -145,10 +145,10 @@ def closure_of(func: FunctionType) -> Mapping[str, object]:
 
 def options(func: Callable[P, R], /, **policy: Unpack[PolicyOptions]) -> Callable[P, R]:
     """
-    The policy of one call: `tasks.add_task(options(send_mail, trace="link"), address)`.
+    Set the policy of one call: `tasks.add_task(options(send_mail, trace="link"), address)`.
 
-    The result can be called like `func`, without the middleware too. The keywords are those of `Policy`, without `name`
-    and `owner`, which belong to the task; they override every other source.
+    The result can be called like `func`, with or without the middleware. The keywords are those of `Policy` except
+    `name` and `owner`, which belong to the task. They override every other source.
 
     Raises:
         TypeError: A keyword is unknown, or is `name` or `owner`.
@@ -170,12 +170,12 @@ class _Call(functools.partial[Any]):
 
 
 def call_policy(func: object) -> Policy:
-    """What `options` set for this call; empty if it set nothing."""
+    """The policy that `options` set for this call; empty if it set nothing."""
     return unwrap(func)[1] or _EMPTY
 
 
 def is_async(func: object) -> bool:
-    """Whether a call returns an awaitable, decided as Starlette decides it."""
+    """Whether a call returns an awaitable, by the same rule as Starlette's."""
     while isinstance(func, functools.partial):
         func = func.func
     return inspect.iscoroutinefunction(func) or (callable(func) and inspect.iscoroutinefunction(type(func).__call__))
@@ -205,7 +205,7 @@ def unwrap(func: Any) -> tuple[Any, Policy | None]:
 
 
 def untraced(func: object) -> object:
-    """The user's function inside the closure of a known tracer; anything else as it is."""
+    """The user's function inside the closure of a known tracer; anything else unchanged."""
     for _ in range(_DEEPEST):
         if type(func) is not FunctionType or not isinstance(func.__module__, str):
             break
@@ -218,7 +218,7 @@ def untraced(func: object) -> object:
 
 
 def without_options(func: Any) -> Any:
-    """The function without what `options` and tracers put around it, also inside `functools.partial`."""
+    """The function without the wrappers of `options` and tracers, also inside `functools.partial`."""
     func = untraced(func)
     if isinstance(func, functools.partial):
         return functools.partial(without_options(func.func), *func.args, **func.keywords)
@@ -236,7 +236,7 @@ def flattened(
 
 
 def registration(func: object) -> Registered | None:
-    """What `@task` registered for this function, looked up through `__wrapped__`; None if it is not registered."""
+    """The registration of this function by `@task`, looked up through `__wrapped__`; None if there is none."""
     for _ in range(_DEEPEST):
         entry = attribute(func, _ATTRIBUTE)
         if isinstance(entry, Registered):
@@ -250,7 +250,7 @@ def registration(func: object) -> Registered | None:
 
 def code_name(func: object) -> str:
     """
-    A callable as `module.qualname`: a bound method by its class, a callable object by its own class.
+    Name a callable as `module.qualname`; a bound method is named with its class, a callable object after its class.
 
     Looked up through `functools.partial`, `options`, tracers and `__wrapped__`. Never a `repr`, never an exception.
     """
@@ -277,7 +277,7 @@ def attribute(thing: object, name: str) -> Any:
     """
     An attribute that really exists; None otherwise.
 
-    Mocks and remote proxies make up any attribute that is asked for, so a plain `getattr` proves nothing.
+    Mocks and remote proxies invent any attribute on access, so a plain `getattr` proves nothing.
     """
     try:
         if type(thing) is not MethodType:  # which passes on to its function
@@ -306,9 +306,9 @@ def _main_name() -> str:
 
 def find_function(task: str, code: str) -> Callable[..., object] | None:
     """
-    The function of a task that is known by name only: what `module.qualname` names, else what `@task` registered.
+    The function of a task that is known by name only: the one at `module.qualname`, or else the one that is registered.
 
-    None if neither is known here, or if it has to be bound to an object first.
+    None if neither is known here, or if the function must be bound to an object first.
     """
     place, _, name = code.rpartition(".")
     if f"{place}.".startswith(f"{_main_name()}."):

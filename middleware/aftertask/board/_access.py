@@ -1,4 +1,4 @@
-"""Who may see and do what: the rights of a request, where it comes from, and what every answer carries."""
+"""Who may see and do what: the rights of a request, its origin, and the headers of every response."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ HEADERS = {
 }
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
 _LOOPBACK_NAME = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?")
-#: The most bytes and fields of a form.
+#: Maximum number of bytes and of fields of a form.
 _LARGEST_FORM, _MOST_FIELDS = 65_536, 1_000
 
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """A request to the board: its rights, its path below the board's own, its query, and the state of what it shows."""
+    """A request to the board: its rights, its path below the board's own, its query, and the state of its page."""
 
     request: Request
     rights: frozenset[str]
@@ -49,25 +49,25 @@ class Visit:
 
     @property
     def base(self) -> str:
-        """The relative way from the path to the board's first page: links work behind any proxy."""
+        """The relative path to the board's first page, so that links work behind any proxy."""
         return "../" * (self.path.count("/") - 1) or "./"
 
     @property
     def user(self) -> str | None:
-        """Who is named in the log: by `authorize`, else by the app's authentication; None if unknown."""
+        """The user named in the log, by `authorize` or else by the app's authentication; None if unknown."""
         user = self.request.scope.get("user")
         named = getattr(self.request.state, "board_user", None) or getattr(user, "display_name", None)
         return None if named is None else str(named)[:200]
 
     def require_act(self, action: str, **about: str) -> None:
-        """Refuse an action, and log that, if it comes from another site, or the right to it is missing."""
+        """Refuse an action, and log that, if it comes from another site or the right `act` is missing."""
         reason = "no_right" if "act" not in self.rights else None if _is_same_origin(self.request) else "cross_site"
         if reason is not None:
             self.log_action(action, **about, reason=reason)
             raise HTTPException(403, "You may not do this: it needs the right to act, and to come from this page.")
 
     def log_action(self, action: str, *, reason: str | None = None, **about: Any) -> None:
-        """Log an action on something, or the reason for which it is refused."""
+        """Log an action, or the reason why it is refused."""
         log("info", "board.action", action=action, allowed=reason is None, user=self.user, reason=reason, **about)
 
     async def form(self) -> dict[str, list[str]]:
@@ -84,7 +84,7 @@ class Visit:
 
 
 def checked(granted: object) -> frozenset[str]:
-    """The rights that `authorize` has returned; raises what says why they are none."""
+    """The rights that `authorize` returned; raises an error that says why they are invalid."""
     granted = () if granted is None else granted
     if isinstance(granted, str) or not isinstance(granted, Collection):
         raise TypeError(f"Board.authorize must return a set of rights such as {{'view', 'act'}}, got {granted!r}")
@@ -94,7 +94,7 @@ def checked(granted: object) -> frozenset[str]:
 
 
 def _is_same_origin(request: Request) -> bool:
-    """Whether a POST comes from a page of this app: by Fetch Metadata, else by its origin."""
+    """Whether a POST comes from a page of this app, by Fetch Metadata or else by its origin."""
     site = request.headers.get("sec-fetch-site")
     if site is not None:
         return site == "same-origin"
@@ -103,7 +103,7 @@ def _is_same_origin(request: Request) -> bool:
 
 
 def loopback_only(request: Request) -> Collection[str]:
-    """All rights for a client on this machine, unless a proxy or the name of another site has led it here."""
+    """All rights for a client on this machine, unless it came through a proxy or under another host's name."""
     is_forwarded = any(name in request.headers for name in _FORWARDED)
     is_own_name = _LOOPBACK_NAME.fullmatch(request.headers.get("host", "")) is not None
     try:

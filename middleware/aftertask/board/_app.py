@@ -1,4 +1,4 @@
-"""`Board`: an ASGI app to mount; who may do what is decided here, for each route, before anything is read."""
+"""`Board`: an ASGI app to mount; it decides who may do what, for each route, before anything is read."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _LONGEST_QUERY = 2_000
 #: Seconds for which a rendered page is shared, and how many are.
 _FRESH, _MOST_RENDERED = 0.5, 32
 
-#: What an action has led to.
+#: The result of an action.
 NOTICES = {
     "dropped": "It had not started, and never will.",
     "cancelled": "It is cancelled: its coroutine has been asked to stop.",
@@ -67,17 +67,17 @@ class Board(Companion):
     """
     A live page about an app's background tasks: `app.mount("/aftertask", Board(authorize=…))`.
 
-    Mounted, it is behind the app's own session and authentication middleware. The app needs `AftertaskMiddleware`. The
-    board's own requests are not observed.
+    As a mounted app it is behind the app's own session and authentication middleware. The app needs
+    `AftertaskMiddleware`. The board's own requests are not observed.
 
     Args:
-        authorize: Returns the rights that a request has: `view`, `args` (a run's arguments) and `act` (actions); none
-            at all is a 403. It may return a response instead, or raise `HTTPException`. Sync or async; a sync function
-            is called on the event loop and must not block. `request.state.board_user` may name the user for the log.
+        authorize: Returns the rights of a request: `view`, `args` (a run's arguments) and `act` (actions); no rights at
+            all means 403. It may return a response instead, or raise `HTTPException`. It may be sync or async; a sync
+            function runs on the event loop and must not block. `request.state.board_user` names the user in the log.
         insecure: Grant everything to clients on this machine, and nothing to others; instead of `authorize`.
 
     Raises:
-        TypeError, ImportError: Neither or both are given, or `authorize` takes no request; Jinja2 is not installed.
+        TypeError: Neither or both are given, or `authorize` does not take the request.
     """
 
     def __init__(self, *, authorize: Authorize | None = None, insecure: bool = False) -> None:

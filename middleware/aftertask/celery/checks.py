@@ -1,4 +1,4 @@
-"""Settings of Celery that lose or repeat runs, found when a worker starts and by `aftertask check`, in words."""
+"""Settings of Celery that can lose or repeat runs, found when a worker starts and by `aftertask check`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ CONSUMER_TIMEOUT = 1800.0
 
 def risks(app: Celery, ours: Mapping[str, Policy], *, system: str, pool: str) -> Iterator[Risk]:
     """
-    What is wrong or risky with a worker's settings.
+    Return what is wrong or risky in a worker's settings.
 
     Args:
         app: The Celery app, with all its tasks.
-        ours: The policies of the tasks of `@task` that it executes.
+        ours: The policies of its tasks that are registered with `@task`.
         system: The broker, as `messaging.system`.
         pool: The worker's pool.
     """

@@ -26,7 +26,7 @@ GRACE = 10.0
 
 
 class Encoded(NamedTuple):
-    """The name that a worker knows a task by, its arguments as JSON, and the fingerprint of its parameters."""
+    """The task's name on the worker, its arguments as JSON, and the fingerprint of its parameters."""
 
     name: str
     arguments: dict[str, object]
@@ -39,15 +39,15 @@ class CeleryEngine:
 
     Args:
         app: The Celery app, with a broker.
-        queues: The queue of all runs, or by priority: `{0: "default", 10: "bulk"}` sends a run to the entry with the
-            largest key that is not above its priority. None means that Celery's own routing decides.
-        on_unavailable: What becomes of a run that could not be handed over: its attempt fails with `EngineUnavailable`
+        queues: The queue of all runs, or queues by priority: `{0: "default", 10: "bulk"}` sends a run to the entry with
+            the largest key that is not above its priority. None means that Celery's own routing decides.
+        on_unavailable: What happens to a run that could not be handed over: its attempt fails with `EngineUnavailable`
             (`"raise"`), or it runs in this process (`"local"`).
         deadline: Seconds within which a run must be handed over.
         tracer_provider: Where the PRODUCER spans go; None means the global provider.
 
     Raises:
-        TypeError, ValueError: An argument is not allowed.
+        TypeError, ValueError: An argument is invalid.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class CeleryEngine:
     def encode(
         self, task: str, function: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object]
     ) -> Encoded:
-        """What the message needs of a call: a policy may give the task another name than the worker knows."""
+        """The parts of a call that the message needs; a policy may give the task another name than the worker's."""
         found, _ = unwrap(function)
         entry = registration(found)
         if entry is None or inspect.ismethod(found):
@@ -93,7 +93,7 @@ class CeleryEngine:
         return Encoded(entry.name, arguments, fingerprint(found))
 
     def submit(self, handover: Handover) -> str:
-        """Send the message; returns its queue, or Celery's default queue if its routing decides."""
+        """Send the message and return its queue, or Celery's default queue if Celery's routing decides."""
         run = handover.run
         encoded = handover.arguments
         assert isinstance(encoded, Encoded)
@@ -138,7 +138,7 @@ class CeleryEngine:
         return queue or str(self._app.conf.task_default_queue)
 
     def health(self) -> Health:
-        """Whether the broker answers, and a worker answers through it (`app.control.ping`)."""
+        """Whether the broker responds, and a worker responds through it (`app.control.ping`)."""
         try:
             with connect(self._app, self._system, self.deadline) as connection:
                 names = [next(iter(each)) for each in self._app.control.ping(timeout=1.0, connection=connection)]
@@ -147,7 +147,7 @@ class CeleryEngine:
         return Health(ok=bool(names), detail=f"workers: {', '.join(sorted(names)) or 'none answers'}")
 
     def risks(self, policies: Mapping[str, Policy]) -> Iterator[Risk]:
-        """What `checks` finds, for the pool that Celery's settings name."""
+        """The findings of `checks`, for the pool in Celery's settings."""
         return risks(self._app, policies, system=self._system, pool=str(self._app.conf.worker_pool))
 
     def _queue(self, priority: int) -> str | None:
@@ -157,7 +157,7 @@ class CeleryEngine:
 
 
 def _is_rebuilt(value: object) -> bool:
-    """Whether JSON has a mapping, at any depth, that kombu decodes to something else (`kombu.utils.json`)."""
+    """Whether JSON has, at any depth, a mapping that kombu decodes into another type (`kombu.utils.json`)."""
     if isinstance(value, dict):
         return value.keys() == {"__type__", "__value__"} or any(map(_is_rebuilt, value.values()))
     return isinstance(value, list) and any(map(_is_rebuilt, value))

@@ -1,4 +1,4 @@
-"""`instrument_worker`: what a Celery worker executes, as the same spans, metrics and log lines as in a web process."""
+"""`instrument_worker`: gives a Celery worker the same spans, metrics and log lines as a web process."""
 
 from __future__ import annotations
 
@@ -57,18 +57,18 @@ def instrument_worker(
     metrics_address: str = "127.0.0.1",
 ) -> None:
     """
-    Observe every task of a Celery app, where it is sent and where it is executed; call it where the app is made.
+    Observe every task of a Celery app, where it is sent and where it is executed; call it where the app is created.
 
-    Set `PROMETHEUS_MULTIPROC_DIR` to an empty directory for a prefork worker, or a scrape sees none of its processes.
-    With `AFTERTASK_DISABLED=1` it does nothing; a second call for one process, too.
+    For a prefork worker, set `PROMETHEUS_MULTIPROC_DIR` to an empty directory; otherwise a scrape sees none of its
+    processes. With `AFTERTASK_DISABLED=1` the call does nothing, and so does a second call in one process.
 
     Args:
         app: The Celery app.
-        settings: None means `Settings.from_env()`. Used are `registry`, `tracer_provider`, `trace`, `redact`,
+        settings: None means `Settings.from_env()`. The worker uses `registry`, `tracer_provider`, `trace`, `redact`,
             `policies` and `success_log_rate`.
-        signals: What gets every event; None means spans, metrics and log lines.
+        signals: The signals that receive every event; None means spans, metrics and log lines.
         metrics_port: Port on which the worker's main process serves the metrics of all its processes; None: no port.
-        metrics_address: Address that it listens on.
+        metrics_address: Address on which that port is opened.
     """
     if disabled() or _instrumented:
         return

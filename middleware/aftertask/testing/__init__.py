@@ -1,4 +1,4 @@
-"""For the tests of apps that use aftertask: recorded events, waiting without sleeping, a clock that tests advance."""
+"""Helpers for tests of apps that use aftertask: a recorder that waits for events, and a clock that tests advance."""
 
 from __future__ import annotations
 

@@ -17,10 +17,10 @@ from .._core.loops import CallSoon, call_soon_from_any_thread
 
 class VirtualClock:
     """
-    A clock that stands still until a test advances it; aftertask reads it while the `with` block lasts.
+    A clock that stands still until a test advances it; aftertask reads it within the `with` block.
 
     Timeouts, back-offs and deadlines of policies are due when `advance` reaches them, on the event loop that waits for
-    them: first wait until they are set (`until_waiting`), then advance.
+    them. First wait until they are set (`until_waiting`), then advance.
 
     Args:
         timestamp: The start, in seconds since the Unix epoch.
@@ -40,7 +40,7 @@ class VirtualClock:
 
     def advance(self, seconds: float) -> None:
         """
-        Let time pass; what is due happens in order, on its event loop.
+        Let time pass; timers that are due fire in order, each on its event loop.
 
         Raises:
             ValueError: `seconds` is negative.

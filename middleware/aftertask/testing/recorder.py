@@ -23,7 +23,7 @@ class Recorder:
     """
     A signal that keeps every event and can wait until no run is in flight.
 
-    `AftertaskMiddleware(app, signals=[recorder])`, or beside the usual ones: `signals=[*usual(settings), recorder]`.
+    Use `AftertaskMiddleware(app, signals=[recorder])`, or add it to the usual signals: `[*usual(settings), recorder]`.
 
     Attributes:
         events: Every event so far, in order.
@@ -45,7 +45,7 @@ class Recorder:
             self._changed.notify_all()
 
     def of(self, kind: type[E], task: str | None = None) -> list[E]:
-        """The events of one kind; with `task` only those of tasks whose name is that or ends with `.{task}`."""
+        """The events of one kind; with `task`, only those of tasks with that name, or one that ends with `.{task}`."""
         with self._changed:
             return [event for event in self.events if isinstance(event, kind) and _is_named(event.run, task)]
 
@@ -55,10 +55,10 @@ class Recorder:
 
     def outcomes(self) -> list[tuple[str, str]]:
         """
-        Each ended run's task and its outcome, in the order in which they ended.
+        The task and the outcome of each ended run, in the order in which the runs ended.
 
-        A task that `@task` or `Settings.policies` names has its full name, such as `mail.welcome`, any other that of
-        its function alone.
+        If `@task` or `Settings.policies` names the task, it has its full name, such as `mail.welcome`; otherwise only
+        the name of its function.
         """
         with self._changed:
             ended = [event for event in self.events if isinstance(event, _ENDS)]
@@ -74,7 +74,7 @@ class Recorder:
         Block until every scheduled run has ended; call it from a thread that does not run the event loop.
 
         Raises:
-            TimeoutError: Some have not ended after `timeout` seconds; the message names them.
+            TimeoutError: Some runs have not ended after `timeout` seconds; the message names them.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: not self._in_flight, timeout):
@@ -113,13 +113,13 @@ def _is_named(run: TaskRun, task: str | None) -> bool:
 @contextlib.contextmanager
 def recorded(app: Starlette) -> Iterator[Recorder]:
     """
-    Replace the signals of an app's `AftertaskMiddleware` by a recorder, for a test of the app as it is.
+    Replace the signals of an app's `AftertaskMiddleware` with a recorder, to test the app as it is.
 
-    `with recorded(app) as events: TestClient(app).post(…)`. The app keeps its settings. Make the requests inside;
-    afterwards the app is as before.
+    `with recorded(app) as events: TestClient(app).post(…)`. The app keeps its settings. Make the requests inside the
+    `with` block; afterwards the app is as before.
 
     Raises:
-        TypeError: It is no Starlette or FastAPI app.
+        TypeError: It is not a Starlette or FastAPI app.
         ValueError: The app has no `AftertaskMiddleware`.
     """
     if not isinstance(app, Starlette):
