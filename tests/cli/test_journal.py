@@ -162,7 +162,7 @@ def test_a_letter_is_shown_with_arguments_and_stack(path: Path) -> None:
 
 def test_letters_are_replayed(path: Path) -> None:
     """One, some, or all that match; each becomes a new run with the same arguments."""
-    assert "1 of 1 dead letters are to be run again" in call(path, "dead", "replay", "run-6", "--yes").output
+    assert "1 of 1 dead letters will run again in a worker" in call(path, "dead", "replay", "run-6", "--yes").output
     options = ("--all", "--task", "mail", "--fingerprint", "print-OSError", "--per-second", "1000", "--yes")
     assert "2 of 2" in call(path, "dead", "replay", *options).output
     assert letters(path) == ["run-7", "run-5"]

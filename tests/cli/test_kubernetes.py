@@ -102,7 +102,7 @@ def test_names_namespace_and_labels_are_options(tmp_path: Path) -> None:
         (["--kubernetes", "--name", "My_Shop"], "--name must be up to 63 lower-case letters, digits and hyphens, got"),
         (["--kubernetes", "--name", ""], "--name must be up to 63 lower-case letters, digits and hyphens, got ''"),
         (["--kubernetes", "--namespace", "a.b"], "--namespace must be up to 63 lower-case letters"),
-        (["--kubernetes", "--label", "team"], "--label must be KEY=VALUE as Kubernetes takes it, such as"),
+        (["--kubernetes", "--label", "team"], "--label must be KEY=VALUE as in Kubernetes, such as"),
         (["--kubernetes", "--label", "team=a b"], "such as release=monitoring, got 'team=a b'"),
     ],
 )

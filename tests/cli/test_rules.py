@@ -497,6 +497,6 @@ def test_placeholder_addresses_are_one_warning(tmp_path: Path) -> None:
     (line,) = done.stderr.splitlines()
     assert "--runbook-url" in line and "--dashboard-url" in line and "placeholders" in line
     done = aftertask("rules", "export", tmp_path, "--runbook-url", "https://wiki.example.org")
-    assert "--runbook-url" not in done.stderr and "--dashboard-url (where Grafana is)" in done.stderr
+    assert "--runbook-url" not in done.stderr and "--dashboard-url (the URL of your Grafana)" in done.stderr
     given = ("--runbook-url", "https://wiki.example.org", "--dashboard-url", "https://grafana.example.org")
     assert aftertask("rules", "export", tmp_path, *given).stderr == ""

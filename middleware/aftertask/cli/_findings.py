@@ -31,7 +31,7 @@ from ._transactions import commits_by_hand, dependencies_of, ending, late_depend
 Severity = Literal["note", "warning", "error"]
 
 _READ = "read it in the endpoint (`data = await file.read()`) and pass the bytes; or update FastAPI to 0.118"
-_OPEN = "open a session inside the task, and pass ids in the place of rows"
+_OPEN = "open a session inside the task, and pass ids instead of rows"
 _TAKE = "take `tasks: BackgroundTasks` as the endpoint's parameter, or pass it to a response as `background=`"
 
 _SINCE = "from FastAPI 0.118 on"
@@ -62,7 +62,7 @@ class Finding:
 def findings(subject: Subject) -> list[Finding]:
     """Everything that is wrong or risky, each once."""
     if subject.mistake is not None:
-        return [Finding("settings", "error", subject.mistake, "correct it: until then the app answers no request")]
+        return [Finding("settings", "error", subject.mistake, "fix it: until then the app cannot serve requests")]
     found = [*_of_middleware(subject), *_of_app(subject), *_of_websockets(subject), *_unused_containers(subject)]
     found += _of_dependencies(subject)
     for name, func in sorted(subject.functions.items()):
@@ -84,8 +84,8 @@ def _of_middleware(subject: Subject) -> Iterator[Finding]:
         yield Finding(
             "middleware_order",
             "warning",
-            "OpenTelemetry's middleware is inside aftertask's, so a task's span is no child of the request's",
-            "add it after AftertaskMiddleware: what is added last is outermost",
+            "OpenTelemetry's middleware is inside aftertask's, so a task's span is not a child of the request's",
+            "add it after AftertaskMiddleware: the middleware added last is outermost",
         )
     if kinds.count("AftertaskMiddleware") > 1:
         message = "AftertaskMiddleware is added twice"
@@ -112,14 +112,14 @@ def _of_app(subject: Subject) -> Iterator[Finding]:
         yield Finding("journal_folder", "note", message, "create it where the app runs, on a local disk")
     elif journal is not None and (reason := _no_database(Path(journal))) is not None:
         message = f"Settings.journal {str(journal)!r} {reason}, so every request fails"
-        yield Finding("journal_file", "error", message, "name a file of its own, which aftertask creates")
+        yield Finding("journal_file", "error", message, "name a new file, which aftertask creates")
     for engine, risk in subject.risks():
         message = f"Settings.engines[{engine!r}]: {risk.setting} is {risk.value!r}"
         yield Finding("engine_setting", "warning", message, risk.advice)
     shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     if shared and not Path(shared).is_dir():
         message = (
-            f"PROMETHEUS_MULTIPROC_DIR={shared!r} is no directory on this machine, and without it every request fails"
+            f"PROMETHEUS_MULTIPROC_DIR={shared!r} is not a directory on this machine; without it every request fails"
         )
         yield Finding("multiproc_directory", "note", message, "create it where the app runs, before each start")
     if subject.workers > 1 and not shared:
@@ -196,7 +196,7 @@ def _of_dependencies(subject: Subject) -> Iterator[Finding]:
         if found.commits:
             message = (
                 f"{name} commits after the tasks of {whose} ({_SINCE}): they do not see what the request wrote, "
-                "they hold its connection, and a failing one rolls the request back although the client has its answer"
+                "they hold its connection, and a failure rolls the request back although the client has its response"
             )
         severity: Severity = "warning" if found.commits and is_at_least("fastapi", TASKS_COME_FIRST) else "note"
         yield Finding("runs_before_commit", severity, message, remedy(dependency), found.file, found.line)
@@ -214,7 +214,7 @@ def _of_task(subject: Subject, name: str, func: object) -> Iterator[Finding]:
         file, line = (None, None) if added is None else (added.file, added.line)
         remedy = f'options(…, timeout=…) here, or Settings(policies={{"{name}": Policy(timeout=…)}})'
         if is_opaque(inner):
-            message = f"{name} is a wrapper of a library; the function inside of it, its name and @task are not found"
+            message = f"{name} is a library's wrapper; the function inside it, its name and its @task are not found"
             advice = f"set its policy as Settings.policies[{name!r}], or wrap the function with functools.wraps"
             yield Finding("wrapped", "note", message, advice, file, line, name)
     place = (file, line, name)
@@ -233,12 +233,12 @@ def _of_task(subject: Subject, name: str, func: object) -> Iterator[Finding]:
         yield Finding("response_returned", "warning", message, "add the function that does the work", *place)
     for argument, kind in argument_kinds(inner).items():
         if kind in ("request", "websocket"):
-            message = f"{name} takes {argument!r}, a {kind}, which is over when it runs"
+            message = f"{name} takes {argument!r}, a {kind}, which has ended when the task runs"
             yield Finding("request_scoped", "warning", message, "pass what the task needs of it", *place)
     if policy.timeout is None:
-        message = f"{name} has no timeout: a run that hangs is reported as stuck, and never ended"
+        message = f"{name} has no timeout: a run that hangs is reported as stuck, but never stopped"
         if not is_async(inner):
-            remedy += "; a sync task past it is abandoned, its thread cannot be stopped"
+            remedy += "; a sync task past its timeout is abandoned, because its thread cannot be stopped"
         yield Finding("no_timeout", "note", message, remedy, *place)
 
 
@@ -281,7 +281,7 @@ def _exits_early(func: FunctionType, parameter: str) -> str | None:
         if call is None or not yields(call):
             continue
         if not is_at_least("fastapi", TASKS_COME_FIRST):
-            return f"{_fastapi()} leaves dependencies with yield before the response"
+            return f"{_fastapi()} exits dependencies with yield before the response"
         if getattr(depends, "scope", None) == "function":
             return 'its dependency has scope="function"'
     return None

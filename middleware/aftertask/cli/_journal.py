@@ -20,7 +20,7 @@ from ..journal.file import connect, require
 from ._output import refusal
 
 JournalPath = Annotated[
-    Path, typer.Option("--journal", envvar="AFTERTASK_JOURNAL", help="The file that Settings.journal names.")
+    Path, typer.Option("--journal", envvar="AFTERTASK_JOURNAL", help="The journal's file, as in Settings.journal.")
 ]
 
 

@@ -10,11 +10,11 @@ import typer
 
 from ._output import dump, refusal
 
-Wanted = Annotated[bool, typer.Option("--kubernetes", help="As objects of Kubernetes instead of plain files.")]
-Name = Annotated[str, typer.Option("--name", help="With --kubernetes: the name, or how the names begin.")]
-Namespace = Annotated[str, typer.Option("--namespace", help="With --kubernetes: the namespace; none: kubectl's.")]
+Wanted = Annotated[bool, typer.Option("--kubernetes", help="Write Kubernetes objects instead of plain files.")]
+Name = Annotated[str, typer.Option("--name", help="With --kubernetes: the name, or the prefix of the names.")]
+Namespace = Annotated[str, typer.Option("--namespace", help="With --kubernetes: the namespace; by default kubectl's.")]
 Labels = Annotated[
-    list[str] | None, typer.Option("--label", help="With --kubernetes: KEY=VALUE, for each object. May be repeated.")
+    list[str] | None, typer.Option("--label", help="With --kubernetes: a label KEY=VALUE. May be repeated.")
 ]
 
 _PART = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
@@ -42,7 +42,7 @@ def meta(
     for each in given or []:
         key, _, value = each.partition("=")
         if not _LABEL.fullmatch(each) or len(value) > 63 or len(key.rpartition("/")[2]) > 63:
-            raise refusal(f"--label must be KEY=VALUE as Kubernetes takes it, such as release=monitoring, got {each!r}")
+            raise refusal(f"--label must be KEY=VALUE as in Kubernetes, such as release=monitoring, got {each!r}")
         labels[key] = value
     return {"name": name, **({"namespace": namespace} if namespace else {}), "labels": labels}
 

@@ -12,7 +12,7 @@ from .runs import runs
 
 app = typer.Typer(
     name="aftertask",
-    help="What goes with aftertask beside the app: run it on a laptop, in CI, on a server.",
+    help="Check an app, export dashboards and alert rules, and look after the journal.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,6 +32,6 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="The version."),
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
-    """What goes with aftertask beside the app: run it on a laptop, in CI, on a server."""
+    """Check an app, export dashboards and alert rules, and look after the journal."""

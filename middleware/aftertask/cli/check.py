@@ -34,15 +34,15 @@ SEVERITIES = ("note", "warning", "error")
 
 
 def check(
-    app: Annotated[str, typer.Argument(metavar="MODULE:APP", help="As for uvicorn: main:app.")],
-    app_dir: Annotated[Path, typer.Option(help="Where the module is looked for.")] = Path(),
-    factory: Annotated[bool, typer.Option("--factory", help="APP is a function that makes the app.")] = False,
-    workers: Annotated[int | None, typer.Option(help="How many worker processes it will have.")] = None,
+    app: Annotated[str, typer.Argument(metavar="MODULE:APP", help="The app, as for uvicorn: main:app.")],
+    app_dir: Annotated[Path, typer.Option(help="Folder in which to look for the module.")] = Path(),
+    factory: Annotated[bool, typer.Option("--factory", help="APP is a function that returns the app.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Number of worker processes that will serve it.")] = None,
     fail_on: Annotated[
         str, typer.Option(help="The least severity that ends with code 1: note, warning, error.")
     ] = "warning",
-    as_json: Annotated[bool, typer.Option("--json", help="For a program to read.")] = False,
-    send_test_alert: Annotated[bool, typer.Option(help="Send a test alert to each channel, too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    send_test_alert: Annotated[bool, typer.Option(help="Also send a test alert to each channel.")] = False,
 ) -> None:
     """Import an app and print what is wrong or risky, its settings, and its tasks' policies; code 1 by --fail-on."""
     if fail_on not in SEVERITIES:
@@ -105,11 +105,11 @@ def _load(target: str, folder: Path, factory: bool) -> Any:
             raise refusal(f"the factory {target} failed: {_short_error(error, folder)}") from None
     elif inspect.isfunction(found) and not takes(found, 3, unknown=False):
         if takes(found, 0, unknown=False):
-            raise refusal(f"{target} is a function without arguments: if it makes the app, add --factory")
-        raise refusal(f"{target} is a function, but takes no scope, receive and send, so it is no ASGI app")
+            raise refusal(f"{target} is a function without arguments: if it returns the app, add --factory")
+        raise refusal(f"{target} is a function, but does not take scope, receive and send, so it is not an ASGI app")
     if not callable(found):
         raise refusal(
-            f"{target} is no ASGI app but a {type(found).__name__}; a function that makes one needs --factory"
+            f"{target} is of type {type(found).__name__}, not an ASGI app; a function that returns one needs --factory"
         )
     return found
 

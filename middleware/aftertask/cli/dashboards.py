@@ -19,13 +19,13 @@ app = typer.Typer(help="Dashboards for Grafana.", no_args_is_help=True)
 
 @app.command()
 def export(
-    folder_: Annotated[Path, typer.Argument(metavar="DIR", help="Where the files go; made if it is missing.")],
+    folder_: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the files; created if it does not exist.")],
     kubernetes: Wanted = False,
     name: Name = "aftertask",
     namespace: Namespace = "",
     label: Labels = None,
 ) -> None:
-    """Write the dashboards' JSON into a folder, for provisioning or for Grafana's import."""
+    """Write the dashboards as JSON into a folder, for Grafana's import or its provisioning."""
     about = meta(kubernetes, name, namespace, label, SIDECAR)
     boards = {path.name: path.read_text("utf-8") for path in sorted(folder().glob("*.json"))}
     if about is not None:

@@ -34,8 +34,8 @@ Fingerprint = Annotated[
     str | None, typer.Option("--fingerprint", help=f"Only letters with this error; {NO_ERROR}: without one.")
 ]
 Ids = Annotated[list[str] | None, typer.Argument(metavar="RUN…", help="Ids of runs.")]
-All = Annotated[bool, typer.Option("--all", help="All letters that match.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+All = Annotated[bool, typer.Option("--all", help="All letters that match the other options.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
 
 
 @app.command("list")
@@ -43,10 +43,10 @@ def list_(
     path: JournalPath,
     task: Task = None,
     reason: Reason = None,
-    each: Annotated[bool, typer.Option("--each", help="Every letter, not one line for those that are alike.")] = False,
-    as_lines: Annotated[bool, typer.Option("--json", help="Every letter as one JSON object per line.")] = False,
+    each: Annotated[bool, typer.Option("--each", help="One line per letter, not per group.")] = False,
+    as_lines: Annotated[bool, typer.Option("--json", help="Print every letter, as one JSON object per line.")] = False,
 ) -> None:
-    """List the dead letters, those with the same error in one line."""
+    """List the dead letters, grouped by task, reason and error."""
     match = Match(task, reason)
     with journal(path, readonly=True) as db:
         groups = letters.groups(db, match)
@@ -109,7 +109,7 @@ def replay(
     task: Task = None,
     reason: Reason = None,
     fingerprint: Fingerprint = None,
-    per_second: Annotated[float, typer.Option(min=0.01, help="At most this many per second.")] = letters.PER_SECOND,
+    per_second: Annotated[float, typer.Option(min=0.01, help="Maximum letters per second.")] = letters.PER_SECOND,
     yes: Yes = False,
 ) -> None:
     """
@@ -122,8 +122,8 @@ def replay(
         if chosen and not yes:
             typer.confirm(f"replay {_letters(len(chosen))}?", abort=True)
         done = _counted(letters.each(db, chosen, letters.replay, per_second), len(chosen), "Replaying")
-    others = "" if done == len(chosen) else "; the others are none any more, or a run with their key has not ended"
-    typer.echo(f"{done} of {len(chosen)} dead letters are to be run again{others}")
+    others = "" if done == len(chosen) else "; the others are gone, or a run with their key has not ended"
+    typer.echo(f"{done} of {len(chosen)} dead letters will run again in a worker{others}")
 
 
 @app.command()

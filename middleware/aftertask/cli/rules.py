@@ -28,23 +28,23 @@ _LIMITS = tuple(field.name for field in fields(Limits) if field.name != "objecti
 
 @app.command()
 def export(
-    folder_: Annotated[Path, typer.Argument(metavar="DIR", help="Where the files go; made if it is missing.")],
-    every: Annotated[bool, typer.Option("--all", help="Also the alerts that are not on by default.")] = False,
+    folder_: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the files; created if it does not exist.")],
+    every: Annotated[bool, typer.Option("--all", help="Also write the alerts that are not on by default.")] = False,
     selector: Annotated[str, typer.Option(help='Label matchers for each metric, such as job="api".')] = "",
     slo: Annotated[float, typer.Option(help="Share of runs that must not end badly, over 30 days.")] = 0.99,
     limit: Annotated[
-        list[str] | None, typer.Option(help=f"NAME=VALUE, for one of: {', '.join(_LIMITS)}. May be repeated.")
+        list[str] | None, typer.Option(help=f"Set a threshold, NAME=VALUE: {', '.join(_LIMITS)}. May be repeated.")
     ] = None,
     runbook_url: Annotated[
-        str, typer.Option(help="Where your people read the runbooks, which are written beside the rules.")
+        str, typer.Option(help="URL under which you serve the runbooks, which are written next to the rules.")
     ] = "runbooks",
-    dashboard_url: Annotated[str, typer.Option(help="Where Grafana is.")] = LOCAL_GRAFANA,
+    dashboard_url: Annotated[str, typer.Option(help="URL of your Grafana.")] = LOCAL_GRAFANA,
     kubernetes: Wanted = False,
     name: Name = "aftertask",
     namespace: Namespace = "",
     label: Labels = None,
 ) -> None:
-    """Write the rule files, and the runbooks that their alerts name, into a folder."""
+    """Write the rule files, and the runbooks that the alerts link to, into a folder."""
     about = meta(kubernetes, name, namespace, label, {})
     if selector and not _MATCHERS.fullmatch(selector):
         raise refusal(f'--selector must be label matchers without braces, such as job="api", got {selector!r}')
@@ -62,8 +62,8 @@ def export(
         every_group = [group for document in documents.values() for group in document["groups"]]
         write(folder_, {"aftertask-rules.yaml": prometheus_rule(about, every_group)})
     placeholders = {
-        "--runbook-url": "where your people read the runbooks" if runbook_url == "runbooks" else None,
-        "--dashboard-url": "where Grafana is" if dashboard_url == LOCAL_GRAFANA else None,
+        "--runbook-url": "the URL of your runbooks" if runbook_url == "runbooks" else None,
+        "--dashboard-url": "the URL of your Grafana" if dashboard_url == LOCAL_GRAFANA else None,
     }
     missing = [f"{option} ({what})" for option, what in placeholders.items() if what]
     if missing:

@@ -30,10 +30,10 @@ def runs(
     state: Annotated[
         str | None, typer.Option(help="Only runs in this state: scheduled, queued, running, backoff, or an outcome.")
     ] = None,
-    since: Annotated[str | None, typer.Option(help="Only runs of the last 90s, 15m, 2h or 7d.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most this many, the newest.")] = 50,
-    as_lines: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with new runs and changes.")] = False,
+    since: Annotated[str | None, typer.Option(help="Only runs of this period: 90s, 15m, 2h, 7d.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of runs; the newest are listed.")] = 50,
+    as_lines: Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep listing new runs and changes.")] = False,
 ) -> None:
     """List runs, the newest last, from a journal that workers may be using."""
     if state not in (None, *STATES, *OUTCOMES):
