@@ -27,7 +27,7 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
         ({"metric_path": "/m"}, TypeError, "did you mean 'metrics_path'"),
         ({"journals": "tasks.db"}, TypeError, "did you mean 'journal'"),
         ({"journal": 1}, TypeError, "Settings.journal must be the path of a file or None, got 1"),
-        ({"journal": ":memory:"}, ValueError, "Settings.journal is the path of a SQLite file on a local disk, no URL"),
+        ({"journal": ":memory:"}, ValueError, "Settings.journal must be the path of a SQLite file on a local disk"),
         ({"metrics_path": "metrics"}, ValueError, "begins with a slash, or None, got 'metrics'"),
         ({"metrics_path": "/"}, ValueError, "metrics_path"),
         ({"registry": None}, TypeError, "CollectorRegistry"),

@@ -58,8 +58,8 @@ def mistakes(app: object, settings: Settings) -> Iterator[Mistake]:
     for endpoint in endpoints_of(app):
         if registration(endpoint) is not None:
             name = code_name(endpoint)
-            message = f"{name} is an endpoint, which is no background task, so its @task does nothing"
-            remedy = "put @task on the function that is given to add_task()"
+            message = f"{name} is an endpoint and not a background task, so its @task does nothing"
+            remedy = "put @task on the function that is passed to add_task()"
             yield Mistake("task_on_endpoint", name, message, remedy, endpoint)
     path = settings.metrics_path
     if path is not None and serves(app, path):
@@ -71,7 +71,7 @@ def mistakes(app: object, settings: Settings) -> Iterator[Mistake]:
         yield Mistake("metrics_path_taken", path, message, remedy)
     for setting in ignored_variables(settings):
         variable = f"{PREFIX}{setting.upper()}"
-        message = f"{variable} is set, and explicit Settings(…) ignore the environment"
+        message = f"{variable} is set, but an explicit Settings(…) ignores the environment"
         remedy = f"write Settings.from_env(…), whose keywords override the variables, or {setting}=… in Settings"
         yield Mistake("ignored_variable", variable, message, remedy)
     yield from _lost_results(settings)
@@ -145,6 +145,6 @@ def _limits(settings: Settings) -> Iterator[Mistake]:
         if isinstance(limit, Limit) and limits.setdefault(limit.name, limit).size != limit.size:
             sizes = f"{limits[limit.name].size} and {limit.size}"
             message = (
-                f"two limits are named {limit.name!r} and have different sizes, {sizes}, so each counts for itself"
+                f"two limits are named {limit.name!r} and have different sizes, {sizes}, so each counts separately"
             )
             yield Mistake("limit_name", limit.name, message, "share one Limit object, or give each its own name")

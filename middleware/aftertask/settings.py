@@ -155,7 +155,7 @@ class Settings:
             raise TypeError(f"Settings.journal must be the path of a file or None, got {self.journal!r}")
         # A URL may hold a password; a Path made of one has lost a slash.
         if re.match(r"\s*[\w+.-]{2,}:/|file:|:memory:$", str(self.journal)):
-            raise ValueError("Settings.journal is the path of a SQLite file on a local disk, no URL and no :memory:")
+            raise ValueError("Settings.journal must be the path of a SQLite file on a local disk, no URL or :memory:")
         object.__setattr__(self, "policies", _policies(self.policies, has_journal=self.journal is not None))
         object.__setattr__(self, "engines", _engines(self.engines))
         object.__setattr__(self, "exclude", _exclude(self.exclude))

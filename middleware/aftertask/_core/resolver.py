@@ -250,7 +250,7 @@ class Resolver:
             return
         close = difflib.get_close_matches(name, [*EXECUTORS, *self._remotes], 1)
         hint = f"did you mean {close[0]!r}?" if close else f"add Settings(engines={{{name!r}: …}})"
-        raise UnknownExecutor(f"task {task} has executor={name!r}, which is no executor and no engine; {hint}")
+        raise UnknownExecutor(f"task {task} has executor={name!r}, which is neither an executor nor an engine; {hint}")
 
     def waiting_tasks(self) -> list[str]:
         """Tasks whose engine has just failed to take a run: durable runs of theirs wait."""

@@ -80,7 +80,7 @@ class Visit:
         try:
             return parse_qs(body.decode("ascii"), keep_blank_values=False, max_num_fields=_MOST_FIELDS)
         except ValueError:
-            raise HTTPException(400, "this is no form of the board's") from None
+            raise HTTPException(400, "this is not a form of the board") from None
 
 
 def checked(granted: object) -> frozenset[str]:

@@ -53,8 +53,8 @@ NOTICES = {
     "requested": "Another worker has it, and cancels it within seconds.",
     "impossible": "It cannot be cancelled: a sync function is running, and a thread or a process cannot be stopped.",
     "ended": "It had already ended.",
-    "replayed": "It will run again with its stored arguments, as a run of its own.",
-    "gone": "It is no dead letter any more: it was replayed or deleted meanwhile.",
+    "replayed": "It will run again with its stored arguments, as a new run.",
+    "gone": "It is no longer a dead letter: it was replayed or deleted in the meantime.",
 }
 
 _NOT_ATTACHED = (
@@ -233,7 +233,7 @@ class Board(Companion):
     async def _known(self, id: str) -> Entry:
         run = await self._source.run(id)
         if run is None:
-            raise HTTPException(404, "This run is not known, or no longer kept.")
+            raise HTTPException(404, "This run is unknown, or no longer kept.")
         return run
 
     async def _static(self, visit: Visit, name: str) -> Response:
@@ -302,7 +302,7 @@ class Board(Companion):
         """Replay or delete dead letters: one at once, several while the page shows how far it is."""
         visit.require_act(f"dead_{action}")
         if (journal := self._source.journal) is None:
-            raise HTTPException(404, "There is no journal, and so no dead letter.")
+            raise HTTPException(404, "There is no journal, so there are no dead letters.")
         asked = dict(visit.parameters)
         if asked.pop("all", None) is not None:
             ids = await self._source.dead_ids(DeadQuery.of(asked).match)

@@ -154,7 +154,7 @@ def _one_of(values: Collection[str]) -> Callable[[str, str], str]:
 def _given_by_us(pattern: str, what: str) -> Callable[[str, str], str]:
     def check(name: str, text: str) -> str:
         if text and not re.fullmatch(pattern, text):
-            raise HTTPException(400, f"{name} must be the {what} of an earlier answer, got {_shown(text)}")
+            raise HTTPException(400, f"{name} must be the {what} of an earlier response, got {_shown(text)}")
         return text
 
     return check

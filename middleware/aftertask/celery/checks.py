@@ -31,16 +31,16 @@ def risks(app: Celery, ours: Mapping[str, Policy], *, system: str, pool: str) ->
     for name, task in app.tasks.items():
         theirs = not name.startswith("celery.") and name not in ours
         if theirs and task.acks_late and not task.reject_on_worker_lost:
-            advice = "with acks_late alone a run whose process is killed is lost all the same: set both, or none"
+            advice = "with acks_late alone a run whose process is killed is lost all the same: set both or neither"
             yield Risk(f"{name}.reject_on_worker_lost", False, advice)
     longest_s = max(map(_longest, ours.values()), default=0.0)
     if system == "redis":
         visible_s = float(options.get("visibility_timeout", VISIBILITY_TIMEOUT))
         if longest_s >= visible_s:
-            advice = f"a run may take {longest_s:g} s with its back-off, and Redis delivers it again before: raise it"
+            advice = f"a run may take {longest_s:g} s with its back-off, and Redis delivers it again earlier: raise it"
             yield Risk("broker_transport_options.visibility_timeout", visible_s, advice)
         if "socket_timeout" not in options:
-            advice = "a connection to a Redis that hangs never fails: set it, to 30 for example"
+            advice = "a connection to a Redis that hangs never fails: set it, for example to 30"
             yield Risk("broker_transport_options.socket_timeout", None, advice)
     elif system == "rabbitmq":
         if longest_s >= CONSUMER_TIMEOUT:
@@ -53,7 +53,7 @@ def risks(app: Celery, ours: Mapping[str, Policy], *, system: str, pool: str) ->
             advice = "what RabbitMQ does not take counts as sent (not by CeleryEngine, which confirms): set it to True"
             yield Risk("broker_transport_options.confirm_publish", False, advice)
     if unsafe := sorted(set(conf.accept_content) - {"json", "application/json"}):
-        yield Risk("accept_content", unsafe, "a message can run code of its sender's: accept only json")
+        yield Risk("accept_content", unsafe, "a message can run its sender's code: accept only json")
     if conf.worker_prefetch_multiplier != 1 and ours:
         advice = "a process reserves messages while others are idle, and a long run holds them up: set it to 1"
         yield Risk("worker_prefetch_multiplier", conf.worker_prefetch_multiplier, advice)

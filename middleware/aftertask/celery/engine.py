@@ -143,8 +143,8 @@ class CeleryEngine:
             with connect(self._app, self._system, self.deadline) as connection:
                 names = [next(iter(each)) for each in self._app.control.ping(timeout=1.0, connection=connection)]
         except Exception as error:
-            return Health(ok=False, detail=f"the broker does not answer: {error_type(error)}")
-        return Health(ok=bool(names), detail=f"workers: {', '.join(sorted(names)) or 'none answers'}")
+            return Health(ok=False, detail=f"the broker does not respond: {error_type(error)}")
+        return Health(ok=bool(names), detail=f"workers: {', '.join(sorted(names)) or 'none responds'}")
 
     def risks(self, policies: Mapping[str, Policy]) -> Iterator[Risk]:
         """The findings of `checks`, for the pool in Celery's settings."""

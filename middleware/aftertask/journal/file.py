@@ -76,11 +76,11 @@ def execute_when_free(db: sqlite3.Connection, statement: str) -> None:
 def require(path: Path) -> None:
     """Check that a file is a journal of this format; raises JournalError if it is not."""
     if not path.is_file():
-        raise JournalError(f"there is no journal {path}")
+        raise JournalError(f"there is no journal at {path}")
     with closing(connect(path, readonly=True)) as db:
         found = tuple(db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
     if found != (_APPLICATION, FORMAT):
-        raise JournalError(f"{path} is no journal of format {FORMAT}, which this version of aftertask reads")
+        raise JournalError(f"{path} is not a journal of format {FORMAT}, which this version of aftertask reads")
 
 
 def prepare(path: Path) -> None:

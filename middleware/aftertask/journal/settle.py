@@ -18,9 +18,9 @@ DEAD = {
     "skipped": "an earlier run of its batch failed",
     "interrupted": "it was running when its worker ended; it may have finished",
     "unconfirmed": "its worker ended before the request did; the request may not have committed",
-    "max_recoveries": "its worker died with it again and again",
-    "unknown_task": "no worker knows a task of this name",
-    "arguments": "its arguments do not fit the task's signature any more",
+    "max_recoveries": "its worker died while running it again and again",
+    "unknown_task": "no worker knows a task with this name",
+    "arguments": "its arguments no longer fit the task's signature",
 }
 
 
