@@ -44,7 +44,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     send_test_alert: Annotated[bool, typer.Option(help="Also send a test alert to each channel.")] = False,
 ) -> None:
-    """Import an app and print what is wrong or risky, its settings, and its tasks' policies; code 1 by --fail-on."""
+    """Import an app; print what is wrong or risky, its tasks' policies and its settings. See --fail-on for code 1."""
     if fail_on not in SEVERITIES:
         raise refusal(f"--fail-on must be note, warning or error, got {fail_on!r}")
     quiet = contextvars.copy_context()

@@ -1,4 +1,4 @@
-"""The signals that come with aftertask: `Tracing`, `Metrics`, `Logs`; and `usual`, the list an app has by default."""
+"""The signals that come with aftertask: `Tracing`, `Metrics`, `Logs`; and `usual`, an app's default list of signals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def usual(settings: Settings) -> list[Signal]:
     """
     The signals an app has by default; add your own with `signals=[*usual(settings), mine]`.
 
-    Tracing comes first, so that the others see the span of an attempt. `Alerts` is included if `Settings.alerts` names
+    `Tracing` comes first, so that the others see the span of an attempt. `Alerts` is included if `Settings.alerts` has
     a channel.
     """
     metrics = Metrics(settings.registry, tasks=[name for name in settings.policies if not is_pattern(name)])

@@ -12,12 +12,12 @@ class RunFilter(logging.Filter):
     """
     Adds the keys of the current run (`task`, `run_id`, `trace_id`, …) to every stdlib log record.
 
-    Add it to a handler: `handler.addFilter(RunFilter())`. Outside of a run the keys are None, so that a format may
+    Add it to a handler: `handler.addFilter(RunFilter())`. Outside a run, the keys are None, so that a format can always
     name them.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Add the keys that the record does not have; always True."""
+        """Add the keys that the record does not have yet; always return True."""
         run = current_run()
         keys = dict.fromkeys(KEYS) if run is None else run_keys(run)
         for key, value in keys.items():
