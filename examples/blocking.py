@@ -1,9 +1,9 @@
 """
-A task that blocks the event loop is found by name, and mended in three ways. Run it and look:
+A task that blocks the event loop is found by name, and fixed in three ways. Run it and look:
 
     uvicorn blocking:app --app-dir examples
     curl -X POST http://127.0.0.1:8000/blocking
-    for mended in thread process client; do curl -X POST "http://127.0.0.1:8000/$mended"; done
+    for kind in thread process client; do curl -X POST "http://127.0.0.1:8000/$kind"; done
 
 You will see `loop.blocked` for `pages.blocking` with the line of this file that blocks, and no such line for the
 others. Before anything runs, `aftertask check blocking:app --app-dir examples` finds the same line in the source.
