@@ -1,4 +1,4 @@
-"""Arguments and results as JSON text and back: one pydantic schema a signature, and nothing changes on the way."""
+"""Arguments and results as JSON text and back: one pydantic schema per signature, and no value changes on the way."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def decode(func: Func, text: str) -> tuple[tuple[object, ...], Mapping[str, obje
 
 
 def _fill_gaps(bound: inspect.BoundArguments) -> None:
-    """Give new parameters their default where a later one can be passed by position only."""
+    """Give new parameters their default if a later parameter can be passed by position only."""
     is_gap = False
     for name, parameter in reversed(list(bound.signature.parameters.items())):
         if name in bound.arguments:
@@ -131,7 +131,7 @@ def encode_result(result: object) -> str:
 
 
 def _parts(value: object) -> Iterator[object]:
-    """A value, and all that is written with it."""
+    """A value, and everything that is written with it."""
     yield value
     inner: Iterable[object] = ()
     match value:
@@ -178,7 +178,7 @@ def _alike(name: str, one: object, other: object) -> bool:
 
 
 def _same_models(one: BaseModel, other: BaseModel) -> bool:
-    """Whether all of two models is the same. Pydantic's == knows no types, and not which fields were set."""
+    """Whether two models are the same in every part. Pydantic's == ignores types, and which fields were set."""
     return (
         same(_attributes(one), _attributes(other))
         and same(one.__pydantic_private__, other.__pydantic_private__)
@@ -187,7 +187,7 @@ def _same_models(one: BaseModel, other: BaseModel) -> bool:
 
 
 def _attributes(value: object) -> Fields:
-    """What a model or a dataclass holds, also in attributes that are no fields; not what a property has cached."""
+    """The values in a model or a dataclass, also in attributes that are not fields, but without cached properties."""
     if isinstance(value, BaseModel):
         return {name: getattr(value, name) for name in type(value).model_fields} | (value.model_extra or {})
     fields: Sequence[dataclasses.Field[object]] = dataclasses.fields(value)  # type: ignore[arg-type]  # is_dataclass
@@ -232,7 +232,7 @@ def _fields_at_default(model: BaseModel) -> set[str]:
 
 
 def _round_trip(form: Form, given: Fields) -> bytes | None:
-    """Arguments as JSON from which they come back the same; None if there is none."""
+    """Arguments as JSON that decodes to the same values; None if there is no such JSON."""
     for leave_out, by_alias in itertools.product((_what_was_not_set, _what_is_at_default), (True, False)):
         try:
             text = form.dump_json(given, warnings="error", round_trip=True, by_alias=by_alias, **leave_out(given))
@@ -294,7 +294,7 @@ def _form_of(func: Func) -> tuple[inspect.Signature, Form]:
 
 
 def _hints_of(func: Func, signature: inspect.Signature) -> Fields:
-    """What each parameter binds: `*args` a tuple, `**kwargs` a dictionary."""
+    """The type that each parameter binds: `*args` a tuple, `**kwargs` a dictionary."""
     try:
         hints = _types_of(inspect.unwrap(func))
     except Exception as error:  # an annotation is any code
@@ -311,7 +311,7 @@ def _hints_of(func: Func, signature: inspect.Signature) -> Fields:
 
 
 def _types_of(func: Func) -> Fields:
-    """The types of the parameters, also if only a type checker can read what is returned."""
+    """The types of the parameters, even if only a type checker can read the return type."""
     try:
         return get_type_hints(func, include_extras=True)
     except Exception:
@@ -331,7 +331,7 @@ def _form(fields: Mapping[str, object]) -> Form:
 
 
 def _refusal(func: Func, signature: inspect.Signature, given: Mapping[str, object]) -> NotSerializable:
-    """The error that names the argument at fault; looked for only when there is one."""
+    """The error that names the argument at fault; built only if there is one."""
     hints = _hints_of(func, signature)
     for name, value in given.items():
         part = _form({name: hints[name]})
@@ -347,7 +347,7 @@ def _refusal(func: Func, signature: inspect.Signature, given: Mapping[str, objec
 
 
 def _why(form: Form, name: str, value: object) -> str:
-    """What goes wrong first on the way to JSON and back; no text of an error, which may contain the value."""
+    """The first step that fails on the way to JSON and back; never an error's text, which may contain the value."""
     why = "pydantic cannot write it as JSON"
     try:
         form.dump_json({name: value}, warnings=False, round_trip=True, by_alias=True)

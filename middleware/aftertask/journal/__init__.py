@@ -1,1 +1,1 @@
-"""The journal: one SQLite file that keeps what was accepted beyond the process, for all workers of a machine."""
+"""The journal: one SQLite file for all workers of a machine, in which accepted runs outlive their process."""

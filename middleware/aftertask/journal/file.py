@@ -119,7 +119,7 @@ def prepare(path: Path) -> None:
 
 
 def _create_or_check(db: sqlite3.Connection, path: Path) -> int | None:
-    """Create the tables, or check them; returns the file's format if it is another one, and may be moved aside."""
+    """Create or check the tables; returns the file's format if it is another one and the file may be moved aside."""
     execute_when_free(db, "PRAGMA journal_mode = WAL")
     # In a transaction, so that two workers that start at once do not both create the tables.
     execute_when_free(db, "BEGIN IMMEDIATE")

@@ -1,4 +1,4 @@
-"""Runs for people, the newest first: by an index, and never more than a bounded look at a time."""
+"""Runs for people to read, the newest first: found by an index, with a bounded number of rows read at a time."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def ended(
 
 
 def _parts(state: str, *, is_exact: bool) -> Sequence[str]:
-    """What to walk through, each part along an index of its own: bad runs are few, and apart from the successes."""
+    """The parts to walk through, each along its own index: bad runs are few, and separate from the successes."""
     if state not in ("", "succeeded"):
         return _OTHER, _DEAD
     if is_exact:
@@ -106,7 +106,7 @@ def find(
     after: float | None = None,
     most: int = 50,
 ) -> Sequence[sqlite3.Row]:
-    """Runs, the newest first, that match all that is given; `state` as readers know it."""
+    """Runs that match all given conditions, the newest first; `state` is the one that readers see."""
     states = [name for name in (*UNENDED, state) if state in (name, READABLE_STATES.get(name or ""))]
     return db.execute(
         "SELECT * FROM runs WHERE (:task IS NULL OR task = :task) AND (:after IS NULL OR scheduled_at > :after) "
@@ -148,7 +148,7 @@ def siblings(db: Db, first: str, most: int, looked_at: int = 2_000) -> Sequence[
 
 
 def version(db: Db) -> int:
-    """A number that changes with whatever is written over another connection."""
+    """A number that changes with each write over another connection."""
     return int(db.execute("PRAGMA data_version").fetchone()[0])
 
 

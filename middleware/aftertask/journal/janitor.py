@@ -1,4 +1,4 @@
-"""Keeps the file small: the one process of a machine that checkpoints and prunes."""
+"""Keeps the file small: one process per machine checkpoints and prunes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LOOK_EVERY, _PRUNE_EVERY, _PRUNED_AT_ONCE = 1.0, 60.0, 500
 
 
 class Janitor:
-    """A thread that does its work only where no other process does."""
+    """A thread that does its work only if no other process does."""
 
     def __init__(self, path: Path, locks: Locks) -> None:
         self._path, self._locks, self._db = path, locks, connect(path)
@@ -64,7 +64,7 @@ class Janitor:
 
 
 def checkpoint(db: sqlite3.Connection) -> None:
-    """Copy all of the write-ahead log into the file: only then the next writer starts the log from its beginning."""
+    """Copy the whole write-ahead log into the file: only then does the next writer start the log from its beginning."""
     db.execute("PRAGMA busy_timeout = 250")  # ms: while it waits for a reader, writers wait, too
     # The first one leaves what is written meanwhile, and under load something always is; the second one stops writers.
     for mode in ("PASSIVE", "FULL"):

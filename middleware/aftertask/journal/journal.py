@@ -43,7 +43,7 @@ _NO_LIFESPAN = (
 
 
 class Journal(Journaling):
-    """Keeps runs in a SQLite file, `Settings(journal="tasks.db")`; raises JournalError if that cannot be used."""
+    """Keeps runs in a SQLite file, `Settings(journal="tasks.db")`; raises JournalError if the file cannot be used."""
 
     def __init__(self, path: str | Path, meter: JournalMetrics) -> None:
         self.meter = meter
@@ -60,7 +60,7 @@ class Journal(Journaling):
         stores.add(self)
 
     def attach(self, emit: Emitter) -> None:
-        """Runs that are lost are emitted here."""
+        """Emit lost runs here."""
         self._recovery.emit = emit
 
     def open(self) -> None:
@@ -83,7 +83,7 @@ class Journal(Journaling):
     # --- the keeper
 
     def accept(self, run: Run) -> None:
-        """Check a run that has to be kept: its arguments, whether it is found again, and its key."""
+        """Check a run that must be kept: its arguments, whether its task can be found again, and its key."""
         number = self.store.open().number
         record, work = self._records.get(run), run.work
         if record is None or work is None:
@@ -110,7 +110,7 @@ class Journal(Journaling):
                 self._keys[key] = run.id
 
     async def admit(self, runs: Sequence[TaskRun]) -> None:
-        """Have the runs that must be kept on disk; raises if they cannot be."""
+        """Write the runs that must be kept to disk; raises if that fails."""
         kept = [record for run in runs if (record := self._records.get(run)) is not None and record.is_intent]
         if not kept:
             return
@@ -124,7 +124,7 @@ class Journal(Journaling):
             record.is_kept = True
 
     def confirm(self, runs: Sequence[Run]) -> None:
-        """Their request has ended well."""
+        """Their request has succeeded."""
         for run in runs:
             record = self._records.get(run)
             if record is not None and record.is_kept:
@@ -132,7 +132,7 @@ class Journal(Journaling):
                 self._submit(record, {"state": "ready", "ready_at": _clock.timestamp()})
 
     async def claim(self, run: Run) -> bool:
-        """Note that it starts; False if it is not this worker's any more."""
+        """Record that the run starts; False if it no longer belongs to this worker."""
         record, number = self._records.get(run), self.store.number
         if record is None or number is None:
             return False
@@ -155,13 +155,13 @@ class Journal(Journaling):
         return True
 
     async def watch(self, start: Start, waiting: Callable[[], Collection[str]]) -> None:
-        """Find what other workers have left, and start what is ready."""
+        """Find the runs that other workers have left, and start those that are ready."""
         await self._recovery.watch(start, waiting, self._mark_progress)
 
     # --- the events
 
     def scheduled(self, event: Scheduled) -> None:
-        """A run came into being."""
+        """A run was scheduled."""
         run = event.run
         try:
             self.store.open()
@@ -193,7 +193,7 @@ class Journal(Journaling):
             self._mark(record)
 
     def ended(self, event: Ended) -> None:
-        """A run has ended here: a durable one that cannot go on is a dead letter, or is run again."""
+        """A run has ended here: a durable one that cannot continue becomes a dead letter, or runs again."""
         run, record = event.run, self._records.pop(event.run, None)
         self._recovery.taken.discard(run.id)
         if isinstance(run, Run) and run.key is not None and self._keys.get(run.key) == run.id:
@@ -241,13 +241,13 @@ class Journal(Journaling):
         opened.writer.mark()
 
     def _mark_progress(self) -> None:
-        """Write what tasks have reported since the last time."""
+        """Write the progress that tasks have reported since the last time."""
         for record in list(self._records.values()):
             if record.run.progress is not record.progress and not record.is_intent:
                 self._mark(record)
 
     def _gather(self) -> Change | None:
-        """The history that waits, as one change; None if there is none."""
+        """The waiting history as one change; None if there is none."""
         waiting: list[Record] = []
         with contextlib.suppress(IndexError):
             while True:
@@ -260,7 +260,7 @@ class Journal(Journaling):
         return Change("history", lambda db: self._write_history(db, waiting, lost_some), len(waiting))
 
     def _note_history_lost(self) -> None:
-        """Rows of runs whose end was not written must not look as if they had not ended."""
+        """Mark rows of runs whose end was not written, so that they do not look unfinished."""
         self._lost_history = True
 
     def _write_history(self, db: sqlite3.Connection, waiting: Sequence[Record], lost_some: bool) -> None:
@@ -276,7 +276,7 @@ class Journal(Journaling):
     # --- for users
 
     async def get_run(self, id: str) -> StoredRun | None:
-        """A run of any worker, as far as it has come."""
+        """A run of any worker, in its current state."""
         opened = self.store.opened
         if opened is None:
             return None

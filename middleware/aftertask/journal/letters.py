@@ -1,4 +1,4 @@
-"""Dead letters for people: found by what they have in common, and replayed or deleted one by one."""
+"""Dead letters for people: grouped by what they have in common, and replayed or deleted one by one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ANY = Match()
 
 
 class Group(NamedTuple):
-    """Letters of one task that died for the same reason, with the same error: their number, and the newest."""
+    """Letters of one task with the same reason and the same error: their number, and the newest."""
 
     match: Match
     number: int
@@ -50,7 +50,7 @@ _MATCHES = (
 
 
 def groups(db: sqlite3.Connection, match: Match = ANY, most: int = -1) -> list[Group]:
-    """Letters that are alike, the largest group first; negative `most`: all groups."""
+    """Groups of similar letters, the largest first; a negative `most` means all groups."""
     found = db.execute(
         "SELECT task, dead, fingerprint, count(*) AS count, max(settled_at), id FROM runs INDEXED BY runs_alike "
         f"WHERE {_MATCHES} GROUP BY task, dead, fingerprint ORDER BY count(*) DESC, task, dead LIMIT :most",
@@ -67,7 +67,7 @@ def groups(db: sqlite3.Connection, match: Match = ANY, most: int = -1) -> list[G
 def letters(
     db: sqlite3.Connection, match: Match = ANY, before: Place | None = None, most: int = -1
 ) -> Sequence[sqlite3.Row]:
-    """Letters, the newest first, from a place on; negative `most`: all."""
+    """Letters, the newest first, from a position on; a negative `most` means all."""
     at, id = before or (None, None)
     return db.execute(
         f"SELECT * FROM runs INDEXED BY runs_dead WHERE {_MATCHES} "
@@ -78,7 +78,7 @@ def letters(
 
 
 def named(db: sqlite3.Connection, ids: Iterable[str]) -> Sequence[sqlite3.Row]:
-    """Those of these runs that are dead letters."""
+    """Those of the given runs that are dead letters."""
     return [row for row in history.named(db, ids) if row["dead"] is not None]
 
 
@@ -95,7 +95,7 @@ def count(db: sqlite3.Connection, match: Match = ANY) -> int:
 
 
 def replay(db: sqlite3.Connection, id: str) -> bool:
-    """Have any worker run a letter again with its stored arguments; False if it is no letter any more."""
+    """Have any worker run a letter again with its stored arguments; False if it is no longer a letter."""
     now = _clock.timestamp()
     return rows.replay(db, id, new_run_id(now), now)
 

@@ -29,7 +29,7 @@ class Locks:
         self._held: set[int] = set()
 
     def acquire(self, number: int) -> bool:
-        """Lock a byte; False if a living process has it, this one included."""
+        """Lock a byte; False if a live process holds it, including this one."""
         if number in self._held:  # the kernel would let this process lock it again
             return False
         try:
@@ -40,7 +40,7 @@ class Locks:
         return True
 
     def release(self, number: int) -> None:
-        """Free a byte, if this process has it."""
+        """Release a byte, if this process holds it."""
         if number in self._held:
             self._held.discard(number)
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, number)
@@ -50,7 +50,7 @@ _opened: dict[tuple[int, Path], Locks] = {}
 
 
 def locks_on(path: Path) -> Locks:
-    """The locks of this process on a file: a child after a fork has none of its parent's."""
+    """The locks of this process on a file; after a fork, the child has none of its parent's."""
     key = os.getpid(), path.resolve()
     if key not in _opened:
         _opened[key] = Locks(path)

@@ -1,4 +1,4 @@
-"""What the journal remembers of a run in flight, and the row that it becomes."""
+"""The journal's record of a run in flight, and the row that it becomes."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ class Record:
 
     @property
     def is_intent(self) -> bool:
-        """Whether it has to be kept and is not yet: then it has no history."""
+        """Whether it must be kept and is not yet; then it has no history."""
         return not self.is_kept and isinstance(self.run, Run) and self.run.is_kept
 
     def intent(self, owner: int | None) -> dict[str, Value]:
-        """The row of a run that has to be kept."""
+        """The row of a run that must be kept."""
         run = self.run
         key = run.key if isinstance(run, Run) else None
         state = "accepted" if run.info.durable else "scheduled"
@@ -89,7 +89,7 @@ class Record:
         }
 
     def changing(self) -> dict[str, Value]:
-        """What changes while a run is in flight."""
+        """The columns that change while a run is in flight."""
         run = self.run
         self.progress = reported = run.progress
         row: dict[str, Value] = {
@@ -106,7 +106,7 @@ class Record:
         return row
 
     def ended(self) -> dict[str, Value]:
-        """The same, with the run's end if it has one."""
+        """The same columns, with the run's end if it has ended."""
         row, end = self.changing(), self.end
         if end is not None:
             row |= {"state": end.outcome, "settled_at": end.timestamp, "duration_s": getattr(end, "duration_s", None)}
@@ -125,7 +125,7 @@ class Record:
                 log("warning", "journal.result_dropped", task=end.run.task, run_id=end.run.id, error_message=str(error))
 
     def _more(self) -> str | None:
-        """What few runs have and only people read, as a JSON object; None if there is none of it."""
+        """The fields that few runs have and only people read, as a JSON object; None if there are none."""
         run, end, failure = self.run, self.end, self.failure
         cause = end.caused_by if isinstance(end, Skipped) else None
         is_queued = not run.attempt and run.queued_s is not None
@@ -153,7 +153,7 @@ def _progress(reported: Progress) -> str | None:
 
 
 def goes_on(event: Ended) -> bool:
-    """Whether any worker may run a durable run again that ended like this here."""
+    """Whether any worker may run a durable run again after it ended like this here."""
     if isinstance(event, Offloaded):
         return event.engine == JOURNAL
     run = event.run
@@ -162,7 +162,7 @@ def goes_on(event: Ended) -> bool:
 
 
 def dead(event: Ended) -> str | None:
-    """Why a durable run that ended like this is a dead letter; None if it is none."""
+    """Why a durable run that ended like this is a dead letter; None if it is not one."""
     match event.outcome:
         case "failed" if isinstance(event, Failed) and not event.expected:
             return "failed"

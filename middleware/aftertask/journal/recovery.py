@@ -1,4 +1,4 @@
-"""While the app runs: settles what workers that are gone have left, and starts what is ready."""
+"""While the app runs: settles the runs of dead workers, and starts those that are ready."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Recovery:
             await anyio.sleep(_BEHIND if is_behind else LOOK_EVERY)
 
     async def _look(self, start: Start, waiting: Collection[str]) -> bool:
-        """Look once; whether there may be more to start at once."""
+        """Look once; returns whether there may be more to start at once."""
         store, opened = self._store, self._store.open()
         for (worker,) in await store.read(lambda db: db.execute("SELECT number FROM workers").fetchall()):
             if worker != opened.number and opened.locks.acquire(worker):
@@ -106,7 +106,7 @@ class Recovery:
                 self._lose(row, verdict.dead, now)
 
     def _lose(self, row: sqlite3.Row, dead: str | None, now: float) -> None:
-        """A run will never run or finish; a durable one is a dead letter."""
+        """A run will never run or finish; a durable one becomes a dead letter."""
         age_s = max(0.0, now - row["scheduled_at"])
         if dead is not None:
             bury(self._meter, row["task"], row["id"], dead, age_s)
@@ -115,7 +115,7 @@ class Recovery:
     # --- what is ready
 
     async def _start_ready(self, start: Start, waiting: Collection[str]) -> bool:
-        """Start what there is room for; whether there may be more."""
+        """Start as many runs as there is room for; returns whether there may be more."""
         room, calls = AT_ONCE - len(self.taken), dict[str, StoredCall]()
         if room <= 0:
             return False
@@ -150,7 +150,7 @@ class Recovery:
         return len(calls) == room
 
     async def _call(self, row: sqlite3.Row) -> StoredCall | None:
-        """The stored call; None if it is unknown here, and a dead letter if it has been for too long."""
+        """The stored call; None if its task is unknown here, and a dead letter if that has lasted too long."""
         func = find_function(row["task"], row["code"])
         reason, detail = "unknown_task", ""
         if func is not None:

@@ -1,4 +1,4 @@
-"""The statements: what each change of a run does to its row, and how a row is read."""
+"""The SQL statements: how each change of a run changes its row, and how a row is read."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _execute(db: sqlite3.Connection, statement: str, values: Mapping[str, Value]
 
 
 def insert(db: sqlite3.Connection, intents: Sequence[Mapping[str, Value]]) -> tuple[str, str] | None:
-    """Write the intents of a response, all or none; the key and the id of the run that is in their way, if one is."""
+    """Write the intents of a response, all or none; returns the key and the run id of a conflicting run, if any."""
     for intent in intents:
         key = intent["key"]
         other = None if key is None else id_with_key(db, str(key))
@@ -67,7 +67,7 @@ def _update_of(names: tuple[str, ...]) -> str:
 
 
 def id_with_key(db: sqlite3.Connection, key: str, except_of: int | None = None) -> str | None:
-    """The run with this key that has not ended; one of the worker `except_of` does not count."""
+    """The unfinished run with this key, ignoring runs of the worker `except_of`."""
     found = db.execute(
         "SELECT id FROM runs WHERE key = ?1 AND settled_at IS NULL AND (?2 IS NULL OR owner IS NOT ?2)",
         (key, except_of),
@@ -79,7 +79,7 @@ def id_with_key(db: sqlite3.Connection, key: str, except_of: int | None = None) 
 
 
 def join(db: sqlite3.Connection, pid: int, now: float) -> int:
-    """Add a worker; its number, which no other worker of this file ever has."""
+    """Add a worker and return its number, which no other worker of this file ever has."""
     return int(db.execute("INSERT INTO workers (pid, started_at) VALUES (?, ?)", (pid, now)).lastrowid or 0)
 
 
@@ -125,7 +125,7 @@ def forget_history(db: sqlite3.Connection, number: int | None, kept: Collection[
 def free(
     db: sqlite3.Connection, skipped: Collection[str], waiting: Collection[str], most: int
 ) -> Sequence[sqlite3.Row]:
-    """Runs that any worker may run, the oldest first; not these ids, and none of the tasks that wait."""
+    """Runs that any worker may run, the oldest first, without these ids and without tasks that wait."""
     return db.execute(
         "SELECT * FROM runs WHERE owner IS NULL AND state = 'ready' AND settled_at IS NULL "
         "AND id NOT IN (SELECT value FROM json_each(?)) AND task NOT IN (SELECT value FROM json_each(?)) "
@@ -171,7 +171,7 @@ def prune(db: sqlite3.Connection, befores: tuple[float, float], most_rows: int, 
 
 
 def replay(db: sqlite3.Connection, letter: str, new: str, now: float) -> bool:
-    """A new run like a dead letter, ready for any worker; False if it is none any more, or another run has its key."""
+    """Add a copy of a dead letter, ready for any worker; False if it is no longer one, or another run has its key."""
     done = db.execute(
         "UPDATE runs SET dead = NULL, replayed_by = ? WHERE id = ? AND dead IS NOT NULL "
         "AND NOT EXISTS (SELECT 1 FROM runs AS other WHERE other.key = runs.key AND other.settled_at IS NULL)",
@@ -189,5 +189,5 @@ def replay(db: sqlite3.Connection, letter: str, new: str, now: float) -> bool:
 
 
 def delete(db: sqlite3.Connection, letter: str) -> bool:
-    """Delete a dead letter for good; False if it is none any more."""
+    """Delete a dead letter for good; False if it is no longer one."""
     return db.execute("DELETE FROM runs WHERE id = ? AND dead IS NOT NULL", (letter,)).rowcount == 1

@@ -1,4 +1,4 @@
-"""What becomes of the runs of a worker that is gone: a pure decision."""
+"""What happens to the runs of a dead worker: a pure decision."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Reader:
 
 
 class Opened:
-    """What is there only while the file is open."""
+    """The parts that exist only while the file is open."""
 
     def __init__(self, path: Path, writer: Callable[[], Writer]) -> None:
         self.locks = locks_on(beside(path, "workers"))
@@ -76,7 +76,7 @@ class Opened:
         self.janitor = Janitor(path, self.locks)
 
     def close(self) -> None:
-        """Write what waits; what is left belongs to the next worker."""
+        """Write the waiting changes; the next worker gets the runs that are left."""
         self.janitor.close()
         self.writer.close(lambda db: rows.leave(db, self.number))
         self.reader.close()
@@ -134,14 +134,14 @@ class Store:
             return self.opened
 
     def close(self) -> None:
-        """Write what waits, and leave."""
+        """Write the waiting changes, and close."""
         opened = self.opened
         if opened is not None:
             opened.close()  # what it still writes has this worker's number
             self.opened = None
 
     def after_fork(self) -> None:
-        """The child joins on its own, unless the file was open: SQLite cannot be used over a fork."""
+        """The child joins as a new worker, unless the file was open: SQLite cannot be used across a fork."""
         if self.opened is not None:
             _inherited.append(self.opened)
             self._is_inherited = True

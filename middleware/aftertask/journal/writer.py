@@ -1,4 +1,4 @@
-"""The one thread of a process that writes the journal: everything that waits is one transaction."""
+"""The one thread of a process that writes the journal: all waiting changes are one transaction."""
 
 from __future__ import annotations
 
@@ -87,13 +87,13 @@ class Writer:
         return change.result
 
     def mark(self) -> None:
-        """There is history to gather."""
+        """Called when there is history to collect."""
         if not self._is_marked:
             self._is_marked = True
             self._changes.put(None)
 
     def close(self, last: Apply) -> None:
-        """Write what waits, then this, and end; what cannot be written now is found by the next worker."""
+        """Write the waiting changes, then this one, and end; the next worker finds what cannot be written now."""
         self._last, self._is_closing = Change("recovery", last), True
         self._changes.put(None)
         self._thread.join(10)
@@ -108,7 +108,7 @@ class Writer:
         self._db.close()
 
     def _take(self) -> list[Change]:
-        """What waits now; waits itself until there is something to do."""
+        """The waiting changes; blocks until there are some."""
         taken: list[Change] = []
         timeouts = [RETRY] if self._again else []
         if self._gather_at is not None:
