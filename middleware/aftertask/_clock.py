@@ -24,7 +24,7 @@ move_on_after: Callable[[float], AbstractContextManager[anyio.CancelScope, bool]
 
 
 class Watcher(Protocol):
-    """Waits in a thread for a time to come, so it has to look again when a test advances the clock."""
+    """Waits in a thread until a given time, so it must check again when a test advances the clock."""
 
     def clock_advanced(self) -> None: ...
 

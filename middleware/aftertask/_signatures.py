@@ -1,4 +1,4 @@
-"""What a callable takes."""
+"""The parameters of callables."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def signature_of(func: Callable[..., object]) -> inspect.Signature:
 
 
 def annotations_of(func: Callable[..., object]) -> dict[str, Any]:
-    """The annotations of a function as written. Since Python 3.14, forward references where evaluation fails."""
+    """The annotations of a function as written; since Python 3.14, forward references if evaluation fails."""
     return inspect.get_annotations(func, **PARTLY)
 
 

@@ -38,12 +38,12 @@ _LIBRARIES = tuple(
 
 
 def type_name(kind: type) -> str:
-    """A class: the bare name for builtins, else `module.Qualname`."""
+    """The name of a class: bare for builtins, otherwise `module.Qualname`."""
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def error_type(error: BaseException) -> str:
-    """Class of an exception; for one that failed in another process, the class it had there."""
+    """The class of an exception; for one from another process, the class that it had there."""
     return error.type_name if isinstance(error, ProcessTaskError) else type_name(type(error))
 
 
@@ -96,7 +96,7 @@ def fingerprint(error: BaseException) -> str:
 
 
 def redacted(text: str, redact: Redact) -> str:
-    """The text as it may be shown; never raises, and never returns what could not be redacted."""
+    """The redacted text; never raises, and never returns text that could not be redacted."""
     try:
         shown: object = redact(text)
     except Exception:
@@ -121,21 +121,21 @@ def frames_text(frames: Sequence[FrameType], redact: Redact) -> str:
 
 
 def own_frames(stack: str) -> str:
-    """A printed stack without the frames of libraries, but for the innermost: it shows what the app called."""
+    """A printed stack without the frames of libraries, except the innermost: it shows what the app called."""
     frames = re.findall(r"  File .*\n(?:    .*\n?)*", stack)
     shown = [frame for frame in frames[:-1] if not is_library_file(frame.partition('"')[2].partition('"')[0])]
     return "".join([*shown, *frames[-1:]]) or stack
 
 
 def number_hint(value: object) -> str:
-    """How to write a number that was given as text; empty for anything else."""
+    """A hint on how to write a number that was passed as text; empty for anything else."""
     if isinstance(value, str) and re.fullmatch(r"\s*-?\d+(\.\d+)?\s*", value):
         return f"; write {value.strip()} without quotes"
     return ""
 
 
 def name_hint(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """What may have been meant by an unknown name; without a close one, all that are known. A prefix does not count."""
+    """The likely name behind an unknown one, or else all known names. A prefix does not count."""
     close = difflib.get_close_matches(name.removeprefix(prefix), [each.removeprefix(prefix) for each in known], 1)
     return f"did you mean {prefix + close[0]!r}?" if close else f"known are {', '.join(sorted(known))}"
 

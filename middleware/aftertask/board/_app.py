@@ -179,7 +179,7 @@ class Board(Companion):
         return await self._page(visit, "error.html", {"message": message}, status)
 
     def _unchanged(self, visit: Visit) -> Response | None:
-        """To the script of a page: nothing if nothing has changed, or what has just been sent to another such page."""
+        """The response to a page's script: empty if nothing has changed, or the one just sent to another such page."""
         seen = cursor(visit.request.headers, "x-aftertask-after")
         if seen is None:
             return None
@@ -299,7 +299,7 @@ class Board(Companion):
         return RedirectResponse(f"{visit.base}runs/{run.id}?notice={done or 'ended'}", 303)
 
     async def _act(self, visit: Visit, action: Literal["replay", "delete"]) -> Response:
-        """Replay or delete dead letters: one at once, several while the page shows how far it is."""
+        """Replay or delete dead letters: one at once, several while the page shows the progress."""
         visit.require_act(f"dead_{action}")
         if (journal := self._source.journal) is None:
             raise HTTPException(404, "There is no journal, so there are no dead letters.")
@@ -326,5 +326,5 @@ class Board(Companion):
 
 
 def _json(content: dict[str, object], status: int = 200) -> Response:
-    """JSON in ASCII: Starlette's own response cannot encode halves of characters."""
+    """JSON in ASCII: Starlette's own response cannot encode lone surrogates."""
     return Response(json.dumps(content), status, media_type="application/json")

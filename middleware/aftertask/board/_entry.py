@@ -1,4 +1,4 @@
-"""What the board keeps of a run: text and numbers, nothing that holds the run, its arguments or its result."""
+"""The board's record of a run: text and numbers, without references to the run, its arguments or its result."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LONGEST_NAME = 200
 
 @dataclass(slots=True, eq=False)
 class Origin:
-    """The request that scheduled a run; the runs of one request share it, and are thereby siblings."""
+    """The request that scheduled a run; siblings are the runs that share it."""
 
     method: str | None
     route: str | None
@@ -98,7 +98,7 @@ class Entry:
 
     @property
     def place(self) -> Place:
-        """Where a page of ended runs goes on behind this one; one in flight is before all of them."""
+        """Where a page of ended runs continues after this one; a run in flight comes before all of them."""
         return (_clock.timestamp(), "~") if self.ended is None else (self.ended, self.id)
 
     @property
@@ -159,7 +159,7 @@ class Trail(NamedTuple):
 
 
 def entry_of(run: TaskRun, origin: Origin, trail: Trail | None) -> Entry:
-    """A run as it is now; for one that has ended, the caller adds how."""
+    """A run as it is now; if it has ended, the caller adds the outcome."""
     attempts = [] if trail is None else list(trail.attempts)
     if run.started_s is not None and (not attempts or attempts[-1].number < run.attempt):
         attempts.append(Attempt(run.attempt, _unix(run, run.started_s)))
@@ -230,14 +230,14 @@ def entry_of_row(row: Row, info: TaskInfo | None) -> Entry:
 
 
 def _took_s(stored: StoredRun, started: float) -> float | None:
-    """What is not known of a worker that is gone lasted until it was noticed, at the most."""
+    """Seconds that an attempt took; in a dead worker, at most until its death was noticed."""
     if stored.duration_s is not None or stored.settled_timestamp is None:
         return stored.duration_s
     return max(0.0, stored.settled_timestamp - started)
 
 
 def short(name: str) -> str:
-    """A name that can be part of an address: cut if it is very long, without halves of characters."""
+    """A name that can be part of an address: cut if it is very long, without lone surrogates."""
     name = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
     return name if name.isascii() else name.encode("utf-8", "replace").decode()
 

@@ -42,7 +42,7 @@ class Query:
 
     @classmethod
     def of(cls, given: Mapping[str, str]) -> Self:
-        """The query that parameters ask for; raises HTTPException."""
+        """Parse the parameters into a query; raises HTTPException."""
         known(given, *cls.__dataclass_fields__)
         return cls(**{name: _CHECKS[name](name, text) for name, text in given.items()})
 
@@ -110,19 +110,19 @@ def chosen(form: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def place_text(place: Place | None) -> str | None:
-    """A place as `before` takes it."""
+    """A position in the form that `before` takes."""
     return None if place is None else f"{place[0]!r}~{place[1]}"
 
 
 def known(given: Mapping[str, str], *names: str) -> None:
-    """Refuse a parameter that is none of these."""
+    """Refuse a parameter that is not one of these."""
     for name in given:
         if name not in names:
             raise HTTPException(400, f"unknown parameter {_shown(name)}; known are: {', '.join(names) or 'none'}")
 
 
 def cursor(given: Mapping[str, str], name: str) -> str | None:
-    """The cursor that an earlier answer gave; None without one; raises HTTPException."""
+    """The cursor from an earlier response; None if there is none; raises HTTPException."""
     return _cursor(name, given.get(name, "")) or None
 
 

@@ -105,7 +105,7 @@ class Record(events.Signal):
     slow = stuck = abandoned = _long
 
     def hazard_found(self, event: events.HazardFound) -> None:
-        """Count the hazard, and note it at its run."""
+        """Count the hazard, and add it to its run."""
         advice = event.advice if event.argument is None else f"argument {event.argument!r}: {event.advice}"
         self._count_hazard(Hazard(short(event.run.task), event.kind, advice, event.timestamp, event.run.id))
         self._note(event.run, Note(event.timestamp, event.kind, advice, event.stack))
@@ -143,7 +143,7 @@ class Record(events.Signal):
             self.pools[key] = pool
 
     def loop_lag(self, seconds: float) -> None:
-        """Note how late the event loop responded."""
+        """Record how late the event loop responded."""
         self.last_lag = seconds
         self.lag.add(_clock.timestamp(), seconds, max)
 

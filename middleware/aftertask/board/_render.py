@@ -1,4 +1,4 @@
-"""Pages and JSON from what the source returns. Whatever comes from a run is text, and is shown as text."""
+"""Pages and JSON from what the source returns. Everything that comes from a run is shown as text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WIDE = 600  # the width of a timeline, in units of its view box
 
 
 def visible(value: object) -> object:
-    """What a template prints: a hidden character is shown by its code point, so that no text passes for another."""
+    """The text that a template prints: a hidden character appears as its code point, so no text imitates another."""
     if isinstance(value, str) and not isinstance(value, Markup) and _HIDDEN.search(value):
         return _HIDDEN.sub(lambda found: f"[U+{ord(found[0]):04X}]", value)
     return value
@@ -93,7 +93,7 @@ def segments(entry: Entry, now: float) -> list[tuple[Step, float, float]]:
 
 
 def templates() -> Callable[[str, dict[str, object]], Awaitable[str]]:
-    """A function that renders a template by its name; it lets the app's tasks go on meanwhile."""
+    """A function that renders a template by its name, without holding up the app's tasks."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -145,7 +145,7 @@ def run_json(entry: Entry) -> dict[str, object]:
 
 
 def whole_run_json(entry: Entry, siblings: Sequence[Entry], stack: str | None) -> dict[str, object]:
-    """A run with all that is known about it."""
+    """A run with everything that is known about it."""
     return {
         **run_json(entry),
         "owner": entry.info.owner and short(entry.info.owner),

@@ -1,4 +1,4 @@
-"""All that the board reads of runs: those of this process from memory, and those of all workers from the journal."""
+"""The board's source of runs: those of this process from memory, those of all workers from the journal."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class TaskLine(NamedTuple):
 
 
 class Dead(NamedTuple):
-    """Dead letters: groups of those that are alike, how many match, one page of them, and where the next begins."""
+    """Dead letters: groups of similar ones, the number that match, one page of them, and where the next begins."""
 
     groups: list[tuple[Group, Entry]]
     number: int
@@ -86,11 +86,11 @@ class Source:
         return f"{self._boot}.{self._record.last_number}.{digest:x}"
 
     async def page_cursor(self) -> str:
-        """The same for what pages show: it changes with whatever is written into the journal, too."""
+        """The same for pages: it also changes with each write to the journal."""
         return self.cursor(await self._look(history.version) or 0)
 
     async def runs(self, query: RunQuery) -> tuple[list[Entry], Place | None]:
-        """The runs that a query asks for, those in flight first; and where the next page begins, None at the end."""
+        """The runs that match a query, those in flight first; and where the next page begins, None at the end."""
         found = [entry for entry in self._all() if query.matches(entry)][: query.limit + 1]
         ids = [entry.id for entry in found]
         stored = await self._look(lambda db: _rows_of_page(db, query, ids))
@@ -106,7 +106,7 @@ class Source:
         return page, place if page == found else page[-1].place
 
     def _joined(self, mine: list[Entry], rows: Sequence[Row]) -> list[Entry]:
-        """Own runs as they are here, and others as they are in the journal, the newest first."""
+        """This process's runs from memory, and the others from the journal, the newest first."""
         joined = {entry.id: entry for entry in mine}
         for row in rows:
             # An own run that has not ended there, and is not known here, has ended since.
@@ -117,7 +117,7 @@ class Source:
         ]
 
     async def run(self, run_id: str) -> Entry | None:
-        """One run; None if it is not known, or no longer kept."""
+        """One run; None if it is unknown, or no longer kept."""
         mine = next((entry for entry in self._all() if entry.id == run_id), None)
         found = await self._look(lambda db: history.named(db, [run_id]))
         return self._entry(found[0], mine) if found else mine
@@ -152,7 +152,7 @@ class Source:
         return await self._look(lambda db: letters.ids(db, match)) or []
 
     async def journal_state(self) -> dict[str, object] | None:
-        """What is in the journal, and what this process could not write into it; None if there is none."""
+        """The contents of the journal, and the writes of this process that failed; None if there is no journal."""
         if self.journal is None:
             return None
         waiting, dead = await self._look(count) or ({}, 0)
@@ -160,7 +160,7 @@ class Source:
         return {"name": name, "dead": dead, "waiting": waiting, "errors": meter.errors, "dropped": meter.dropped}
 
     async def _look(self, look: Callable[[Db], T]) -> T | None:
-        """What the journal says; None if there is none, or it cannot be read."""
+        """The result of reading the journal; None if there is none, or it cannot be read."""
         if self.journal is None:
             return None
         try:
@@ -175,7 +175,7 @@ class Source:
         return self.journal is not None and row["owner"] == self.journal.store.number
 
     def _entry(self, row: Row, mine: Entry | None = None) -> Entry:
-        """A run of the journal; what this process knows of it, unless another has it or has gone on with it."""
+        """A run of the journal, or this process's own record of it unless another process has taken it over."""
         if mine is not None and self._owns(row):
             return replace(mine, stored=StoredRun.of(row), first=row["first"])
         tally = self._record.tallies.get(short(row["task"]))
@@ -195,14 +195,14 @@ class Source:
         return stack_of(run, self.app.redact) if self.app and run and run.state == "running" else None
 
     def tasks(self) -> list[TaskLine]:
-        """The tasks, those that fail first."""
+        """The tasks, failing ones first."""
         at, flying = _clock.timestamp(), Counter(run.task for run in self._in_flight())
         with self._record.lock:
             lines = [_line(name, each, flying[each.info.task], at) for name, each in self._record.tallies.items()]
         return sorted(lines, key=lambda line: (line.failing_since is None, -line.bad_runs, -line.runs, line.task))
 
     def overview(self) -> dict[str, object]:
-        """What the first page shows of this process; of each pool also whether it is one of threads."""
+        """The part of the first page about this process; each pool with whether it is a thread pool."""
         record, flying = self._record, self._in_flight()
         running = sorted((run for run in flying if run.state == "running"), key=lambda run: run.started_s or 0.0)
         queued = [run for run in flying if run.state == "queued"]
@@ -242,7 +242,7 @@ def _rows_of_page(db: Db, query: RunQuery, ids: Sequence[str]) -> tuple[Sequence
 
 
 def _grouped(ended: list[Entry]) -> list[tuple[Entry, int]]:
-    """The last of each kind of bad run, and their number; what was skipped is left out, what was dropped comes last."""
+    """The last of each kind of bad run, and their number; skipped runs are left out, dropped ones come last."""
     groups: dict[tuple[object, ...], tuple[Entry, int]] = {}
     for entry in ended:
         if entry.bad and entry.state != "skipped":

@@ -41,7 +41,7 @@ class Buckets:
 
 
 class Tally:
-    """What has become of one task's runs; moments are seconds since the Unix epoch, None if there was none."""
+    """How one task's runs ended; times are in seconds since the Unix epoch, None if there was no such run."""
 
     def __init__(self, info: TaskInfo) -> None:
         self.info = info
@@ -72,7 +72,7 @@ class Tally:
             self.waits.append(event.run.queue_wait_s)
 
     def failing_since(self, now: float) -> float | None:
-        """When the first run of the present series failed, in seconds since the Unix epoch; None if none does."""
+        """When the first run of the current series failed, in seconds since the Unix epoch; None if none is failing."""
         works = self.last_success is not None and self.last_success > self._last_failure
         return None if works and now - self._last_failure > RESOLVED_AFTER else self._since or None
 

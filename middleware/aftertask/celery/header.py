@@ -1,4 +1,4 @@
-"""The one header of aftertask on a Celery message; all else is in Celery's own fields."""
+"""aftertask's one header on a Celery message; everything else is in Celery's own fields."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dead letters of a worker: messages that failed for good, in a queue of their own, counted by reason."""
+"""Dead letters of a worker: messages that failed for good, in a separate queue, counted by reason."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class Letters:
         self._sending.release()
 
     def after_fork(self) -> None:
-        """This is the child: the letters are not its own."""
+        """This is the child: the letters belong to its parent."""
         self._sending = threading.RLock()
         self._pending = SimpleQueue[Letter | None]()
         self._thread = None

@@ -1,4 +1,4 @@
-"""What is added to every message that this process sends: when it was scheduled, and the span that sent it."""
+"""Adds to every message that this process sends when it was scheduled, and the span that sent it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def system_of(app: Celery) -> str:
 
 
 def connect(app: Celery, system: str, deadline: float) -> Connection:
-    """A connection that gives up after these seconds, whatever the app's settings allow others."""
+    """A connection that gives up after this many seconds, whatever the app's settings are."""
     limits = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), deadline)
     if system == "rabbitmq":
         limits = dict.fromkeys(("read_timeout", "write_timeout"), deadline)
@@ -83,7 +83,7 @@ _installed: list[Publishing] = []
 
 
 def observe_publishing(app: Celery, tracer_provider: TracerProvider | None, *, spans: bool = True) -> Publishing:
-    """What listens to the messages of this process; the first call decides how."""
+    """The listener to this process's messages; the first call decides its options."""
     if not _installed:
         _installed.append(Publishing(app, tracer_provider, spans=spans))
     return _installed[0]

@@ -1,4 +1,4 @@
-"""The runs of a worker: what a message and a Celery task are as `TaskRun`, `TaskInfo` and policy."""
+"""The runs of a worker: turns a message and a Celery task into a `TaskRun`, a `TaskInfo` and a policy."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Runs:
         self._resolved: dict[str, ResolvedTask] = {}
 
     def resolve(self, task: Task) -> ResolvedTask:
-        """A Celery task's policy in force: what `Settings.policies` or `@task` say, and Celery's own time limit."""
+        """A Celery task's policy in force: from `Settings.policies` or `@task`, and Celery's own time limit."""
         if task.name in self._resolved:
             return self._resolved[task.name]
         entry = next((entry for entry in registered_tasks() if entry.name == task.name), None)
@@ -96,13 +96,13 @@ def _eta(request: Context) -> float:
 
 
 def _other_tracers(request: Context) -> dict[str, str]:
-    """The trace context that OpenTelemetry's own package puts beside Celery's headers."""
+    """The trace context that OpenTelemetry's own package puts next to Celery's headers."""
     names = ("traceparent", "tracestate")
     return {name: value for name in names if isinstance(value := request.get(name), str)}
 
 
 def raised(request: Context, error: BaseException) -> BaseException:
-    """What a task raised, where Celery has an error in its place because it cannot be pickled."""
+    """The exception that a task raised, if Celery has replaced it because it cannot be pickled."""
     kept = request.get("raised")  # by a task of ours
     if isinstance(kept, BaseException):
         return kept

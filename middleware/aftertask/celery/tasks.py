@@ -1,4 +1,4 @@
-"""Tasks of `@task(executor="celery")` on a worker: decoded, called, retried, and at last put to the dead letters."""
+"""Tasks of `@task(executor="celery")` on a worker: decoded, called, retried, and finally sent to the dead letters."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Offloaded(Task):  # type: ignore[misc]  # Celery has no types
 
 
 def register(app: Celery, book: PolicyBook, emit: Emitter) -> None:
-    """Make every function of `@task` with an engine for executor a task of this worker."""
+    """Make every `@task` function whose executor is an engine a task of this worker."""
     for entry in registered_tasks():
         policy = book.policy(entry.name, None, entry.policy)
         if policy.executor not in (None, *EXECUTORS) and entry.name not in app.tasks:

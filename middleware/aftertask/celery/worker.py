@@ -165,7 +165,7 @@ class Worker:
                 self._emit.broken(COMPONENT, f"metrics on {host}:{port}", error)
 
     def _process_ends(self, **_: object) -> None:
-        """A process of the pool, or the main one, ends: what it has not sent or exported would be lost with it."""
+        """A process of the pool, or the main one, ends: anything it has not sent or exported would be lost."""
         self._letters.close(FLUSH)
         flush(self._settings.tracer_provider, FLUSH)
 
@@ -238,7 +238,7 @@ class Worker:
             run.forget()
 
     def _leave(self, run: Run) -> None:
-        """The run goes on in another process, or does not: that is not decided here."""
+        """The run may continue in another process; that is not decided here."""
         self._emit.departed(run)
         run.depart()
 
@@ -281,7 +281,7 @@ class Worker:
         run.forget()
 
     def _unknown(self, sender: object, message: Message, name: str, id: str, **_: object) -> None:
-        """Celery drops a message whose task it does not know; one of `CeleryEngine` was promised to someone."""
+        """Celery drops a message whose task it does not know; a message of `CeleryEngine` becomes a dead letter."""
         header = message.headers.get(NAME)
         if isinstance(header, Mapping) and "signature" in header:
             args, kwargs, _embedded = message.payload

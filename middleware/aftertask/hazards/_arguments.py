@@ -104,13 +104,13 @@ Verdict = tuple[str, str] | None
 
 
 def kind_of(value: object) -> str:
-    """What a value is: `plain`, `text`, `container`, `upload`, `request`, `database`, …, or `other`."""
+    """The kind of a value: `plain`, `text`, `container`, `upload`, `request`, `database`, …, or `other`."""
     return kind_of_class(type(value))  # type: ignore[arg-type]  # mypy does not know that a class has a hash
 
 
 @functools.lru_cache(_CLASSES)
 def kind_of_class(kind: type) -> str:
-    """What the values of a class are, likewise."""
+    """The kind of a class's values, in the same words."""
     names = {f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__}
     for word, known in _KINDS.items():
         if names & known:
@@ -154,7 +154,7 @@ class Arguments:
                 self._found(event.run, kind, given.name(place), advice)
 
     def suspect(self, run: TaskRun, kinds: Collection[str]) -> tuple[str | None, str, str] | None:
-        """For a run that failed with something closed: name, kind and advice of the first argument of these kinds."""
+        """Name, kind and advice of the first argument of these kinds, if a run failed because something is closed."""
         target = run.target
         if not isinstance(target, BackgroundTask) or "func" not in vars(target):
             return None
@@ -196,7 +196,7 @@ class Arguments:
 
 
 class _Given:
-    """What a task's function is called with, through `functools.partial`, `options`, methods and closures."""
+    """The values that a task's function gets, through `functools.partial`, `options`, methods and closures."""
 
     def __init__(self, task: BackgroundTask) -> None:
         func, self._args, self._kwargs = flattened(without_options(task.func), task.args, task.kwargs)
@@ -208,11 +208,11 @@ class _Given:
             self._held = dict(islice(closure_of(func).items(), ELEMENTS))
 
     def items(self) -> Iterable[tuple[int | str, object]]:
-        """Each value with its place: a number or a name."""
+        """Each value with its position or name."""
         return chain(self._held.items(), enumerate(self._args), self._kwargs.items())
 
     def name(self, place: int | str) -> str:
-        """The argument's name as the function has it."""
+        """The argument's name in the function's signature."""
         if isinstance(place, str):
             return place
         try:
@@ -229,7 +229,7 @@ class _Given:
 
 
 def _upload(value: object, run: TaskRun) -> Verdict:
-    """An upload is closed after the tasks since FastAPI 0.118, and before the response until then."""
+    """Since FastAPI 0.118 an upload is closed after the tasks; in earlier versions, before the response."""
     file = attribute(value, "file")
     if attribute(value if file is None else file, "closed") is True:
         return _because(UPLOAD, why="it is closed already")
@@ -255,7 +255,7 @@ def _is_closed(value: object) -> bool:
 
 
 def parts(value: object) -> list[object]:
-    """What an object of the app's holds."""
+    """The attributes of one of the app's objects."""
     held = attribute(value, "__dict__")
     return list(held.values())[: 2 * ELEMENTS] if isinstance(held, dict) else []
 

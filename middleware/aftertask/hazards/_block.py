@@ -1,4 +1,4 @@
-"""One time that an event loop does not respond: which run is to blame, for how many seconds, and what is reported."""
+"""One block of an event loop: which run is to blame, for how many seconds, and what is reported."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class LoopReports:
         self._emit.each("loop_blocked", lambda signal: signal.loop_blocked(report))
 
     def broken(self, error: BaseException) -> None:
-        """An error of ours; the loop is no longer watched if it came from the watching itself."""
+        """An error in aftertask; if it came from the watching itself, the loop is no longer watched."""
         contained = error if isinstance(error, Exception) else RuntimeError(f"raised {error!r}")
         self._emit.broken("aftertask.hazards", "event loop", contained)
 
@@ -103,7 +103,7 @@ class Block:
         self._is_reported = False
 
     def look(self, run: TaskRun | None, frames: Sequence[FrameType], now: float, apps: Sequence[LoopReports]) -> None:
-        """The loop, on which these apps run, has still not responded, and this is on its thread."""
+        """The loop that these apps run on has still not responded, and this is on its thread."""
         self._apps = apps or self._apps
         self._looks = self._looks + 1 if run is self._last else 1
         self._last = run
@@ -115,7 +115,7 @@ class Block:
                 self._report(now, over=False)
 
     def end(self, responded: float) -> None:
-        """The loop responds again, since this moment in monotonic seconds."""
+        """The loop has responded again since this time, in monotonic seconds."""
         if responded - self._since >= self.app.threshold:
             self._count(self._last if self._looks > 1 else None, responded)
             self._report(responded, over=True)
@@ -139,6 +139,6 @@ class Block:
         self._is_reported = True
 
     def _reports(self, run: TaskRun | None) -> bool:
-        """Whether this app reports it: one does, the run's own or else the one with the least threshold."""
+        """Whether this app reports the block: only one does, the run's own or else that with the smallest threshold."""
         own = next((app for app in self._apps if app.owns(run)), None)
         return self.app is (own or min(self._apps, key=lambda app: app.threshold))

@@ -38,7 +38,7 @@ DETACHED = (
 
 
 def closed_kinds(error: BaseException) -> frozenset[str]:
-    """The kinds of arguments one of which is closed, by this error and what it comes from; empty if none is."""
+    """The kinds of arguments that may be closed, judging by this error and its causes; empty if none."""
     return frozenset().union(
         *(
             kinds
@@ -55,7 +55,7 @@ def is_detached(error: BaseException) -> bool:
 
 
 def misplaced_option(error: BaseException, given: object) -> str | None:
-    """The advice about an option of the task that `add_task` was given, and passed to the function; else None."""
+    """The advice if `add_task` was given an option of the task and passed it to the function; otherwise None."""
     found = _UNEXPECTED.search(_message(error)) if type(error) is TypeError else None
     if found is None or not isinstance(given, Mapping) or found[1] not in given:
         return None

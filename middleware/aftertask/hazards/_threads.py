@@ -26,7 +26,7 @@ class Threads:
         self._look_at = self._report_at = 0.0
 
     def look(self, limiter: CapacityLimiter) -> tuple[TaskRun, str] | None:
-        """A run that holds a thread, and the advice, if tasks hold too many; None otherwise, or if reported lately."""
+        """A run that holds a thread and the advice, if tasks hold too many; None if not, or if reported recently."""
         limit, busy = limiter.total_tokens, limiter.borrowed_tokens
         if busy <= SHARE * limit:
             return None

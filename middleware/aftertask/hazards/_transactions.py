@@ -90,7 +90,7 @@ class Transactions:
 
 
 def remedy(dependency: object) -> str:
-    """What to do about a dependency that ends after the tasks."""
+    """The remedy for a dependency that ends after the tasks."""
     settings = 'Settings(run_after="request") starts tasks after the commit, or not at all'
     if not yields(dependency):
         return settings
@@ -109,7 +109,7 @@ def _open(run: TaskRun) -> Iterator[object]:
 
 
 def _is_open(value: Any) -> bool:
-    """Whether a session or a connection has something to commit."""
+    """Whether a session or a connection has uncommitted changes."""
     if kind_of(value) != "database":
         return False
     if not any(base.__module__.startswith("sqlalchemy.") for base in type(value).__mro__):

@@ -1,4 +1,4 @@
-"""Bounds on label values: which tasks and exception classes have a label of their own."""
+"""Bounds on label values: which tasks and exception classes have their own label."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Bounds:
         return name
 
     def count_folded_run(self) -> None:
-        """Count a run whose task has no label of its own."""
+        """Count a run whose task has no label value of its own."""
         self._fold(
             "task", f"{UNREGISTERED_TASKS} unregistered tasks have a label of their own; register the others with @task"
         )

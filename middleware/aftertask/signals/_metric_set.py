@@ -83,7 +83,7 @@ class MetricSet(Collector):
     # --- tasks
 
     def has(self, info: TaskInfo) -> bool:
-        """Whether a task has series of its own."""
+        """Whether a task has its own series."""
         return (info.task, info.engine) in self._by_task
 
     def series(self, run: TaskRun) -> TaskSeries:
@@ -263,7 +263,7 @@ class MetricSet(Collector):
         self._sweeps = True
 
     def start(self) -> None:
-        """Begin to write what changes without an event; does nothing if this process is alone, or has begun."""
+        """Start writing gauges that change without an event; does nothing if this process is alone, or has started."""
         if self.workers is None or self._is_sampling:
             return
         with self.lock:
@@ -273,7 +273,7 @@ class MetricSet(Collector):
                 start_thread("metrics", self._sample)
 
     def after_fork(self) -> None:
-        """Count from 0 in a child process: what the parent counted is the parent's."""
+        """Count from 0 in a child process: the parent keeps its own counts."""
         self.lock = threading.RLock()
         self._is_sampling = self._sweeps = False
         for series in self._by_task.values():
@@ -362,7 +362,7 @@ def exposed(registry: CollectorRegistry, *, by_name: bool = False) -> CollectorR
 
 
 def _shared_set() -> MetricSet | None:
-    """The one set of this process in multi-process mode; None outside of it."""
+    """The one set of this process in multi-process mode; None in any other mode."""
     workers = None if _shared else _workers()
     if workers is not None:
         _shared.append(MetricSet(workers))

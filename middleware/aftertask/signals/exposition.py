@@ -1,4 +1,4 @@
-"""The metrics of a process that serves no HTTP of its own, such as a worker, on a port of its own."""
+"""Serves the metrics of a process without an HTTP server, such as a worker, on a separate port."""
 
 from __future__ import annotations
 

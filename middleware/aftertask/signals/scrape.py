@@ -1,4 +1,4 @@
-"""`GET /metrics`: the registry, rendered in a thread of its own, off the event loop."""
+"""`GET /metrics`: renders the registry in a separate thread, off the event loop."""
 
 from __future__ import annotations
 
