@@ -145,12 +145,10 @@ class AftertaskMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection, or the lifespan."""
         core = self._core
-        if core is None:
+        if core is None or scope["type"] not in ("http", "websocket", "lifespan"):
             await self.app(scope, receive, send)
         elif scope["type"] == "lifespan":
             await core.lifespan(self.app, scope, receive, send)
-        elif scope["type"] not in ("http", "websocket"):
-            await self.app(scope, receive, send)
         elif self._is_scrape(scope):
             await answer(scope, receive, send, self._registry)
         elif self._excluded is not None and self._excluded.fullmatch(route_path(scope)):
@@ -210,8 +208,5 @@ def _excluded(paths: Sequence[str]) -> re.Pattern[str] | None:
     """One pattern for all excluded paths: `{name}` is one segment, `*` is anything."""
     if not paths:
         return None
-    parts = []
-    for path in paths:
-        text = re.sub(r"\\\{[^/]*?\\\}", "[^/]+", re.escape(path))
-        parts.append(text.replace(r"\*", ".*"))
-    return re.compile("|".join(parts))
+    patterns = (re.sub(r"\\\{[^/]*?\\\}", "[^/]+", re.escape(path)).replace(r"\*", ".*") for path in paths)
+    return re.compile("|".join(patterns))
