@@ -228,21 +228,6 @@ class MetricSet(Collector):
     def _count_live(self) -> int:
         return sum(len(series.live) for series in list(self._by_task.values()))
 
-    def register_in(self, registry: CollectorRegistry) -> None:
-        """
-        Register the families for the first time.
-
-        Raises:
-            RegistryClash: The registry holds a family of the same name that is not aftertask's.
-        """
-        try:
-            registry.register(self)
-        except ValueError as error:
-            raise RegistryClash(
-                f"the registry holds a metric of the same name that is not aftertask's: {error}; "
-                f"pass Settings(registry=…) another registry, or rename that metric"
-            ) from error
-
     def stay_in(self, registry: CollectorRegistry) -> None:
         """Register the families again if the registry was emptied, as test fixtures do."""
         with suppress(ValueError):  # they are still registered
@@ -337,7 +322,13 @@ def metric_set(registry: CollectorRegistry) -> MetricSet:
             found.stay_in(registry)
             return found
         created = _shared_set() or MetricSet(None)
-        created.register_in(registry)
+        try:
+            registry.register(created)
+        except ValueError as error:
+            raise RegistryClash(
+                f"the registry holds a metric of the same name that is not aftertask's: {error}; "
+                f"pass Settings(registry=…) another registry, or rename that metric"
+            ) from error
         _sets[registry] = created
         return created
 
