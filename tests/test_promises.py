@@ -29,9 +29,9 @@ ORDER = (
     "celery",
     "middleware",
     "_mistakes",
-    "settings",
     "journal",
     "signals",
+    "settings",
     "alerts",
     "hazards",
     "_core.app",
@@ -168,7 +168,7 @@ def lines(path: Path) -> int:
 def test_the_package_stays_small() -> None:
     """What is reached, so that it grows no further; the goal is 10 500 lines without journal, board and Celery."""
     others = [path for path in MODULES if name_of(path).partition(".")[0] not in ("board", "celery", "journal")]
-    assert sum(map(lines, others)) <= 16_560
+    assert sum(map(lines, others)) <= 16_344
 
 
 def test_the_board_stays_small() -> None:
@@ -186,7 +186,7 @@ def test_the_journal_stays_small() -> None:
 
 def test_the_celery_part_stays_small() -> None:
     """What is reached; the goal is 900 lines."""
-    assert sum(map(lines, (PACKAGE / "celery").glob("*.py"))) <= 1_072
+    assert sum(map(lines, (PACKAGE / "celery").glob("*.py"))) <= 1_071
 
 
 def test_no_module_is_large() -> None:
