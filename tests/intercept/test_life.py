@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import copy
 import functools
@@ -886,3 +887,21 @@ async def test_context_variables_of_a_sync_endpoint_reach_its_tasks_on_request(c
 
     await drive(env.mw(outer))
     assert read == [seen, "unset"]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])  # trio itself ends a task that leaves one open
+async def test_a_task_that_leaves_a_cancel_scope_open_stops_no_sibling(env: Env) -> None:
+    """Ours is around it and cannot be closed then; without the middleware the next task would run, too."""
+
+    async def leaves_one_open() -> None:
+        anyio.CancelScope().__enter__()
+
+    app = env.app(answering(BackgroundTasks([BackgroundTask(leaves_one_open), BackgroundTask(sf)])))
+
+    async def in_a_task_of_its_own(*call: Any) -> None:  # as a server does: `drive` has a scope, too
+        await asyncio.create_task(app(*call))
+
+    result = await drive(in_a_task_of_its_own)
+    assert result.exc is None
+    assert LOG == ["sf"]
+    assert env.outcomes() == [("leaves_one_open", "succeeded"), ("sf", "succeeded")]

@@ -64,8 +64,13 @@ class Lifecycle:
             return None
         delay_s = None
         run.scope = scope = anyio.CancelScope()
-        with scope:
-            delay_s = await self._attempt(run)
+        try:
+            with scope:
+                delay_s = await self._attempt(run)
+        except RuntimeError:
+            if run.outcome != "succeeded":
+                raise
+            # The task has left a cancel scope of its own open, so ours cannot be closed: without us it would go on.
         if scope.cancelled_caught and run.outcome is None:  # `cancel_run`, before its turn
             self._emit(run.drop("cancel_run"))
             run.forget()
