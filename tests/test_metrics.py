@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import gzip
+import itertools
 import os
 import re
 import subprocess
@@ -583,20 +584,29 @@ def test_a_run_that_garbage_collection_ends_waits_for_no_lock(registry: Collecto
 def test_a_run_that_garbage_collection_ends_in_a_scrape_is_accounted_for(registry: CollectorRegistry) -> None:
     """Wherever in the scrape that is, it shows the run either in flight or finished."""
     metrics = Metrics(registry)
-    runs = [TaskRun(TaskInfo("garbage", "garbage"), RequestInfo()) for _ in range(100)]
+    runs = [TaskRun(TaskInfo("garbage", "garbage"), RequestInfo()) for _ in range(200)]
     for run in runs:
         metrics.scheduled(Scheduled(run, 0.0))
+    collections = itertools.count()
+    with busy_collector(lambda: next(collections)):
+        list(registry.collect())
+    step = next(collections) / len(runs)
 
-    def end() -> None:
-        if runs:
-            metrics.dropped(Dropped(runs.pop(), 0.0, "other", None))
+    def ends(run: TaskRun, moment: int) -> Callable[[], None]:
+        collections = itertools.count()
 
-    while runs:
-        with busy_collector(end):
+        def end() -> None:
+            if next(collections) == moment:
+                metrics.dropped(Dropped(run, 0.0, "other", None))
+
+        return end
+
+    for place, run in enumerate(runs):
+        with busy_collector(ends(run, int(place * step))):
             families = list(registry.collect())
         sums = {each.name: sum(sample.value for sample in each.samples) for each in families}
-        assert sums["aftertask_tasks_scheduled"] == 100
-        assert sums["aftertask_tasks_finished"] + sums["aftertask_tasks_inflight"] == 100
+        assert sums["aftertask_tasks_scheduled"] == len(runs)
+        assert sums["aftertask_tasks_finished"] + sums["aftertask_tasks_inflight"] == len(runs)
 
 
 # --- exemplars
