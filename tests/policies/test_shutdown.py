@@ -323,3 +323,23 @@ async def test_compensating_runs_outlive_the_servers_cancellation(env: Env) -> N
         await env.seen.idle()
     ((name, outcome),) = env.seen.outcomes()
     assert (name.rpartition(".")[2], outcome) == ("refund", "succeeded")
+
+
+@pytest.mark.parametrize("has_lifespan", [True, False])
+async def test_a_batch_starts_the_signals_only_without_a_lifespan(env: Env, has_lifespan: bool) -> None:
+    """Where the server runs the lifespan, `open` has started them; else nothing shows earlier that the app serves."""
+    calls: list[str] = []
+
+    class Starts(Signal):
+        def open(self) -> None:
+            calls.append("open")
+
+        def batch_started(self) -> None:
+            calls.append("batch_started")
+
+    env.signals = [Starts()]
+    app = env.app(answering(BackgroundTask(af)))
+    async with lifespan(app) if has_lifespan else contextlib.nullcontext():
+        await drive(app)
+        await drive(app)
+    assert calls == (["open"] if has_lifespan else ["batch_started", "batch_started"])

@@ -77,7 +77,7 @@ class Watch:
             self._ask_now(now)
         elif not self._is_running():
             self._end_blocks(now)
-            self.end()  # the next batch has it watched again
+            self.end()  # watched again from the next batch on, if the server runs no lifespan
         elif not self._is_debugged:
             return self._look_closer(now)
         return now + min(LONGEST, max(SHORTEST, self._threshold * SHARE))
@@ -144,7 +144,7 @@ class Watcher:
         with self._lock:
             if self._thread is None:
                 on_fork(self)
-                self._thread = start_thread("loops", self._run)  # may be refused; the next batch tries again
+                self._thread = start_thread("loops", self._run)  # may be refused
             watch = next((each for each in self._watches if each.key is key), None)
             if watch is None:
                 watch = Watch(key)

@@ -121,7 +121,7 @@ class _WatchThread:
         _clock.watchers.add(watch)
         with self._changed:
             if self._thread is None:
-                self._thread = start_thread("stuck", self._run)  # may be refused; the next batch tries again
+                self._thread = start_thread("stuck", self._run)  # may be refused
             self._watches.add(watch)
             self._wake()
 
