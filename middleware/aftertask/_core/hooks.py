@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from types import FunctionType
@@ -207,8 +206,6 @@ def _request_injected_into() -> Request | None:
 
 def _inject(request: Request, container: BackgroundTasks) -> None:
     _keep_outermost()
-    if not request.containers:
-        request.adding = threading.RLock()  # the threads of an endpoint may add tasks at the same time
     request.containers[id(container)] = container
     _injected[container] = request
 

@@ -88,8 +88,8 @@ class Lifecycle:
             self._emit(run.begin())
             if run.resolved.remote is not None and await self._handed_over(run, run.resolved.remote):
                 return None
-            has_timeout = run.info.timeout is not None and not run.observed_only
-            result = await (self._call_within_timeout(run) if has_timeout else self._call(run))
+            timeout = None if run.observed_only else run.info.timeout
+            result = await (self._call(run) if timeout is None else self._call_within(run, timeout))
         except Exception as error:
             delay_s = run.delay_after(error)
             if delay_s is not None:
@@ -219,9 +219,8 @@ class Lifecycle:
         self._emit(run.offload(remote.name, queue, _clock.monotonic() - began_s))
         return True
 
-    async def _call_within_timeout(self, run: Run) -> object:
-        """Call the function; raise `TaskTimeout` if that takes too long."""
-        timeout = run.info.timeout or 0.0
+    async def _call_within(self, run: Run, timeout: float) -> object:
+        """Call the function; raise `TaskTimeout` if that takes more than `timeout` seconds."""
         cancelled: list[BaseException] = []
         try:
             with _clock.move_on_after(timeout) as scope:

@@ -6,7 +6,6 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from contextvars import Context, copy_context
 from typing import Any, TypeVar
 
@@ -67,7 +66,6 @@ class Request(RequestInfo):
     _is_described = False
     held: tuple[tuple[object, Callable[[], Awaitable[None]]], ...] = ()
     _refusal: Exception | None = None  # of a run that had to be kept
-    adding: AbstractContextManager[object] = nullcontext()
 
     def __init__(self, parts: Parts, scope: Scope, context: Context) -> None:
         self.parts, self.scope, self.context = parts, scope, context
@@ -76,6 +74,7 @@ class Request(RequestInfo):
         self.waiting: list[Run] = []
         # By identity: a user's class may define equality.
         self.containers: dict[int, BackgroundTasks] = {}
+        self.adding = threading.RLock()  # the threads of an endpoint may add tasks at the same time
         self._finished: dict[int, object] = {}  # backgrounds whose batch is over
 
     def __deepcopy__(self, memo: object) -> Request:

@@ -57,7 +57,6 @@ class Run(TaskRun):
         cancel_requested: Whether `cancel_run` was called.
     """
 
-    observed_only = False
     background: object = None
     slots: tuple[Slot | SharedThreadSlot, ...] = ()
     variables: Context | None = None
